@@ -1,0 +1,1 @@
+"""The method: SemiSAM+ in 3D. Imports torch and monai; never flwr, never server or client."""
