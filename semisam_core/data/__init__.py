@@ -1,0 +1,1 @@
+"""Find, check, split, load and transform scans; make the phantom hospitals."""

@@ -1,0 +1,177 @@
+"""The ClientApp: takes messages apart, lets the site work, and sends only what the egress gate built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.egress import EgressError, EgressGate, arriving_tensors
+from client.site import NoUsableCaseError, Site, SiteReport, WeightsNotAgreedError
+from client.site_config import SiteConfig, load_site_config, load_site_folder
+from client.state import RUN_NAME
+from semisam_core.agreement import (
+    JOIN_SCALARS,
+    SPECIALIST_RECORD,
+    STUDY_RECORD,
+    TRAIN_SCALARS,
+    RefusalRule,
+    evaluation_scalars,
+    specialist_spec,
+)
+from semisam_core.errors import ConfigError, WeightsError
+from semisam_core.plan import Plan, plan_from_json
+
+logger = logging.getLogger(__name__)
+
+app = ClientApp()
+
+RULES: tuple[tuple[type[Exception], RefusalRule], ...] = (
+    (EgressError, RefusalRule.EGRESS),
+    (NoUsableCaseError, RefusalRule.NO_USABLE_CASE),
+    (WeightsNotAgreedError, RefusalRule.WEIGHTS),
+    (WeightsError, RefusalRule.GENERALIST),
+    (FloatingPointError, RefusalRule.DIVERGED),
+    (ConfigError, RefusalRule.NOTHING_TO_LEARN),
+    (OSError, RefusalRule.STORAGE),
+)
+
+
+class _RefusedError(Exception):
+    """A message that the site's rules do not let it act on."""
+
+    def __init__(self, rule: RefusalRule, reason: str) -> None:
+        super().__init__(reason)
+        self.rule = rule
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a message asks for, checked."""
+
+    plan: Plan
+    run: str
+    round_number: int
+    final: bool
+
+
+@app.query()
+def join(message: Message, context: Context) -> Message:
+    """Check this site's data and generalists against the plan and answer with counts."""
+
+    def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
+        report = site.join()
+        return gate.reply("join", request.run, 0, request.plan.hash, report.scalars, JOIN_SCALARS)
+
+    return _answer("join", message, context, work)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one round and answer with the specialist's tensors and the agreed scalars."""
+
+    def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
+        report: SiteReport = site.train(arriving_tensors(message.content.array_records[SPECIALIST_RECORD]))
+        return gate.reply(
+            "train",
+            request.run,
+            request.round_number,
+            request.plan.hash,
+            report.scalars,
+            TRAIN_SCALARS,
+            report.weights,
+            specialist_spec(request.plan),
+        )
+
+    return _answer("train", message, context, work)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Score the specialist on this site's validation cases and answer with mean scores."""
+
+    def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
+        weights = arriving_tensors(message.content.array_records[SPECIALIST_RECORD])
+        report = site.evaluate(weights, request.final)
+        agreed = evaluation_scalars(request.plan)
+        return gate.reply(
+            "evaluate", request.run, request.round_number, request.plan.hash, report.scalars, agreed
+        )
+
+    return _answer("evaluate", message, context, work)
+
+
+def site_config_of(context: Context) -> SiteConfig:
+    """Return the config of the site that this process works for.
+
+    A deployed SuperNode names its own YAML (node config ``site-config``) and nothing from the wire can change that. In
+    a simulation, which has no hospitals, the run config names a folder of YAMLs and the partition picks one.
+
+    Raises:
+        ConfigError: neither is given, or the file is wrong.
+    """
+    if "site-config" in context.node_config:
+        return load_site_config(Path(str(context.node_config["site-config"])))
+    if "partition-id" not in context.node_config:
+        raise ConfigError("this SuperNode names no site file; start it with --node-config 'site-config=\"<path>\"'.")
+    folder = str(context.run_config.get("sites", ""))
+    if not folder:
+        raise ConfigError("a simulation needs the run config key sites: the folder of site YAML files.")
+    configs = load_site_folder(Path(folder))
+    number = int(context.node_config["partition-id"])
+    if number >= len(configs):
+        raise ConfigError(f"{folder}: {len(configs)} site files, but simulated site {number + 1} was asked to work.")
+    return configs[number]
+
+
+def _answer(
+    kind: str,
+    message: Message,
+    context: Context,
+    work: Callable[[Site, EgressGate, _Request], RecordDict],
+) -> Message:
+    """Do the work and answer; whatever goes wrong, only the word of a rule leaves."""
+    config = site_config_of(context)
+    gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl")
+    run, round_number = _book_names(message)
+    try:
+        request = _read(message)
+        site = Site(config, request.plan, request.run, request.round_number)
+        content = work(site, gate, request)
+    except _RefusedError as refused:
+        content = gate.refuse(kind, run, round_number, refused.rule, str(refused))
+    except Exception as error:  # noqa: BLE001 - no text of an exception may leave the site
+        rule = next((rule for known, rule in RULES if isinstance(error, known)), RefusalRule.INTERNAL)
+        logger.warning("Round %d: refused by rule %s", round_number, rule.value, exc_info=error)
+        content = gate.refuse(kind, run, round_number, rule, f"{type(error).__name__}: {error}")
+    return Message(content, reply_to=message)
+
+
+def _book_names(message: Message) -> tuple[str, int]:
+    """Return run and round for the log, harmless whatever arrived."""
+    study = message.content.config_records.get(STUDY_RECORD)
+    run, number = (study.get("run"), study.get("round")) if study is not None else (None, None)
+    harmless = isinstance(run, str) and RUN_NAME.fullmatch(run)
+    return (str(run) if harmless else "?"), (number if type(number) is int else -1)
+
+
+def _read(message: Message) -> _Request:
+    study = message.content.config_records.get(STUDY_RECORD)
+    if study is None:
+        raise _RefusedError(RefusalRule.PLAN_INVALID, "the message has no study record")
+    try:
+        plan = plan_from_json(str(study.get("plan", "")))
+    except ConfigError as error:
+        raise _RefusedError(RefusalRule.PLAN_INVALID, str(error)) from None
+    if plan.hash != study.get("plan-hash"):
+        raise _RefusedError(RefusalRule.PLAN_HASH, "the plan is not the one whose hash was sent")
+    run, number = study.get("run"), study.get("round")
+    if not isinstance(run, str) or not RUN_NAME.fullmatch(run):
+        raise _RefusedError(RefusalRule.RUN_NAME, "the run's name is malformed")
+    if type(number) is not int or not 0 <= number <= plan.training.rounds:
+        raise _RefusedError(RefusalRule.PLAN_INVALID, "the round is not one of the plan's")
+    return _Request(plan, run, number, bool(study.get("final", False)))

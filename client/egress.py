@@ -1,0 +1,127 @@
+"""The one door: everything that leaves a site is built here, from agreed tensors and agreed scalars only."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from client.site_config import Egress
+from semisam_core.agreement import (
+    METRICS_RECORD,
+    REFUSAL_RECORD,
+    SITE_RECORD,
+    SPECIALIST_RECORD,
+    RefusalRule,
+    TensorSpec,
+    disagreement,
+    weights_sha256,
+)
+from semisam_core.errors import SemiSAMError
+from semisam_core.files import append_json_line
+
+
+class EgressError(SemiSAMError):
+    """Something was about to leave that may not. Nothing left."""
+
+
+class EgressGate:
+    """Builds replies and books each one in the site's append-only audit log before it is sent.
+
+    Args:
+        site: the site's name, the only text besides hashes and rules that leaves.
+        limits: the site's own limits.
+        log: the audit log, JSON lines.
+    """
+
+    def __init__(self, site: str, limits: Egress, log: Path) -> None:
+        self._site, self._limits, self._log = site, limits, log
+
+    def reply(
+        self,
+        kind: str,
+        run: str,
+        round_number: int,
+        plan_hash: str,
+        scalars: Mapping[str, float | int],
+        agreed_scalars: Sequence[str],
+        tensors: Mapping[str, Tensor] | None = None,
+        agreed_tensors: Mapping[str, TensorSpec] | None = None,
+    ) -> RecordDict:
+        """Build a reply.
+
+        Args:
+            kind: join, train or evaluate.
+            run: the run's name.
+            round_number: counts from 1; 0 for join.
+            plan_hash: hash of the plan that this site works by.
+            scalars: what is to leave; every name must be agreed, every value a finite number.
+            agreed_scalars: the agreed names.
+            tensors: the specialist's tensors, or None.
+            agreed_tensors: their agreed names, shapes and dtypes; due with tensors.
+
+        Raises:
+            EgressError: something is not as agreed, not finite or over the site's limits.
+            OSError: the audit log cannot be written; then nothing leaves.
+        """
+        foreign = sorted(set(scalars) - set(agreed_scalars))
+        if foreign:
+            raise EgressError(f"the scalars {foreign} are not on the agreed list")
+        for name, value in scalars.items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise EgressError(f"the scalar {name} is not a finite number")
+        records = RecordDict({METRICS_RECORD: MetricRecord(dict(scalars))})
+        records[SITE_RECORD] = ConfigRecord({"site": self._site, "round": round_number, "plan-hash": plan_hash})
+        entry: dict[str, object] = {"scalars": dict(scalars)}
+        if tensors is not None:
+            entry |= self._check_tensors(tensors, agreed_tensors)
+            records[SPECIALIST_RECORD] = ArrayRecord(
+                {name: Array(tensors[name].detach().cpu().contiguous().numpy()) for name in tensors}
+            )
+        self._book(kind, run, round_number, plan_hash, entry)
+        return records
+
+    def refuse(self, kind: str, run: str, round_number: int, rule: RefusalRule, reason: str) -> RecordDict:
+        """Build a refusal. The rule leaves; the reason stays in the audit log."""
+        self._book(kind, run, round_number, "", {"refused": rule.value, "reason_kept_here": reason})
+        return RecordDict(
+            {
+                REFUSAL_RECORD: ConfigRecord({"rule": rule.value}),
+                SITE_RECORD: ConfigRecord({"site": self._site, "round": round_number, "plan-hash": ""}),
+            }
+        )
+
+    def _check_tensors(
+        self, tensors: Mapping[str, Tensor], agreed: Mapping[str, TensorSpec] | None
+    ) -> dict[str, object]:
+        if agreed is None:
+            raise EgressError("no tensors are agreed for this message")
+        if mistake := disagreement(tensors, agreed):
+            raise EgressError(mistake)
+        size = sum(value.numel() * value.element_size() for value in tensors.values())
+        if size > self._limits.maximum_update_mb * 1e6:
+            raise EgressError(
+                f"the update has {size / 1e6:.1f} MB, egress.maximum_update_mb allows {self._limits.maximum_update_mb}"
+            )
+        return {"tensors": len(tensors), "bytes": size, "sha256": weights_sha256(tensors)}
+
+    def _book(self, kind: str, run: str, round_number: int, plan_hash: str, entry: Mapping[str, object]) -> None:
+        head = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "site": self._site,
+            "kind": kind,
+            "run": run,
+            "round": round_number,
+            "plan": plan_hash,
+        }
+        append_json_line(self._log, head | dict(entry))
+
+
+def arriving_tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    """Return the tensors of an array record as they came, for checking."""
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}

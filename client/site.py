@@ -1,0 +1,344 @@
+"""A hospital's local work: join, train a round, evaluate. Knows nothing of how messages travel."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from client.progress import Progress
+from client.site_config import SiteConfig, inventory, usable_generalists
+from client.state import RunState
+from semisam_core.agreement import disagreement, specialist_spec
+from semisam_core.data.cases import Case, Inventory, Quarantined, Role
+from semisam_core.data.patches import TrainingScan
+from semisam_core.data.scans import Scan, load_original_label, load_scan, to_original
+from semisam_core.errors import CaseError, SemiSAMError
+from semisam_core.evaluation import ClassScore, score_case, summarise
+from semisam_core.files import append_json_line, write_json
+from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist, scan_key
+from semisam_core.inference import new_specialist, predict
+from semisam_core.plan import Plan
+from semisam_core.pseudo_labels import PseudoLabel, PseudoLabelStore, make_pseudo_label
+from semisam_core.reporting.overview import Panel, draw_overview
+from semisam_core.training import new_teacher, train_round
+
+logger = logging.getLogger(__name__)
+
+
+class NoUsableCaseError(SemiSAMError):
+    """Every case of the site is quarantined."""
+
+
+class WeightsNotAgreedError(SemiSAMError):
+    """The weights that arrived are not the plan's specialist."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """Scalars that may leave, and the weights to send (train only)."""
+
+    scalars: dict[str, float | int]
+    weights: dict[str, Tensor] | None = None
+
+
+class Site:
+    """One site working on one round of one run of one plan.
+
+    Args:
+        config: the site's YAML.
+        plan: the study plan, already accepted.
+        run: the run's name.
+        round_number: counts from 1; 0 while joining.
+
+    Raises:
+        ConfigError: folders or lists of the YAML are wrong, or nothing could teach here.
+        ValueError: the run's name is malformed.
+    """
+
+    def __init__(self, config: SiteConfig, plan: Plan, run: str, round_number: int) -> None:
+        self.config, self.plan, self.round = config, plan, round_number
+        self.state = RunState(config.storage.folder, run)
+        self.progress = Progress(self.state.folder / "progress.jsonl", round_number)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.device = config.torch_device()
+        self._found: Inventory = inventory(config, plan)
+        self._checked = False
+        self._quarantined: dict[str, Quarantined] = {q.id: q for q in self._found.quarantined}
+        self._cache: OrderedDict[str, Scan] = OrderedDict()
+
+    def join(self) -> SiteReport:
+        """Check every case, quarantine the bad ones, prepare the good ones, and report counts.
+
+        Raises:
+            NoUsableCaseError: nothing is left to train on or to score.
+            WeightsError: a generalist's weights are missing or altered.
+        """
+        self._check_cases()
+        write_json(
+            self.state.folder / "quarantine.json",
+            [{"case": q.id, "reason": q.reason} for q in self._quarantined.values()],
+        )
+        if not self._usable(*Role):
+            raise NoUsableCaseError(f"site {self.config.site}: all {len(self._quarantined)} cases are quarantined.")
+        return SiteReport(self._counts() | {"generalists": len(self._generalists)})
+
+    def train(self, weights: Mapping[str, Tensor]) -> SiteReport:
+        """Refresh pseudo-labels where due, train one round, keep the teacher.
+
+        Args:
+            weights: the specialist as the server sent it.
+
+        Raises:
+            WeightsNotAgreedError: the weights are not the plan's specialist.
+            FloatingPointError: training diverged.
+        """
+        began = time.monotonic()
+        specialist = self._specialist(weights)
+        teacher = self._teacher_at_start(specialist)
+        labels = self._pseudo_labels(teacher)
+        labeled = [self._loader(case, None) for case in self._usable(Role.LABELED)]
+        unlabeled = [
+            self._loader(case, labels.get(case.id))
+            for case in self._usable(Role.UNLABELED)
+            if self.plan.regularizer.name != "none" or _accepted(labels.get(case.id))
+        ]
+        seed = derive_seed(self.plan.seed, self.config.site, self.round)
+        result = train_round(
+            self.plan,
+            specialist,
+            teacher,
+            labeled,
+            unlabeled,
+            self.round,
+            seed,
+            self.device,
+            lambda done, total: self.progress("train", done, total, "steps"),
+        )
+        self.state.save_teacher(self.round, _cpu(teacher.state_dict()))
+        scalars = self._counts()
+        for name in ("validation", "quarantined"):
+            del scalars[name]
+        scalars |= _count_gates(labels) | {"steps": result.steps, "seconds": time.monotonic() - began}
+        for term in ("supervised", "consistency", "generalist"):
+            if (value := getattr(result, term)) is not None:
+                scalars[f"loss.{term}"] = value
+        return SiteReport(scalars, _cpu(specialist.state_dict()))
+
+    def evaluate(self, weights: Mapping[str, Tensor], final: bool) -> SiteReport:
+        """Score the specialist on the site's validation cases, in each scan's own geometry.
+
+        Per-case scores stay in the site's storage; means over cases are reported.
+
+        Args:
+            weights: the specialist to score.
+            final: also draw the site's picture.
+
+        Raises:
+            WeightsNotAgreedError: the weights are not the plan's specialist.
+        """
+        specialist = self._specialist(weights)
+        cases = self._usable(Role.VALIDATION)
+        scores: list[list[ClassScore | None]] = []
+        for done, case in enumerate(cases):
+            self.progress("evaluate", done, len(cases), "scans")
+            scores.append(self._score(case, specialist))
+        self.progress("evaluate", len(cases), len(cases), "scans")
+        if final:
+            self._draw(specialist)
+        return SiteReport({"validation": len(cases)} | self._mean_scores(scores))
+
+    def _specialist(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        if mistake := disagreement(weights, specialist_spec(self.plan)):
+            raise WeightsNotAgreedError(mistake)
+        specialist = new_specialist(self.plan)
+        specialist.load_state_dict(dict(weights))
+        return specialist.to(self.device)
+
+    def _teacher_at_start(self, specialist: nn.Module) -> nn.Module:
+        teacher = new_teacher(specialist)
+        if self.plan.teacher.start == "site":
+            kept = self.state.load_teacher(self.round - 1)
+            if kept is not None and disagreement(kept, specialist_spec(self.plan)) is None:
+                teacher.load_state_dict(kept)
+        return teacher
+
+    @cached_property
+    def _generalists(self) -> Sequence[Generalist]:
+        loaded = []
+        for name in usable_generalists(self.config, self.plan):
+            entry = self.config.generalists[name]
+            weights = None if entry.weights == "packaged" else Path(entry.weights)
+            loaded.append(load_generalist(name, self.device, weights, entry.sha256))
+        return loaded
+
+    @cached_property
+    def _embeddings(self) -> EmbeddingStore:
+        limit = int(self.config.storage.embeddings_gb * 1e9)
+        return EmbeddingStore(self.config.storage.folder / "embeddings", limit)
+
+    def _pseudo_labels(self, teacher: nn.Module) -> dict[str, PseudoLabel]:
+        policy = self.plan.pseudo_labels
+        cases = self._usable(Role.UNLABELED)
+        if policy is None or not usable_generalists(self.config, self.plan) or self.round < policy.first_round:
+            return {}
+        store = PseudoLabelStore(self.state.folder / "pseudo_labels")
+        labels: dict[str, PseudoLabel] = {}
+        for done, case in enumerate(cases):
+            self.progress("pseudo-label", done, len(cases), "scans")
+            scan = self._scan(case)
+            if scan is None:
+                continue
+            key = scan_key(scan.image)
+            kept = None if policy.due(self.round) else store.load(key)
+            if kept is None:
+                kept = self._ask(scan, teacher, key)
+                store.save(key, kept)
+            labels[case.id] = kept
+        self.progress("pseudo-label", len(cases), len(cases), "scans")
+        return labels
+
+    def _ask(self, scan: Scan, network: nn.Module, key: str) -> PseudoLabel:
+        return make_pseudo_label(
+            scan.image,
+            predict(network, scan.image, self.plan, self.device),
+            key,
+            self._generalists,
+            self._embeddings,
+            self.plan,
+            lambda done, total: self.progress("embed", done, total, "slices"),
+        )
+
+    def _score(self, case: Case, specialist: nn.Module) -> list[ClassScore | None]:
+        scan = self._scan(case)
+        if scan is None:
+            return [None] * len(self.plan.class_names)
+        probability = to_original(predict(specialist, scan.image, self.plan, self.device), scan)
+        label, geometry = load_original_label(case, self.plan)
+        scores = score_case(
+            probability.argmax(0),
+            label,
+            len(self.plan.class_names),
+            geometry.spacing_mm,
+            self.plan.evaluation.surface_tolerance_mm,
+        )
+        for name, score in zip(self.plan.class_names, scores, strict=True):
+            line = {"round": self.round, "case": case.id, "class": name}
+            append_json_line(self.state.folder / "scores.jsonl", line | (vars(score) if score else {}))
+        return scores
+
+    def _mean_scores(self, scores: Sequence[Sequence[ClassScore | None]]) -> dict[str, float | int]:
+        scalars: dict[str, float | int] = {}
+        for k, name in enumerate(self.plan.class_names):
+            summary = summarise(case[k] for case in scores)
+            if summary is None:
+                continue
+            for score in self.config.egress.validation_scores:
+                if (value := getattr(summary, score)) is not None:
+                    scalars[f"{score}.{name}"] = value
+        return scalars
+
+    def _draw(self, specialist: nn.Module) -> None:
+        """Draw scan, truth, pseudo-label and prediction of one case; the picture stays at the site."""
+        cases = self._usable(Role.VALIDATION) or self._usable(Role.UNLABELED) or self._usable(Role.LABELED)
+        if not cases or (scan := self._scan(cases[0])) is None:
+            return
+        prediction = predict(specialist, scan.image, self.plan, self.device)
+        pseudo = self._ask(scan, specialist, scan_key(scan.image)) if self._generalists else None
+        panel = Panel(
+            site=self.config.site,
+            image=scan.image[0],
+            truth=scan.label,
+            pseudo_label=pseudo.generalist if pseudo is not None else None,
+            prediction=prediction[1:],
+            spacing_mm=scan.grid.spacing_mm,
+        )
+        draw_overview(panel, self.state.folder / "overview.png")
+
+    def _scan(self, case: Case) -> Scan | None:
+        if case.id in self._quarantined:
+            return None
+        if case.id in self._cache:
+            self._cache.move_to_end(case.id)
+            return self._cache[case.id]
+        try:
+            scan = load_scan(case, self.plan, self.config.storage.folder / "prepared")
+        except CaseError as error:
+            logger.warning("A case is quarantined: %s", error)
+            self._quarantined[case.id] = Quarantined(case.id, str(error))
+            return None
+        self._cache[case.id] = scan
+        limit = self.config.storage.memory_gb * 1e9
+        while len(self._cache) > 1 and sum(s.image.nbytes for s in self._cache.values()) > limit:
+            self._cache.popitem(last=False)
+        return scan
+
+    def _check_cases(self) -> None:
+        if self._checked:
+            return
+        for done, case in enumerate(self._found.cases):
+            self.progress("prepare", done, len(self._found.cases), "scans")
+            self._scan(case)
+        self.progress("prepare", len(self._found.cases), len(self._found.cases), "scans")
+        self._checked = True
+
+    def _usable(self, *roles: Role) -> list[Case]:
+        self._check_cases()
+        return [c for c in self._found.cases if c.role in roles and c.id not in self._quarantined]
+
+    def _loader(self, case: Case, label: PseudoLabel | None) -> Callable[[], TrainingScan]:
+        def load() -> TrainingScan:
+            scan = self._scan(case)
+            if scan is None:
+                raise CaseError(f"{case.id}: the case became unusable during the round.")
+            if label is None:
+                return TrainingScan(scan.image, scan.label)
+            return TrainingScan(scan.image, None, label.target, label.uncertainty, label.valid)
+
+        return load
+
+    def _counts(self) -> dict[str, float | int]:
+        return {
+            "labeled": len(self._usable(Role.LABELED)),
+            "unlabeled": len(self._usable(Role.UNLABELED)),
+            "validation": len(self._usable(Role.VALIDATION)),
+            "quarantined": len(self._quarantined),
+        }
+
+
+def derive_seed(seed: int, site: str, round_number: int) -> int:
+    """Return a seed below 2**31 that depends on the plan's seed, the site's name and the round."""
+    digest = hashlib.sha256(f"{seed}|{site}|{round_number}".encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
+
+
+def _accepted(label: PseudoLabel | None) -> bool:
+    return label is not None and bool(label.valid.any())
+
+
+def _count_gates(labels: Mapping[str, PseudoLabel]) -> dict[str, float | int]:
+    """Count accepted and refused (scan, class) pairs, the latter by reason."""
+    refusals = [refusal for label in labels.values() for refusal in label.refusals]
+    counts: dict[str, float | int] = {
+        "accepted": sum(refusal is None for refusal in refusals),
+        "gated": sum(refusal is not None for refusal in refusals),
+    }
+    for refusal in refusals:
+        if refusal is not None:
+            counts[f"gated.{refusal.value}"] = counts.get(f"gated.{refusal.value}", 0) + 1
+    return counts
+
+
+def _cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+

@@ -1,0 +1,189 @@
+"""A hospital's own YAML: which data may be used, which generalists exist here, and what may leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from semisam_core.agreement import CLASS_SCORES
+from semisam_core.configuration import StrictModel, parse, read_yaml
+from semisam_core.data.cases import Inventory, find_cases
+from semisam_core.errors import ConfigError
+from semisam_core.generalists.registry import accepted_prompts
+from semisam_core.plan import Plan
+
+SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+class SiteData(StrictModel):
+    """Where scans are and what each may be used for.
+
+    Attributes:
+        images: folder of images.
+        labels: folder of labels; absent at a site without any.
+        labeled: ids whose labels are trained on, or `all` that have a label and are not for validation.
+        validation: ids whose labels are for scoring only.
+        excluded: ids never to touch.
+    """
+
+    images: Path
+    labels: Path | None = None
+    labeled: Literal["all"] | tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+
+
+class SiteGeneralist(StrictModel):
+    """A generalist's weights at this site: `packaged` with its Python package, or a file and its SHA-256."""
+
+    weights: Literal["packaged"] | Path = "packaged"
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+
+class Storage(StrictModel):
+    """Where the site keeps its state, how much disk embeddings may take, and how much memory scans may take."""
+
+    folder: Path
+    memory_gb: float = Field(default=4.0, gt=0)
+    embeddings_gb: float = Field(default=10.0, ge=0)
+
+
+class Egress(StrictModel):
+    """Limits on what may leave; a plan cannot loosen them.
+
+    Attributes:
+        maximum_update_mb: largest update.
+        validation_scores: which validation scores may leave.
+    """
+
+    maximum_update_mb: float = Field(default=500.0, gt=0)
+    validation_scores: tuple[str, ...] = CLASS_SCORES
+
+    @field_validator("validation_scores")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = sorted(set(value) - set(CLASS_SCORES))
+        if unknown:
+            raise ValueError(f"unknown scores {unknown}; accepted: {', '.join(CLASS_SCORES)}")
+        return value
+
+
+class SiteConfig(StrictModel):
+    """One hospital. See the shipped files in `site_configs/` for every key explained."""
+
+    version: Literal[1]
+    site: SiteName
+    data: SiteData
+    generalists: dict[str, SiteGeneralist] = Field(default_factory=dict)
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    storage: Storage
+    egress: Egress = Egress()
+
+    @field_validator("generalists")
+    @classmethod
+    def _known_generalists(cls, value: dict[str, SiteGeneralist]) -> dict[str, SiteGeneralist]:
+        for name in value:
+            accepted_prompts(name)
+        return value
+
+    def torch_device(self) -> torch.device:
+        """Return the device to compute on.
+
+        Raises:
+            ConfigError: a GPU is asked for by name and is not there.
+        """
+        available = torch.cuda.is_available()
+        if self.device == "auto":
+            return torch.device("cuda" if available else "cpu")
+        device = torch.device(self.device)
+        if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
+            raise ConfigError(
+                f"site {self.site}: device = {self.device!r}: this machine offers "
+                f"{torch.cuda.device_count() if available else 0} GPUs; accepted: auto, cpu, cuda, cuda:<number>."
+            )
+        return device
+
+
+def load_site_config(path: Path) -> SiteConfig:
+    """Read a site's YAML. Relative paths in it count from the YAML's own folder.
+
+    Raises:
+        ConfigError: file, key, value and what is accepted.
+    """
+    config = parse(SiteConfig, read_yaml(path), str(path))
+    base = path.resolve().parent
+
+    def absolute(value: Path) -> Path:
+        return (base / value.expanduser()).resolve()
+
+    data = config.data.model_copy(
+        update={
+            "images": absolute(config.data.images),
+            "labels": absolute(config.data.labels) if config.data.labels else None,
+        }
+    )
+    generalists = {
+        name: entry if entry.weights == "packaged" else entry.model_copy(update={"weights": absolute(entry.weights)})
+        for name, entry in config.generalists.items()
+    }
+    storage = config.storage.model_copy(update={"folder": absolute(config.storage.folder)})
+    return config.model_copy(update={"data": data, "generalists": generalists, "storage": storage})
+
+
+def load_site_folder(folder: Path) -> list[SiteConfig]:
+    """Read every YAML of a folder, by file name.
+
+    Raises:
+        ConfigError: there is none, one of them is wrong, two sites have one name or share a storage folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: the folder of site files does not exist.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix in {".yaml", ".yml"})
+    if not paths:
+        raise ConfigError(f"{folder}: no site file (.yaml) is in this folder.")
+    configs: list[SiteConfig] = []
+    seen: dict[str, Path] = {}
+    for path in paths:
+        config = load_site_config(path)
+        for what, value in (("site", config.site), ("storage.folder", str(config.storage.folder))):
+            if value in seen:
+                raise ConfigError(f"{path}: {what} = {value!r}: {seen[value]} has the same; each site needs its own.")
+            seen[value] = path
+        configs.append(config)
+    return configs
+
+
+def usable_generalists(config: SiteConfig, plan: Plan) -> tuple[str, ...]:
+    """Return the plan's generalists that this site has, in the plan's order."""
+    if plan.pseudo_labels is None:
+        return ()
+    return tuple(name for name in plan.pseudo_labels.generalists if name in config.generalists)
+
+
+def inventory(config: SiteConfig, plan: Plan) -> Inventory:
+    """Find the site's cases and check that the plan leaves it anything to learn from.
+
+    Raises:
+        ConfigError: folders or lists are wrong, or the site has no label and none of the plan's generalists.
+    """
+    labeled = None if config.data.labeled == "all" else config.data.labeled
+    found = find_cases(
+        config.data.images,
+        config.data.labels,
+        len(plan.task.channels),
+        labeled,
+        config.data.validation,
+        config.data.excluded,
+    )
+    has_label = any(case.role.value == "labeled" for case in found.cases)
+    if plan.pseudo_labels is not None and not has_label and not usable_generalists(config, plan):
+        raise ConfigError(
+            f"site {config.site}: it has no labeled case and none of the plan's generalists "
+            f"({', '.join(plan.pseudo_labels.generalists)}), so nothing could teach here. Name labeled cases under "
+            "data.labeled or a generalist under generalists."
+        )
+    return found

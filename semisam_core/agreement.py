@@ -1,0 +1,100 @@
+"""What server and sites agree may travel: names of records, scalars and refusals, and the specialist's tensors.
+
+Both sides check against these lists; whatever is not in them does not leave a site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from semisam_core.inference import new_specialist
+from semisam_core.plan import Plan
+from semisam_core.prompting import Refusal
+
+SPECIALIST_RECORD = "specialist"
+STUDY_RECORD = "study"
+SITE_RECORD = "site"
+METRICS_RECORD = "metrics"
+REFUSAL_RECORD = "refusal"
+
+JOIN_SCALARS = ("labeled", "unlabeled", "validation", "quarantined", "generalists")
+TRAIN_SCALARS = (
+    "labeled",
+    "unlabeled",
+    "accepted",
+    "gated",
+    *(f"gated.{refusal.value}" for refusal in Refusal),
+    "steps",
+    "loss.supervised",
+    "loss.consistency",
+    "loss.generalist",
+    "seconds",
+)
+CLASS_SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm", "surface_dice", "cases", "missing_distances")
+
+
+class RefusalRule(str, Enum):
+    """The rules by which a site refuses. The word of the rule is all that leaves; the rest is in the site's log."""
+
+    PLAN_INVALID = "plan-invalid"
+    PLAN_HASH = "plan-hash"
+    RUN_NAME = "run-name"
+    NOTHING_TO_LEARN = "nothing-to-learn-from"
+    NO_USABLE_CASE = "no-usable-case"
+    WEIGHTS = "weights-not-as-agreed"
+    GENERALIST = "generalist-not-usable"
+    EGRESS = "egress"
+    DIVERGED = "training-diverged"
+    STORAGE = "storage"
+    INTERNAL = "internal-error"
+
+
+def evaluation_scalars(plan: Plan) -> tuple[str, ...]:
+    """Return the names of the scalars of an evaluation: ``dice.<class>`` and so on, and ``validation``."""
+    return ("validation", *(f"{score}.{name}" for name in plan.class_names for score in CLASS_SCORES))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one tensor that travels."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def specialist_spec(plan: Plan) -> dict[str, TensorSpec]:
+    """Return name -> shape and dtype of every tensor of the plan's specialist."""
+    state = new_specialist(plan).state_dict()
+    return {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in state.items()}
+
+
+def disagreement(tensors: Mapping[str, Tensor], spec: Mapping[str, TensorSpec]) -> str | None:
+    """Return a sentence on the first tensor that is not as agreed or not finite, or None."""
+    missing, foreign = sorted(set(spec) - set(tensors)), sorted(set(tensors) - set(spec))
+    if missing or foreign:
+        return f"{len(missing)} agreed tensors are missing ({missing[:3]}), {len(foreign)} are foreign ({foreign[:3]})"
+    for name, agreed in spec.items():
+        found = tensors[name]
+        if tuple(found.shape) != agreed.shape or found.dtype != agreed.dtype:
+            return (
+                f"tensor {name} is {tuple(found.shape)} {found.dtype}, agreed is {agreed.shape} {agreed.dtype}"
+            )
+        if not bool(torch.isfinite(found).all()):
+            return f"tensor {name} has values that are not finite"
+    return None
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return SHA-256 over names, shapes, dtypes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""Read a YAML file into a typed model, or say in one sentence per mistake what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from semisam_core.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """Base of plan and site files: unknown keys are errors, values are not coerced, nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=StrictModel)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error instead of a silent override."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                line = node.value[position][0].start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key!r} is given twice (again on line {line})")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the file cannot be read ({error}).") from None
+    try:
+        content = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: this is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a mapping of keys to values is expected, found {type(content).__name__}.")
+    return content
+
+
+def parse(model: type[Model], content: dict[str, Any], origin: str) -> Model:
+    """Validate a mapping against a model.
+
+    Args:
+        model: the pydantic model.
+        content: the mapping, as read from YAML or JSON.
+        origin: what to call the source in messages, usually the file's path.
+
+    Raises:
+        ConfigError: one line per mistake: file, key, value, and what is accepted.
+    """
+    try:
+        # Through JSON, because strict mode then takes lists for tuples but no "3" for 3 and no true for 1.
+        return model.model_validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        lines = [_sentence(origin, dict(mistake)) for mistake in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _sentence(origin: str, mistake: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in mistake["loc"]) or "(whole file)"
+    if mistake["type"] == "extra_forbidden":
+        return f"{origin}: {key}: unknown key. Remove it or correct its spelling."
+    if mistake["type"] == "missing":
+        return f"{origin}: {key}: this key is required and missing."
+    message = str(mistake["msg"]).removeprefix("Value error, ")
+    value = mistake["input"]
+    shown = "" if isinstance(value, dict) else f" = {value!r}"
+    return f"{origin}: {key}{shown}: {message}{'' if message.endswith('.') else '.'}"
+
+
+def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Return a copy of `content` with dotted assignments such as ``training.rounds=3`` applied.
+
+    Values are read as YAML. Whether the key exists is left to the model, which refuses unknown ones.
+
+    Raises:
+        ConfigError: an assignment is not of the form key=value, or goes through a value that is no mapping.
+    """
+    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(content))
+    for assignment in assignments:
+        dotted, separator, text = assignment.partition("=")
+        if not separator or not dotted.strip():
+            raise ConfigError(f"--set {assignment}: expected key=value, for example training.rounds=3.")
+        try:
+            value = yaml.load(text, Loader=_UniqueKeyLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from None
+        *parents, last = dotted.strip().split(".")
+        target = result
+        for parent in parents:
+            nested = target.setdefault(parent, {})
+            if not isinstance(nested, dict):
+                raise ConfigError(f"--set {assignment}: {parent} is a single value and has no keys below it.")
+            target = nested
+        target[last] = value
+    return result

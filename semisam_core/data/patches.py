@@ -1,0 +1,163 @@
+"""Draw training patches: one endless, seeded stream each for labeled and unlabeled scans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    RandAdjustContrastd,
+    RandAffined,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    RandGaussianNoised,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+    RandSpatialCropd,
+    SpatialPadd,
+)
+from torch import Tensor
+
+from semisam_core.plan import Plan
+
+CARRIED = ("image", "label", "target", "uncertainty")
+
+
+@dataclass(frozen=True)
+class TrainingScan:
+    """One scan as training sees it.
+
+    Attributes:
+        image: (C, H, W, D) float32.
+        label: (H, W, D) uint8, labeled scans only.
+        target: pseudo-label y (K, H, W, D) in [0, 1], where one was accepted.
+        uncertainty: U (K, H, W, D), with the target.
+        valid: (K,) bool, which classes of `target` were accepted.
+    """
+
+    image: Tensor
+    label: Tensor | None = None
+    target: Tensor | None = None
+    uncertainty: Tensor | None = None
+    valid: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of patches on the CPU; see `TrainingScan`. `valid` is (B, K)."""
+
+    image: Tensor
+    label: Tensor | None
+    target: Tensor
+    uncertainty: Tensor
+    valid: Tensor
+
+
+class PatchStream:
+    """Endless batches: every scan once in random order, then again; crop, flip, deform, change intensities.
+
+    The n-th batch depends on the seed and n alone.
+
+    Args:
+        scans: loads the k-th scan when asked.
+        count: how many scans there are; at least one.
+        plan: patch size, augmentation, classes.
+        batch_size: patches a batch.
+        seed: seed of order and augmentation.
+    """
+
+    def __init__(
+        self, scans: Callable[[int], TrainingScan], count: int, plan: Plan, batch_size: int, seed: int
+    ) -> None:
+        if count < 1:
+            raise ValueError("a stream of patches needs at least one scan")
+        self._scans, self._count, self._plan, self._batch_size = scans, count, plan, batch_size
+        self._random = np.random.RandomState(seed)
+        self._order: list[int] = []
+        share, patch, keys = plan.data.foreground_share, plan.data.patch, (*CARRIED, "where")
+        crop = RandCropByPosNegLabeld(keys, "where", patch, pos=share, neg=1 - share, num_samples=1)
+        self._around_foreground = _transforms(plan, crop)
+        self._anywhere = _transforms(plan, RandSpatialCropd(keys, patch, random_size=False))
+
+    def next(self) -> Batch:
+        """Return the next batch."""
+        return _collate([self._patch(self._scans(self._next_index())) for _ in range(self._batch_size)])
+
+    def _next_index(self) -> int:
+        if not self._order:
+            self._order = [int(k) for k in self._random.permutation(self._count)]
+        return self._order.pop()
+
+    def _patch(self, scan: TrainingScan) -> TrainingScan:
+        classes = len(self._plan.task.classes)
+        shape = scan.image.shape[1:]
+        blank = torch.zeros((classes, *shape))
+        target = scan.target if scan.target is not None else blank
+        sample: dict[str, Tensor] = {
+            "image": scan.image,
+            "label": torch.zeros((1, *shape)) if scan.label is None else scan.label[None].float(),
+            "target": target,
+            "uncertainty": scan.uncertainty if scan.uncertainty is not None else blank,
+        }
+        foreground = sample["label"] > 0 if scan.label is not None else (target > 0.5).any(0, keepdim=True)
+        sample["where"] = foreground
+        transforms = self._around_foreground if bool(foreground.any()) else self._anywhere
+        transforms.set_random_state(seed=int(self._random.randint(2**31 - 1)))
+        cut = transforms({name: MetaTensor(value) for name, value in sample.items()})
+        cut = cut[0] if isinstance(cut, list) else cut
+        plain = {name: cut[name].as_tensor() for name in CARRIED}
+        return TrainingScan(
+            image=plain["image"].float(),
+            label=None if scan.label is None else plain["label"][0].round().to(torch.uint8),
+            target=plain["target"].float().clamp(0, 1),
+            uncertainty=plain["uncertainty"].float().clamp_min(0),
+            valid=scan.valid if scan.valid is not None else torch.zeros(classes, dtype=torch.bool),
+        )
+
+
+def _transforms(plan: Plan, crop: object) -> Compose:
+    augment = plan.training.augmentation
+    steps: list[object] = [
+        SpatialPadd((*CARRIED, "where"), plan.data.patch),
+        crop,
+        *(RandFlipd(CARRIED, prob=augment.flip, spatial_axis=axis) for axis in range(3)),
+    ]
+    if augment.affine_probability > 0:
+        turn = float(np.deg2rad(augment.rotation_degrees))
+        steps.append(
+            RandAffined(
+                CARRIED,
+                prob=augment.affine_probability,
+                rotate_range=(turn / 3, turn / 3, turn),
+                scale_range=(augment.scale,) * 3,
+                mode=("bilinear", "nearest", "bilinear", "bilinear"),
+                padding_mode="border",
+            )
+        )
+    if augment.intensity > 0:
+        steps += [
+            RandScaleIntensityd("image", factors=augment.intensity, prob=0.5),
+            RandShiftIntensityd("image", offsets=augment.intensity, prob=0.5),
+            RandAdjustContrastd("image", prob=0.3, gamma=(1 - augment.intensity, 1 + augment.intensity)),
+        ]
+    if augment.noise > 0:
+        steps.append(RandGaussianNoised("image", prob=0.3, std=augment.noise))
+    return Compose(steps)
+
+
+def _collate(patches: Sequence[TrainingScan]) -> Batch:
+    def stack(values: Sequence[Tensor | None]) -> Tensor:
+        return torch.stack([value for value in values if value is not None])
+
+    labeled = all(patch.label is not None for patch in patches)
+    return Batch(
+        image=stack([patch.image for patch in patches]),
+        label=stack([patch.label for patch in patches]) if labeled else None,
+        target=stack([patch.target for patch in patches]),
+        uncertainty=stack([patch.uncertainty for patch in patches]),
+        valid=stack([patch.valid for patch in patches]),
+    )

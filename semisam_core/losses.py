@@ -1,0 +1,78 @@
+"""The three terms of the loss and their schedules (SemiSAM+, Zhang et al., Medical Image Analysis 2025)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from monai.losses import DiceLoss
+from torch import Tensor
+from torch.nn import functional
+
+
+def supervised_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Return 0.5 * (cross-entropy + Dice) on labeled patches.
+
+    Args:
+        logits: (B, 1 + K, H, W, D), background first.
+        label: (B, H, W, D) class indices 0..K.
+    """
+    target = label.long()
+    cross_entropy = functional.cross_entropy(logits, target)
+    dice = DiceLoss(softmax=True, to_onehot_y=True, include_background=False)(logits, target[:, None])
+    return 0.5 * (cross_entropy + dice)
+
+
+def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean over voxels and channels of (p_student - p_teacher)^2; the teacher gets no gradient.
+
+    Args:
+        student: probabilities (B, 1 + K, H, W, D).
+        teacher: probabilities of the same shape.
+    """
+    return ((student - teacher.detach()) ** 2).mean()
+
+
+def confidence_aware_loss(student: Tensor, target: Tensor, uncertainty: Tensor, valid: Tensor) -> Tensor:
+    """Return sum(exp(-U) (p - y)^2) / sum(exp(-U)) per class, averaged over the classes that have a target.
+
+    U is a map: with one number for U the weights would cancel. A voxel on which the generalist is uncertain
+    counts less. Neither y nor U has a gradient.
+
+    Args:
+        student: the specialist's foreground probability p, (B, K, H, W, D).
+        target: the pseudo-label y in [0, 1], same shape.
+        uncertainty: U >= 0, same shape.
+        valid: whether this sample has an accepted pseudo-label for this class, (B, K) bool.
+
+    Returns:
+        A scalar; 0 with a gradient of 0 where nothing is valid.
+    """
+    weight = torch.exp(-uncertainty.detach()) * valid[:, :, None, None, None]
+    error = (student - target.detach()) ** 2
+    dims = (0, 2, 3, 4)
+    mass = weight.sum(dims)
+    per_class = (weight * error).sum(dims) / mass.clamp_min(1e-12)
+    present = valid.any(0)
+    if not bool(present.any()):
+        return student.sum() * 0.0
+    return per_class[present].mean()
+
+
+def consistency_weight(step: int, ramp_steps: float, weight: float) -> float:
+    """Return lambda_c(t) = weight * exp(-5 (1 - min(t, t_ramp) / t_ramp)^2)."""
+    if ramp_steps <= 0:
+        return weight
+    return weight * math.exp(-5 * (1 - min(step, ramp_steps) / ramp_steps) ** 2)
+
+
+def generalist_weight(step: int, total_steps: int, weight: float, schedule: str) -> float:
+    """Return lambda_s(t) = weight * exp(-5 (t / T)^2), or the constant weight: trusted early, less later."""
+    if schedule == "constant":
+        return weight
+    return weight * math.exp(-5 * (step / total_steps) ** 2)
+
+
+def teacher_decay(step: int, ceiling: float) -> float:
+    """Return the EMA decay alpha = min(1 - 1 / (t + 1), ceiling), t counted from 0."""
+    return min(1 - 1 / (step + 1), ceiling)

@@ -1,0 +1,308 @@
+"""The study plan: everything that all sites of one study agree on. Typed, versioned, hashable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from semisam_core.configuration import StrictModel, override, parse, read_yaml
+from semisam_core.errors import ConfigError
+from semisam_core.generalists.base import PromptKind
+from semisam_core.generalists.registry import accepted_prompts
+from semisam_core.specialists import check_specialist
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Triple = tuple[float, float, float]
+
+
+class TargetClass(StrictModel):
+    """One structure to segment, and the value that marks it in label files."""
+
+    name: Name
+    value: int = Field(ge=1, le=255)
+
+
+class Task(StrictModel):
+    """What is segmented on what kind of scan."""
+
+    name: Name
+    classes: tuple[TargetClass, ...] = Field(min_length=1, max_length=64)
+    channels: tuple[Name, ...] = Field(min_length=1, max_length=8)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Task:
+        for what, values in (
+            ("name", [c.name for c in self.classes]),
+            ("value", [c.value for c in self.classes]),
+            ("channel", list(self.channels)),
+        ):
+            if len(set(values)) < len(values):
+                raise ValueError(f"every class {what} must differ from the others, found {values}")
+        return self
+
+
+class Intensity(StrictModel):
+    """How intensities are made comparable.
+
+    `percentiles`: clip to the [lower, upper] percentiles of the scan, then zero mean and unit variance (MR).
+    `window`: clip to [lower, upper] in the scan's own units, then scale to [0, 1] (CT in HU, PET in SUV).
+    """
+
+    kind: Literal["percentiles", "window"]
+    lower: float
+    upper: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Intensity:
+        if not self.lower < self.upper:
+            raise ValueError(f"lower ({self.lower}) must be below upper ({self.upper})")
+        if self.kind == "percentiles" and not (self.lower >= 0 and self.upper <= 100):
+            raise ValueError("percentiles lie between 0 and 100")
+        return self
+
+
+class Data(StrictModel):
+    """The grid on which the specialist sees scans: RAS orientation, this spacing, patches of this size."""
+
+    spacing_mm: Triple
+    intensity: Intensity
+    patch: tuple[int, int, int]
+    foreground_share: Fraction = 0.7
+
+    @field_validator("spacing_mm")
+    @classmethod
+    def _positive_spacing(cls, value: Triple) -> Triple:
+        if not all(0.05 <= side <= 20 for side in value):
+            raise ValueError("each spacing is in millimetres, between 0.05 and 20")
+        return value
+
+    @field_validator("patch")
+    @classmethod
+    def _positive_patch(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
+        if not all(8 <= side <= 512 for side in value):
+            raise ValueError("each side of the patch is in voxels, between 8 and 512")
+        return value
+
+
+class Specialist(StrictModel):
+    """The trainable network, by its name in the registry, with its own arguments."""
+
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class Optimizer(StrictModel):
+    """The local optimizer. Its state starts afresh every round and never leaves the site."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=2e-3, gt=0, le=1)
+    weight_decay: float = Field(default=1e-4, ge=0, le=1)
+    final_share: Fraction = 0.1
+
+
+class Augmentation(StrictModel):
+    """Random changes to training patches; each number is a probability or a strength, 0 switches it off."""
+
+    flip: Fraction = 0.5
+    rotation_degrees: float = Field(default=15, ge=0, le=180)
+    scale: float = Field(default=0.15, ge=0, lt=1)
+    affine_probability: Fraction = 0.5
+    intensity: float = Field(default=0.25, ge=0, lt=1)
+    noise: float = Field(default=0.05, ge=0, le=1)
+
+
+class Training(StrictModel):
+    """The local training of one round at one site."""
+
+    rounds: int = Field(ge=1, le=10_000)
+    steps_per_round: int = Field(ge=1, le=100_000)
+    labeled_batch: int = Field(default=1, ge=1, le=64)
+    unlabeled_batch: int = Field(default=1, ge=1, le=64)
+    optimizer: Optimizer = Optimizer()
+    augmentation: Augmentation = Augmentation()
+
+    @property
+    def total_steps(self) -> int:
+        """T of the schedules: optimizer steps of one site over the whole study."""
+        return self.rounds * self.steps_per_round
+
+
+class Regularizer(StrictModel):
+    """L_unsup and its weight lambda_c(t) = weight * exp(-5 (1 - min(t, t_ramp) / t_ramp)^2)."""
+
+    name: Literal["mean-teacher", "none"] = "mean-teacher"
+    weight: float = Field(default=0.1, ge=0, le=100)
+    ramp_share: Fraction = 0.4
+
+
+class Teacher(StrictModel):
+    """The exponential moving average of the specialist; it never leaves the site.
+
+    `start: global` begins each round from the specialist that the server sent; `start: site` goes on with the
+    teacher that this site kept.
+    """
+
+    decay: float = Field(default=0.99, ge=0, lt=1)
+    start: Literal["global", "site"] = "global"
+
+
+class Prompting(StrictModel):
+    """How the teacher's prediction becomes prompts."""
+
+    kind: PromptKind = PromptKind.BOX_2D
+    margins_mm: tuple[float, ...] = Field(default=(-2.0, 1.5, 5.0), min_length=1, max_length=16)
+    smooth_slices: int = Field(default=5, ge=1, le=31)
+    component_share: Fraction = 0.3
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+
+    @field_validator("smooth_slices")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("the median window over slices must be odd")
+        return value
+
+
+class Gates(StrictModel):
+    """What a pseudo-label must satisfy to teach. One that does not is counted and reported, never guessed."""
+
+    minimum_volume_ml: float = Field(default=0.5, ge=0)
+    maximum_volume_ml: float = Field(default=10_000, gt=0)
+    minimum_agreement: Fraction = 0.5
+    minimum_quality: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Gates:
+        if not self.minimum_volume_ml < self.maximum_volume_ml:
+            raise ValueError("minimum_volume_ml must be below maximum_volume_ml")
+        return self
+
+
+class Uncertainty(StrictModel):
+    """U = prompts * variance over prompt sets + specialist * (teacher - generalist)^2, voxel by voxel."""
+
+    prompts: float = Field(default=20.0, ge=0)
+    specialist: float = Field(default=4.0, ge=0)
+
+
+class PseudoLabels(StrictModel):
+    """L_sam: who labels, how often, what is trusted; lambda_s(t) = weight * exp(-5 (t/T)^2) when decaying."""
+
+    generalists: tuple[str, ...] = Field(min_length=1)
+    weight: float = Field(default=1.0, ge=0, le=100)
+    schedule: Literal["decay", "constant"] = "decay"
+    first_round: int = Field(default=2, ge=1)
+    refresh_every: int = Field(default=1, ge=1)
+    target: Literal["generalist", "fused"] = "fused"
+    smooth_sigma_slices: float = Field(default=1.0, ge=0, le=10)
+    prompting: Prompting = Prompting()
+    gates: Gates = Gates()
+    uncertainty: Uncertainty = Uncertainty()
+
+    @model_validator(mode="after")
+    def _prompts_accepted(self) -> PseudoLabels:
+        for name in self.generalists:
+            accepted = accepted_prompts(name)
+            if self.prompting.kind not in accepted:
+                raise ValueError(
+                    f"the generalist {name} does not take {self.prompting.kind.value} prompts; "
+                    f"it takes {', '.join(sorted(kind.value for kind in accepted))}"
+                )
+        return self
+
+    def due(self, round_number: int) -> bool:
+        """Whether pseudo-labels are made anew in this round (rounds count from 1)."""
+        return round_number >= self.first_round and (round_number - self.first_round) % self.refresh_every == 0
+
+
+class Aggregation(StrictModel):
+    """How updates are weighed and combined, and how long anybody is waited for.
+
+    `samples`: scans used in training. `equal`: one site, one vote. `evidence`: labeled scans plus
+    `unlabeled_share` of the accepted pseudo-labels, the latter ramped up over the study.
+    """
+
+    rule: Literal["weighted-mean"] = "weighted-mean"
+    weights: Literal["samples", "equal", "evidence"] = "samples"
+    unlabeled_share: Fraction = 0.2
+    minimum_sites: int = Field(default=1, ge=1)
+    join_deadline_s: float = Field(default=600, gt=0)
+    round_deadline_s: float = Field(default=7200, gt=0)
+
+
+class Evaluation(StrictModel):
+    """Sliding-window evaluation of whole scans at the site, in the scan's own geometry."""
+
+    every_rounds: int = Field(default=5, ge=1)
+    overlap: float = Field(default=0.25, ge=0, lt=1)
+    surface_tolerance_mm: float = Field(default=2.0, gt=0)
+
+
+class Plan(StrictModel):
+    """One study. See the shipped plans in `site_configs/` for every key explained."""
+
+    version: Literal[1]
+    task: Task
+    data: Data
+    specialist: Specialist
+    training: Training
+    regularizer: Regularizer = Regularizer()
+    teacher: Teacher = Teacher()
+    pseudo_labels: PseudoLabels | None = None
+    aggregation: Aggregation = Aggregation()
+    evaluation: Evaluation = Evaluation()
+    selection: Literal["last", "validation"] = "last"
+    seed: int = Field(ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _specialist_fits(self) -> Plan:
+        check_specialist(self.specialist.name, self.specialist.arguments, self.data.patch)
+        return self
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the foreground classes, in channel order (channel 0 is background)."""
+        return tuple(c.name for c in self.task.classes)
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether any term of the loss reads unlabeled scans."""
+        return self.regularizer.name != "none" or self.pseudo_labels is not None
+
+    def canonical_json(self) -> str:
+        """Return the plan as JSON whose text depends on content alone, defaults filled in."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON: equal plans have equal hashes, however their YAML is laid out."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+def load_plan(path: Path, assignments: list[str] | None = None) -> Plan:
+    """Read a plan file, with optional dotted overrides (``training.rounds=3``).
+
+    Raises:
+        ConfigError: file, key, value and what is accepted.
+    """
+    return parse(Plan, override(read_yaml(path), assignments or []), str(path))
+
+
+def plan_from_json(text: str) -> Plan:
+    """Read a plan that came over the wire as canonical JSON.
+
+    Raises:
+        ConfigError: it is no JSON mapping or no valid plan.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError("the plan that the server sent: not a JSON mapping.")
+    return parse(Plan, content, "the plan that the server sent")

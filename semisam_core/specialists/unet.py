@@ -1,0 +1,60 @@
+"""MONAI's residual 3D U-Net."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from monai.networks.nets import UNet
+from pydantic import Field, model_validator
+from torch import nn
+
+from semisam_core.configuration import StrictModel
+
+
+class UNetArguments(StrictModel):
+    """Arguments of the U-Net. Instance normalisation keeps no running statistics, so none have to be shared.
+
+    Attributes:
+        channels: features at each level.
+        strides: stride between levels, one fewer than channels; a triple gives each axis its own.
+        residual_units: residual units a level.
+        normalization: `instance` or `group`, neither of which has state.
+    """
+
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    strides: tuple[int | tuple[int, int, int], ...] = (2, 2, 2)
+    residual_units: int = Field(default=1, ge=0, le=8)
+    normalization: Literal["instance", "group"] = "instance"
+
+    @model_validator(mode="after")
+    def _levels(self) -> UNetArguments:
+        if len(self.channels) < 2 or len(self.strides) != len(self.channels) - 1:
+            raise ValueError("strides has one entry fewer than channels, and there are at least two channels")
+        if self.normalization == "group" and any(c % 8 for c in self.channels):
+            raise ValueError("group normalisation uses 8 groups, so channels must be multiples of 8")
+        return self
+
+    def divisor(self) -> tuple[int, int, int]:
+        """Return what each side of a patch must be a multiple of."""
+        per_axis = [[s] * 3 if isinstance(s, int) else list(s) for s in self.strides]
+        height, width, depth = (math.prod(stride[axis] for stride in per_axis) for axis in range(3))
+        return height, width, depth
+
+
+def build_unet(arguments: UNetArguments, in_channels: int, out_channels: int) -> nn.Module:
+    """Build the network; activations are out of place so that per-sample gradients can be taken."""
+    norm: str | tuple[str, dict[str, object]] = ("INSTANCE", {"affine": True})
+    if arguments.normalization == "group":
+        norm = ("GROUP", {"num_groups": 8})
+    network: nn.Module = UNet(
+        spatial_dims=3,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        channels=arguments.channels,
+        strides=arguments.strides,
+        num_res_units=arguments.residual_units,
+        norm=norm,
+        act=("LEAKYRELU", {"inplace": False}),
+    )
+    return network

@@ -1,0 +1,83 @@
+"""From admitted updates to new global weights. What an update weighs is computed apart from how they are combined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from semisam_core.plan import Aggregation
+
+
+@dataclass(frozen=True)
+class Update:
+    """One site's admitted update of one round.
+
+    Attributes:
+        site: the site's name.
+        weights: the specialist's tensors.
+        scalars: the agreed scalars.
+    """
+
+    site: str
+    weights: Mapping[str, Tensor]
+    scalars: Mapping[str, float]
+
+
+def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float) -> list[float]:
+    """Return what each update weighs, summing to one.
+
+    An update of a site that took no step carries nothing new and weighs 0.
+
+    Args:
+        updates: admitted updates.
+        policy: `samples`: labeled and unlabeled scans; `equal`; `evidence`: labeled scans plus unlabeled_share *
+            exp(-5 (1 - progress)^2) * accepted pseudo-labels.
+        progress: share of the study's rounds that are done, in [0, 1].
+
+    Raises:
+        ValueError: no update weighs anything.
+    """
+    raw = [_evidence(update.scalars, policy, progress) if update.scalars["steps"] > 0 else 0.0 for update in updates]
+    total = sum(raw)
+    if total <= 0:
+        raise ValueError("no site brought anything to learn from in this round")
+    return [value / total for value in raw]
+
+
+def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float) -> float:
+    if policy.weights == "equal":
+        return 1.0
+    if policy.weights == "samples":
+        return float(scalars["labeled"] + scalars["unlabeled"])
+    ramp = math.exp(-5 * (1 - progress) ** 2)
+    return float(scalars["labeled"] + policy.unlabeled_share * ramp * scalars["accepted"])
+
+
+def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return sum_k w_k theta_k, accumulated in double precision in the order of site names.
+
+    The fixed order makes the result the same however replies arrive.
+
+    Args:
+        updates: admitted updates, at least one, all with the same tensors.
+        weights: non-negative, summing to one.
+
+    Raises:
+        ValueError: there is no update, or weights do not fit.
+    """
+    if not updates or len(updates) != len(weights):
+        raise ValueError(f"{len(updates)} updates and {len(weights)} weights cannot be combined")
+    if any(w < 0 for w in weights) or not math.isclose(sum(weights), 1.0, rel_tol=1e-9):
+        raise ValueError("weights must be non-negative and sum to one")
+    ordered = sorted(zip(updates, weights, strict=True), key=lambda pair: pair[0].site)
+    result = {}
+    for name, first in ordered[0][0].weights.items():
+        total = torch.zeros(first.shape, dtype=torch.float64)
+        for update, weight in ordered:
+            total += weight * update.weights[name].double()
+        result[name] = total.to(first.dtype) if first.is_floating_point() else total.round().to(first.dtype)
+    return result

@@ -1,0 +1,82 @@
+"""The ServerApp: reads plan and run folder from the run config, executes the study, leaves the truth in status.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from semisam_core.errors import ConfigError, SemiSAMError
+from semisam_core.files import write_json
+from semisam_core.plan import Plan, load_plan
+from server.run_folder import RunFolder
+from server.study import Study
+
+logger = logging.getLogger(__name__)
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the study to its end.
+
+    Run config: ``plan`` (path of the plan), ``sites`` (simulation: folder of site files), ``num-sites`` (how many to
+    wait for; 0 counts the files), ``run-folder`` (where the record goes; empty makes a new one under ``runs/``).
+
+    Raises:
+        SemiSAMError: the run cannot start or go on; also in the run folder's status.json.
+    """
+    config = context.run_config
+    plan_path = str(config.get("plan", ""))
+    if not plan_path:
+        raise ConfigError("the run config needs the key plan: the absolute path of the study plan.")
+    plan = load_plan(Path(plan_path))
+    folder = RunFolder(_run_path(str(config.get("run-folder", ""))))
+    run = _run_name(folder, plan)
+    folder.set_status("running", run=run)
+    try:
+        Study(plan, grid, folder, run, _expected_sites(context)).execute()
+    except BaseException as error:
+        reason = str(error) if isinstance(error, SemiSAMError) else f"{type(error).__name__}: {error}"
+        folder.set_status("failed", reason, run=run)
+        raise
+    folder.set_status("completed", run=run)
+    logger.info("The study is complete; its record is in %s", folder.path)
+
+
+def _expected_sites(context: Context) -> int:
+    number = int(context.run_config.get("num-sites", 0))
+    if number > 0:
+        return number
+    folder = Path(str(context.run_config.get("sites", "")))
+    files = [path for path in folder.iterdir() if path.suffix in {".yaml", ".yml"}] if folder.is_dir() else []
+    if not files:
+        raise ConfigError("the run config needs num-sites, or sites naming a folder of site files.")
+    return len(files)
+
+
+def _run_path(given: str) -> Path:
+    return Path(given) if given else Path.cwd() / "runs" / time.strftime("%Y%m%d-%H%M%S")
+
+
+def _run_name(folder: RunFolder, plan: Plan) -> str:
+    """Return the name that this run has had from its beginning.
+
+    Raises:
+        ConfigError: the folder holds a run of another plan.
+    """
+    path = folder.path / "run.json"
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["plan_hash"] != plan.hash:
+            raise ConfigError(f"{path}: this folder holds a run of another plan; give a new folder or the same plan.")
+        return str(kept["run"])
+    run = f"{plan.task.name[:40]}-{secrets.token_hex(4)}"
+    write_json(path, {"run": run, "plan_hash": plan.hash, "plan": json.loads(plan.canonical_json())})
+    return run
