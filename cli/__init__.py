@@ -1,0 +1,1 @@
+"""The `semisam` command: the one room that knows the other three."""

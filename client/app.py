@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from client.egress import EgressError, EgressGate, arriving_tensors
 from client.site import NoUsableCaseError, Site, SiteReport, WeightsNotAgreedError
@@ -135,7 +136,11 @@ def _answer(
     work: Callable[[Site, EgressGate, _Request], RecordDict],
 ) -> Message:
     """Do the work and answer; whatever goes wrong, only the word of a rule leaves."""
-    config = site_config_of(context)
+    try:
+        config = site_config_of(context)
+    except ConfigError as error:
+        logger.error("This site cannot work: %s", error)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "site-config"), reply_to=message)
     gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl")
     run, round_number = _book_names(message)
     try:

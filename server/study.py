@@ -144,7 +144,7 @@ class Study:
         """Keep the specialist that the plan's selection picks, and say what it was picked by."""
         rounds = self.plan.training.rounds
         if self.plan.selection == "last":
-            self.folder.save_best(rounds, last, self.plan, "last round; no label was used to select")
+            self._keep_best(rounds, last, "last round; no label was used to select")
             return
         scores: dict[int, list[float]] = {}
         for line in self.folder.records("evaluated"):
@@ -152,11 +152,15 @@ class Study:
             if values:
                 scores.setdefault(line["round"], []).append(sum(values) / len(values))
         if not scores:
-            self.folder.save_best(rounds, last, self.plan, "last round; no site sent a validation score")
+            self._keep_best(rounds, last, "last round; no site sent a validation score")
             return
         best = max(scores, key=lambda number: (sum(scores[number]) / len(scores[number]), number))
         chosen_by = "mean validation Dice over sites and classes; validation labels were used to select"
-        self.folder.save_best(best, self.folder.load_round(best, self.plan), self.plan, chosen_by)
+        self._keep_best(best, self.folder.load_round(best, self.plan), chosen_by)
+
+    def _keep_best(self, number: int, weights: dict[str, Tensor], chosen_by: str) -> None:
+        self.folder.save_best(number, weights, self.plan, chosen_by)
+        self.folder.record("selected", round=number, by=chosen_by)
 
     def _ask(
         self,

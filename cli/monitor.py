@@ -1,0 +1,140 @@
+"""Show how a run stands: rounds from the run folder, each site's work from its own storage. Reads files only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+
+TAIL_BYTES = 4096
+
+
+class RunMonitor:
+    """A live display on a terminal; a line for each event elsewhere.
+
+    Args:
+        title: what runs.
+        run_folder: the server's record.
+        storages: site name -> its storage folder.
+        console: where to show.
+    """
+
+    def __init__(self, title: str, run_folder: Path, storages: Mapping[str, Path], console: Console) -> None:
+        self._title, self._folder, self._storages, self._console = title, run_folder, storages, console
+        self._offset = self._start_of_news()
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._live,
+        )
+        self._rounds = self._progress.add_task(f"{title}: rounds", total=None, note="starting")
+        self._sites: dict[str, TaskID] = {}
+        self._phases: dict[str, str] = {}
+
+    def __enter__(self) -> RunMonitor:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.tick()
+        self._progress.stop()
+
+    def tick(self) -> None:
+        """Look for news and show them."""
+        for event in self._news():
+            self._show(event)
+        for site, storage in self._storages.items():
+            self._show_site(site, storage)
+
+    def _show(self, event: Mapping[str, Any]) -> None:
+        kind = event.get("event")
+        if kind == "aggregated":
+            self._progress.update(self._rounds, completed=event["round"], total=event["rounds"], note="")
+            self._say(f"round {event['round']}/{event['rounds']} aggregated after {event['seconds']:.0f} s")
+        elif kind == "joined":
+            self._say(
+                f"{event['site']} joined: {event['labeled']:.0f} labeled, {event['unlabeled']:.0f} unlabeled, "
+                f"{event['validation']:.0f} validation, {event['quarantined']:.0f} quarantined"
+            )
+        elif kind == "trained":
+            self._say(
+                f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps, "
+                f"pseudo-labels {event['accepted']:.0f} accepted, {event.get('gated', 0):.0f} gated"
+            )
+        elif kind == "evaluated":
+            scores = [f"{key[5:]} {value:.3f}" for key, value in event.items() if key.startswith("dice.")]
+            self._say(f"round {event['round']}: {event['site']} Dice {', '.join(scores) or 'not sent'}")
+        elif kind == "refused":
+            self._say(f"round {event['round']}: {event['site']} is left out: {event['reason']}")
+        elif kind == "silent":
+            self._say(f"round {event['round']}: {event['sites']} sites did not answer within {event['seconds']:g} s")
+
+    def _say(self, text: str) -> None:
+        self._progress.console.print(f"  {text}", highlight=False, markup=False)
+
+    def _show_site(self, site: str, storage: Path) -> None:
+        line = self._last_line(storage)
+        if line is None:
+            return
+        if site not in self._sites:
+            self._sites[site] = self._progress.add_task(f"  {site}", total=None, note="")
+        note = f"round {line['round']} {line['phase']} ({line['unit']})"
+        task = self._sites[site]
+        if self._phases.get(site) != note:
+            self._phases[site] = note
+            self._progress.reset(task, total=line["total"] or None, note=note)
+            if not self._live and line["phase"] in ("prepare", "pseudo-label", "train"):
+                self._say(f"{site}: round {line['round']}, {line['phase']}, {line['total']} {line['unit']}")
+        self._progress.update(task, completed=line["done"], total=line["total"] or None, note=note)
+
+    def _last_line(self, storage: Path) -> dict[str, Any] | None:
+        try:
+            run = json.loads((self._folder / "run.json").read_text())["run"]
+            with (storage / "runs" / run / "progress.jsonl").open("rb") as file:
+                file.seek(0, 2)
+                file.seek(max(0, file.tell() - TAIL_BYTES))
+                lines = file.read().splitlines()
+        except (OSError, ValueError, KeyError):
+            return None
+        for text in reversed(lines):
+            try:
+                line: dict[str, Any] = json.loads(text)
+            except ValueError:
+                continue
+            return line
+        return None
+
+    def _start_of_news(self) -> int:
+        path = self._folder / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def _news(self) -> list[dict[str, Any]]:
+        path = self._folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            file.seek(self._offset)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        events = []
+        for text in whole.splitlines():
+            try:
+                events.append(json.loads(text))
+            except ValueError:
+                continue
+        return events

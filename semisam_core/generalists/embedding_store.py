@@ -1,0 +1,207 @@
+"""Embeddings kept on the site's disk, so that a scan is encoded once, whatever is killed or full meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from semisam_core.files import write_atomically
+from semisam_core.generalists.base import Generalist
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+
+_SUFFIX = ".safetensors"
+_FORMAT = "1"
+_ABANDONED_SECONDS = 3600  # a temporary file this old belongs to a process that was killed
+
+
+def scan_key(volume: Tensor) -> str:
+    """Return the SHA-256, in hexadecimal, over a scan's shape, type and every voxel."""
+    digest = hashlib.sha256(json.dumps([list(volume.shape), str(volume.dtype)]).encode())
+    digest.update(_bytes_of(volume))
+    return digest.hexdigest()
+
+
+class EmbeddingStore:
+    """A bounded cache of embeddings, one file each, in half precision.
+
+    Losing any file only costs time: a damaged one is deleted and counts as absent, the least recently used go
+    first when room is needed, and a disk that refuses a write is reported once and then worked around. Several
+    processes may share the folder.
+
+    Attributes:
+        hits: embeddings that were read.
+        misses: embeddings that had to be made.
+        write_failures: embeddings that could not be kept.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, chunk: int = 4) -> None:
+        """Use a folder, which is made when first written to.
+
+        Args:
+            folder: for this store alone.
+            limit_bytes: disk space for all files; with 0, nothing is kept.
+            chunk: units encoded between two writes: what a kill can lose.
+        """
+        if limit_bytes < 0 or chunk < 1:
+            raise ValueError(
+                f"limit_bytes must be at least 0 and chunk at least 1, not {limit_bytes}, {chunk}"
+            )
+        self.hits = 0
+        self.misses = 0
+        self.write_failures = 0
+        self._folder = folder
+        self._limit = limit_bytes
+        self._chunk = chunk
+
+    def fetch(
+        self,
+        generalist: Generalist,
+        scan_key: str,
+        volume: Tensor,
+        units: Sequence[int],
+        progress: Progress | None = None,
+    ) -> dict[int, Tensor]:
+        """Return the embeddings of a scan's units, encoding only those which are not kept yet.
+
+        An embedding has the same values, rounded to half precision, whether it was kept or has just been made.
+
+        Args:
+            generalist: the model that encodes.
+            scan_key: `scan_key(volume)`.
+            volume: the scan (H, W, D).
+            units: embedding units, as from `generalist.units`.
+            progress: told (units there, units wanted), first at once and then after each chunk.
+
+        Returns:
+            unit -> embedding, float32.
+        """
+        names = {unit: entry_name(generalist, scan_key, unit) for unit in units}
+        found: dict[int, Tensor] = {}
+        for unit, name in names.items():
+            if (embedding := self._read(name)) is not None:
+                found[unit] = embedding
+        absent = [unit for unit in names if unit not in found]
+        self.hits += len(found)
+        self.misses += len(absent)
+        if progress:
+            progress(len(found), len(names))
+        for start in range(0, len(absent), self._chunk):
+            made = generalist.embed(volume, absent[start : start + self._chunk])
+            halves = {unit: embedding.half() for unit, embedding in made.items()}
+            keepable = {names[unit]: half for unit, half in halves.items() if torch.isfinite(half).all()}
+            self._keep(keepable)
+            for unit, half in halves.items():
+                found[unit] = half.float() if names[unit] in keepable else made[unit].float()
+            if progress:
+                progress(len(found), len(names))
+        if absent:
+            self._make_room(0)  # another process may have written at the same moment
+        return {unit: found[unit] for unit in names}
+
+    def _read(self, name: str) -> Tensor | None:
+        path = self._folder / f"{name}{_SUFFIX}"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                half = file.get_tensor("embedding")
+            if half.dtype != torch.float16 or metadata.get("checksum") != _checksum(name, half):
+                raise ValueError("not what was written")
+            embedding: Tensor = half.float()
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, ValueError):
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # the time of last use, by which the least recently used is found
+        return embedding
+
+    def _keep(self, halves: Mapping[str, Tensor]) -> None:
+        content = {name: _serialised(name, half) for name, half in halves.items()}
+        content = {name: each for name, each in content.items() if len(each) <= self._limit}
+        for name, each in content.items():
+            try:
+                self._make_room(len(each))
+                write_atomically(self._folder / f"{name}{_SUFFIX}", each)
+            except OSError as error:
+                self._note_failure(error)
+
+    def _note_failure(self, error: OSError) -> None:
+        self.write_failures += 1
+        if self.write_failures == 1:
+            logger.warning(
+                "An embedding could not be kept on disk (%s); work goes on, but such embeddings are made again "
+                "each time. Free some disk space or lower the site's limit for embeddings.",
+                error.strerror or type(error).__name__,
+            )
+
+    def _make_room(self, incoming: int) -> None:
+        files = list(_files(self._folder))
+        excess = sum(file.size for file in files) + incoming - self._limit
+        now = time.time()
+        for file in sorted(files, key=lambda file: (file.used_ns, file.path.name)):
+            abandoned = file.temporary and now - file.used_ns / 1e9 > _ABANDONED_SECONDS
+            if abandoned or (excess > 0 and not file.temporary):
+                with contextlib.suppress(OSError):
+                    file.path.unlink()
+                    excess -= file.size
+
+
+def entry_name(generalist: Generalist, scan_key: str, unit: int) -> str:
+    """Return the name of an embedding: another for another scan, model, weights or preprocessing."""
+    card = generalist.card
+    parts = [_FORMAT, scan_key, card.name, generalist.weights_sha256, card.preprocessing, unit]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    size: int
+    used_ns: int
+    temporary: bool
+
+
+def _files(folder: Path) -> Iterable[_File]:
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        temporary = entry.name.startswith(".") and _SUFFIX in entry.name
+        if not temporary and not entry.name.endswith(_SUFFIX):
+            continue
+        with contextlib.suppress(OSError):  # another process took it away
+            status = entry.stat(follow_symlinks=False)
+            yield _File(Path(entry.path), status.st_size, status.st_mtime_ns, temporary)
+
+
+def _serialised(name: str, half: Tensor) -> bytes:
+    contiguous = half.cpu().contiguous()
+    return save({"embedding": contiguous}, {"checksum": _checksum(name, contiguous)})
+
+
+def _checksum(name: str, half: Tensor) -> str:
+    """Bind an embedding's values and shape to its name, so that no other file can stand in for it."""
+    digest = hashlib.sha256(json.dumps([name, list(half.shape), str(half.dtype)]).encode())
+    digest.update(_bytes_of(half))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
