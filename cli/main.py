@@ -119,7 +119,10 @@ def phantom(
 
 @app.command("run-in-process", hidden=True)
 def run_in_process(
-    plan: PlanOption, sites: SitesOption, run_folder: Path, only: str | None = None
+    plan: PlanOption,
+    sites: SitesOption,
+    run_folder: Annotated[Path, typer.Option(help="Where the record goes.")],
+    only: Annotated[str | None, typer.Option(help="One site's name.")] = None,
 ) -> None:
     """Run a study inside this process; `simulate` starts it as a child."""
     from cli.in_process import execute

@@ -146,6 +146,8 @@ class Simulation:
             gpus_per_site=gpus,
             work=self.out / "log",
             on_tick=monitor.tick,
+            settled=lambda: _state(self.out) in ("completed", "failed"),
+            max_seconds=_longest(self.study.plan),
         )
         if outcome.status != "completed":
             self.console.print(
@@ -195,6 +197,12 @@ class Simulation:
             self.out / "simulation.json",
             {"sites": str(self.sites), "engine": self.engine, "local_baseline": self.local_baseline},
         )
+
+
+def _longest(plan: Plan) -> float:
+    """Return how long a study lasts, in seconds, if every wait ends at its deadline."""
+    waits = plan.aggregation
+    return 600 + 2 * waits.join_deadline_s + (2 * plan.training.rounds + 2) * waits.round_deadline_s
 
 
 def supervised_alone(plan: Plan) -> Plan:

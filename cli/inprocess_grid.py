@@ -1,0 +1,128 @@
+"""Flower's grid inside one process: the real apps and messages, one site after another, no engine and no network."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+logger = logging.getLogger(__name__)
+
+Config = Mapping[str, bool | float | int | str]
+
+
+class InProcessGrid(Grid):
+    """Hands every message to the ClientApp at once and keeps its reply until it is pulled.
+
+    Messages are deep-copied both ways: no site shares an object with the server or with another site, as over a
+    network. A ClientApp that raises becomes an error reply, as in Flower. Sites work one after another, so a deadline
+    cannot cut one short.
+
+    Args:
+        client_app: what every site runs.
+        node_configs: one node config a site; nodes are numbered from 1.
+        run_config: the run config of every site.
+    """
+
+    def __init__(self, client_app: ClientApp, node_configs: Sequence[Config], run_config: Config) -> None:
+        # Flower sets these when it starts a ServerApp; a message cannot be made without them.
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
+        self._client_app = client_app
+        self._contexts = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config=dict(config),
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for node, config in enumerate(node_configs, start=1)
+        }
+        self._replies: dict[str, Message] = {}
+        self._sent = 0
+
+    def set_run(self, run: Run) -> None:
+        """Accept the run's description, which nothing here needs."""
+
+    @property
+    def run(self) -> Run:
+        """There is no engine, hence no run to describe."""
+        raise NotImplementedError("an in-process grid has no Flower run")
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a message to a site."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the numbers of all sites."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Let each site work on its message; return the messages' identifiers."""
+        identifiers = []
+        for message in messages:
+            self._sent += 1
+            identifiers.append(str(self._sent))
+            self._replies[identifiers[-1]] = self._work(message, identifiers[-1])
+        return identifiers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies to these messages, each once."""
+        return [self._replies.pop(each) for each in list(message_ids) if each in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Let every site work on its message and return the replies."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _work(self, message: Message, identifier: str) -> Message:
+        arriving = _copy(message, identifier)
+        try:
+            reply = self._client_app(arriving, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:  # noqa: BLE001 - as Flower: whatever a ClientApp raises is an error reply
+            logger.warning("The ClientApp raised %s", type(error).__name__, exc_info=error)
+            failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__)
+            return Message(failure, reply_to=arriving)
+        return _copy(reply, f"reply-{identifier}")
+
+
+def run_in_process(
+    server_app: ServerApp, client_app: ClientApp, node_configs: Sequence[Config], run_config: Config
+) -> None:
+    """Run a ServerApp over sites that work in this process; what it raises is raised here."""
+    grid = InProcessGrid(client_app, node_configs, run_config)
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config))
+    server_app(grid, context)
+
+
+def _copy(message: Message, identifier: str) -> Message:
+    old = message.metadata
+    metadata = Metadata(
+        run_id=1,
+        message_id=identifier,
+        src_node_id=old.src_node_id,
+        dst_node_id=old.dst_node_id,
+        reply_to_message_id=old.reply_to_message_id,
+        group_id=old.group_id,
+        created_at=old.created_at,
+        ttl=old.ttl,
+        message_type=old.message_type,
+    )
+    if message.has_error():
+        return Message(copy.deepcopy(message.error), metadata=metadata)
+    return Message(copy.deepcopy(message.content), metadata=metadata)

@@ -1,0 +1,105 @@
+"""Child processes that never outlive this one, however deep the tree and whatever ends us."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO
+
+import psutil
+
+MARK = "SEMISAM_PROCESS_TREE"
+GRACE_S = 5.0
+
+
+class ProcessTree:
+    """Starts processes and, on leaving the `with`, ends them and all that came of them, detached or not.
+
+    Every child carries a mark in its environment, which its own children inherit even when they start a session of
+    their own or lose their parent; the mark is what finds them. While the `with` lasts, SIGTERM and SIGHUP end it as
+    Ctrl-C does.
+    """
+
+    def __init__(self) -> None:
+        self._mark = secrets.token_hex(8)
+        self._handlers: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> ProcessTree:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                self._handlers[number] = signal.signal(number, _interrupt)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        quiet = threading.current_thread() is threading.main_thread()
+        impatient = signal.signal(signal.SIGINT, signal.SIG_IGN) if quiet else None  # a second Ctrl-C must not stop this
+        try:
+            self.end()
+        finally:
+            if quiet:
+                signal.signal(signal.SIGINT, impatient)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def start(
+        self,
+        command: Sequence[str],
+        stdout: IO[bytes],
+        stderr: IO[bytes],
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Start a process with this tree's mark, in a session of its own so that Ctrl-C reaches it through us."""
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=self.environment(env),
+            cwd=cwd,
+            start_new_session=True,
+        )
+
+    def environment(self, env: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return an environment that carries this tree's mark."""
+        return dict(os.environ if env is None else env) | {MARK: self._mark}
+
+    def alive(self) -> list[psutil.Process]:
+        """Return all living processes of this tree."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.pid != os.getpid() and process.environ().get(MARK) == self._mark:
+                    found.append(process)
+        return found
+
+    def end(self) -> None:
+        """Ask every process of the tree to end, then kill what is left, until none is."""
+        processes = self.alive()
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        psutil.wait_procs(processes, timeout=GRACE_S)
+        deadline = time.monotonic() + GRACE_S
+        while (processes := self.alive()) and time.monotonic() < deadline:
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=0.5)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
