@@ -64,7 +64,11 @@ class RunMonitor:
         kind = event.get("event")
         if kind == "aggregated":
             self._progress.update(self._rounds, completed=event["round"], total=event["rounds"], note="")
-            self._say(f"round {event['round']}/{event['rounds']} aggregated after {event['seconds']:.0f} s")
+            left = event["rounds"] - event["round"]
+            self._say(
+                f"round {event['round']}/{event['rounds']} aggregated after {event['seconds']:.0f} s; "
+                f"{left} left, about {left * event['seconds'] / 60:.1f} min"
+            )
         elif kind == "joined":
             self._say(
                 f"{event['site']} joined: {event['labeled']:.0f} labeled, {event['unlabeled']:.0f} unlabeled, "

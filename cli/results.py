@@ -83,34 +83,25 @@ def as_json(results: Sequence[SiteResult]) -> list[dict[str, Any]]:
 
 def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> Table:
     """Return the table that people read."""
-    table = Table(title=title, caption=f"Specialist selected by: {chosen_by}. Pseudo-labels: last round.")
-    columns = (
-        ("site", "left"),
-        ("class", "left"),
-        ("labeled", "right"),
-        ("unlabeled", "right"),
-        ("pseudo-labels\naccepted", "right"),
-        ("pseudo-labels\ngated", "right"),
-        ("local only\nDice", "right"),
-        ("federated\nDice", "right"),
-        ("local only\nHD95 mm", "right"),
-        ("federated\nHD95 mm", "right"),
+    table = Table(
+        title=title,
+        caption=f"Local: trained alone, supervised, same steps. Pseudo-labels: last round. Selected by: {chosen_by}.",
     )
-    for name, side in columns:
-        table.add_column(name, justify="left" if side == "left" else "right")
+    table.add_column("site")
+    table.add_column("class")
+    table.add_column("scans\nlabeled / unlabeled", justify="right")
+    table.add_column("pseudo-labels\naccepted / gated", justify="right")
+    table.add_column("Dice\nlocal / federated", justify="right")
+    table.add_column("HD95 mm\nlocal / federated", justify="right")
     for r in results:
         missing = f" ({r.missing_distances} missing)" if r.missing_distances else ""
         table.add_row(
             r.site,
             r.target,
-            str(r.labeled),
-            str(r.unlabeled),
-            str(r.accepted),
-            str(r.gated),
-            _number(r.local_dice, 3),
-            _number(r.federated_dice, 3),
-            _number(r.local_hd95_mm, 1),
-            _number(r.federated_hd95_mm, 1) + missing,
+            f"{r.labeled} / {r.unlabeled}",
+            f"{r.accepted} / {r.gated}",
+            f"{_number(r.local_dice, 3)} / {_number(r.federated_dice, 3)}",
+            f"{_number(r.local_hd95_mm, 1)} / {_number(r.federated_hd95_mm, 1)}{missing}",
         )
     return table
 
