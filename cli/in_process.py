@@ -24,7 +24,7 @@ def execute(plan: Path, sites: Path, run_folder: Path, only: str | None = None) 
     if not chosen:
         raise ConfigError(f"{sites}: no site is called {only}.")
     node_configs: list[dict[str, str | int]] = [{"site-config": str(path)} for path in chosen]
-    run_config = {
+    run_config: dict[str, str | int] = {
         "plan": str(plan.resolve()),
         "sites": str(sites.resolve()),
         "num-sites": len(chosen),

@@ -129,7 +129,7 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 def _labeled_counts(text: str, sites: Sequence[str]) -> dict[str, int]:
     parts = text.split(",")
     if not all(part.strip().isdigit() for part in parts) or len(parts) not in (1, len(sites)):
-        raise ConfigError(f"--labeled {text}: one number, or {len(sites)} numbers for {', '.join(sites)}, are expected.")
+        raise ConfigError(f"--labeled {text}: expected is one number, or {len(sites)}, for {', '.join(sites)}.")
     numbers = [int(part) for part in parts]
     return dict(zip(sites, numbers * len(sites) if len(numbers) == 1 else numbers, strict=True))
 

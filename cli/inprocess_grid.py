@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
-from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -77,28 +77,31 @@ class InProcessGrid(Grid):
         for message in messages:
             self._sent += 1
             identifiers.append(str(self._sent))
-            self._replies[identifiers[-1]] = self._work(message, identifiers[-1])
+            self._replies[identifiers[-1]] = self._work(message)
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies to these messages, each once."""
         return [self._replies.pop(each) for each in list(message_ids) if each in self._replies]
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Let every site work on its message and return the replies."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _work(self, message: Message, identifier: str) -> Message:
-        arriving = _copy(message, identifier)
+    def _work(self, message: Message) -> Message:
+        sent = message.metadata
+        arriving = Message(
+            copy.deepcopy(message.content), sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id
+        )
         try:
-            reply = self._client_app(arriving, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:  # noqa: BLE001 - as Flower: whatever a ClientApp raises is an error reply
+            reply = self._client_app(arriving, self._contexts[sent.dst_node_id])
+        except Exception as error:
             logger.warning("The ClientApp raised %s", type(error).__name__, exc_info=error)
             failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__)
             return Message(failure, reply_to=arriving)
-        return _copy(reply, f"reply-{identifier}")
+        if reply.has_error():
+            return reply
+        return Message(copy.deepcopy(reply.content), reply_to=arriving)
 
 
 def run_in_process(
@@ -108,21 +111,3 @@ def run_in_process(
     grid = InProcessGrid(client_app, node_configs, run_config)
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config))
     server_app(grid, context)
-
-
-def _copy(message: Message, identifier: str) -> Message:
-    old = message.metadata
-    metadata = Metadata(
-        run_id=1,
-        message_id=identifier,
-        src_node_id=old.src_node_id,
-        dst_node_id=old.dst_node_id,
-        reply_to_message_id=old.reply_to_message_id,
-        group_id=old.group_id,
-        created_at=old.created_at,
-        ttl=old.ttl,
-        message_type=old.message_type,
-    )
-    if message.has_error():
-        return Message(copy.deepcopy(message.error), metadata=metadata)
-    return Message(copy.deepcopy(message.content), metadata=metadata)

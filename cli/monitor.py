@@ -9,8 +9,15 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 TAIL_BYTES = 4096
 
@@ -42,6 +49,7 @@ class RunMonitor:
         self._rounds = self._progress.add_task(f"{title}: rounds", total=None, note="starting")
         self._sites: dict[str, TaskID] = {}
         self._phases: dict[str, str] = {}
+        self._said: set[tuple[str, int, str]] = set()
 
     def __enter__(self) -> RunMonitor:
         self._progress.start()
@@ -101,7 +109,9 @@ class RunMonitor:
         if self._phases.get(site) != note:
             self._phases[site] = note
             self._progress.reset(task, total=line["total"] or None, note=note)
-            if not self._live and line["phase"] in ("prepare", "pseudo-label", "train"):
+            said = (site, line["round"], line["phase"])
+            if not self._live and said not in self._said:
+                self._said.add(said)
                 self._say(f"{site}: round {line['round']}, {line['phase']}, {line['total']} {line['unit']}")
         self._progress.update(task, completed=line["done"], total=line["total"] or None, note=note)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from semisam_core.data.phantom import DEMO_SCANNERS, write_phantom_site
 from semisam_core.files import write_json
@@ -21,12 +22,10 @@ def write_hospitals(out: Path, cases: int, seed: int, console: Console) -> None:
     with Progress(console=console) as progress:
         for number, (name, scanner) in enumerate(sorted(DEMO_SCANNERS.items())):
             task = progress.add_task(f"phantom hospital {name}", total=cases)
-            write_phantom_site(
-                out / name,
-                scanner,
-                cases,
-                seed + number,
-                name,
-                progress=lambda done, total, task=task: progress.update(task, completed=done, total=total),
-            )
+            advance = partial(_show, progress, task)
+            write_phantom_site(out / name, scanner, cases, seed + number, name, progress=advance)
     write_json(marker, {"cases": cases, "seed": seed})
+
+
+def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)

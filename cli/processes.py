@@ -45,7 +45,9 @@ class ProcessTree:
         trace: TracebackType | None,
     ) -> None:
         quiet = threading.current_thread() is threading.main_thread()
-        impatient = signal.signal(signal.SIGINT, signal.SIG_IGN) if quiet else None  # a second Ctrl-C must not stop this
+        impatient = (
+            signal.signal(signal.SIGINT, signal.SIG_IGN) if quiet else None
+        )  # a second Ctrl-C must not stop this
         try:
             self.end()
         finally:

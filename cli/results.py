@@ -70,9 +70,7 @@ def scores_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     if not selected:
         return {}
     return {
-        line["site"]: dict(line)
-        for line in lines
-        if line["event"] == "evaluated" and line["round"] == selected[-1]
+        line["site"]: dict(line) for line in lines if line["event"] == "evaluated" and line["round"] == selected[-1]
     }
 
 

@@ -130,7 +130,7 @@ class Simulation:
         import torch
 
         sites = len(self.study.sites)
-        run_config = {
+        run_config: dict[str, str | int] = {
             "plan": str(self.out / "plan.yaml"),
             "sites": str(self.sites),
             "num-sites": sites,

@@ -99,9 +99,7 @@ def evaluate(message: Message, context: Context) -> Message:
         weights = arriving_tensors(message.content.array_records[SPECIALIST_RECORD])
         report = site.evaluate(weights, request.final)
         agreed = evaluation_scalars(request.plan)
-        return gate.reply(
-            "evaluate", request.run, request.round_number, request.plan.hash, report.scalars, agreed
-        )
+        return gate.reply("evaluate", request.run, request.round_number, request.plan.hash, report.scalars, agreed)
 
     return _answer("evaluate", message, context, work)
 
@@ -149,7 +147,7 @@ def _answer(
         content = work(site, gate, request)
     except _RefusedError as refused:
         content = gate.refuse(kind, run, round_number, refused.rule, str(refused))
-    except Exception as error:  # noqa: BLE001 - no text of an exception may leave the site
+    except Exception as error:
         rule = next((rule for known, rule in RULES if isinstance(error, known)), RefusalRule.INTERNAL)
         logger.warning("Round %d: refused by rule %s", round_number, rule.value, exc_info=error)
         content = gate.refuse(kind, run, round_number, rule, f"{type(error).__name__}: {error}")

@@ -340,5 +340,3 @@ def _count_gates(labels: Mapping[str, PseudoLabel]) -> dict[str, float | int]:
 
 def _cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in state.items()}
-
-

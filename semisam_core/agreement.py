@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ TRAIN_SCALARS = (
 CLASS_SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm", "surface_dice", "cases", "missing_distances")
 
 
-class RefusalRule(str, Enum):
+class RefusalRule(StrEnum):
     """The rules by which a site refuses. The word of the rule is all that leaves; the rest is in the site's log."""
 
     PLAN_INVALID = "plan-invalid"
@@ -82,9 +82,7 @@ def disagreement(tensors: Mapping[str, Tensor], spec: Mapping[str, TensorSpec]) 
     for name, agreed in spec.items():
         found = tensors[name]
         if tuple(found.shape) != agreed.shape or found.dtype != agreed.dtype:
-            return (
-                f"tensor {name} is {tuple(found.shape)} {found.dtype}, agreed is {agreed.shape} {agreed.dtype}"
-            )
+            return f"tensor {name} is {tuple(found.shape)} {found.dtype}, agreed is {agreed.shape} {agreed.dtype}"
         if not bool(torch.isfinite(found).all()):
             return f"tensor {name} has values that are not finite"
     return None

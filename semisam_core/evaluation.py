@@ -62,9 +62,7 @@ def score_case(
     """
     if prediction.shape != label.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} differ in shape")
-    return [
-        _score_class(prediction == k, label == k, spacing_mm, tolerance_mm) for k in range(1, classes + 1)
-    ]
+    return [_score_class(prediction == k, label == k, spacing_mm, tolerance_mm) for k in range(1, classes + 1)]
 
 
 def summarise(scores: Iterable[ClassScore | None]) -> Summary | None:

@@ -20,7 +20,8 @@ def supervised_loss(logits: Tensor, label: Tensor) -> Tensor:
     target = label.long()
     cross_entropy = functional.cross_entropy(logits, target)
     dice = DiceLoss(softmax=True, to_onehot_y=True, include_background=False)(logits, target[:, None])
-    return 0.5 * (cross_entropy + dice)
+    loss: Tensor = 0.5 * (cross_entropy + dice)
+    return loss
 
 
 def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:

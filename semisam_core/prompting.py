@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from semisam_core.generalists.base import PromptKind, Prompts, SliceBox
 from semisam_core.plan import Gates, Prompting
 
 
-class Refusal(str, Enum):
+class Refusal(StrEnum):
     """Why a scan got no pseudo-label for a class. These words, and no others, may be reported."""
 
     EMPTY = "empty"
@@ -98,9 +98,7 @@ def slice_bounds(region: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[
     return slices, bounds
 
 
-def smooth_bounds(
-    slices: NDArray[np.int64], bounds: NDArray[np.float64], window: int
-) -> NDArray[np.float64]:
+def smooth_bounds(slices: NDArray[np.int64], bounds: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     """Median-filter each bound along runs of neighbouring slices, so that one bad slice moves no box."""
     smoothed = bounds.copy()
     runs = np.split(np.arange(len(slices)), np.flatnonzero(np.diff(slices) > 1) + 1)

@@ -83,9 +83,7 @@ def make_pseudo_label(
     return _assemble(answers, teacher.shape[1:])
 
 
-def confidence_fused(
-    teacher: Tensor, maps: Tensor, policy: PseudoLabels
-) -> tuple[Tensor, Tensor, Tensor]:
+def confidence_fused(teacher: Tensor, maps: Tensor, policy: PseudoLabels) -> tuple[Tensor, Tensor, Tensor]:
     """Fuse the answers to several prompt sets into a mean, a target y and an uncertainty U.
 
     Args:

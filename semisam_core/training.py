@@ -88,8 +88,8 @@ def update_teacher(teacher: nn.Module, specialist: nn.Module, decay: float) -> N
     with torch.no_grad():
         for ours, theirs in zip(teacher.parameters(), specialist.parameters(), strict=True):
             ours.lerp_(theirs, 1 - decay)
-        for ours, theirs in zip(teacher.buffers(), specialist.buffers(), strict=True):
-            ours.copy_(theirs)
+        for kept, moved in zip(teacher.buffers(), specialist.buffers(), strict=True):
+            kept.copy_(moved)
 
 
 class _Trainer:
@@ -110,9 +110,7 @@ class _Trainer:
         self._regularizer = build_regularizer(plan.regularizer.name)
         training = plan.training
         self._labeled = _stream(labeled, plan, training.labeled_batch, seed)
-        self._unlabeled = (
-            _stream(unlabeled, plan, training.unlabeled_batch, seed + 1) if plan.uses_unlabeled else None
-        )
+        self._unlabeled = _stream(unlabeled, plan, training.unlabeled_batch, seed + 1) if plan.uses_unlabeled else None
         self._generator = torch.Generator().manual_seed(seed + 2)
         self._optimizer = build_optimizer(specialist, training.optimizer)
         self._sums = {"supervised": [0.0, 0], "consistency": [0.0, 0], "generalist": [0.0, 0]}
@@ -139,7 +137,7 @@ class _Trainer:
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss became {loss.item()} at step {t}")
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._specialist.parameters(), GRADIENT_NORM)
         self._optimizer.step()
         update_teacher(self._teacher, self._specialist, teacher_decay(t, self._plan.teacher.decay))
@@ -183,20 +181,17 @@ def build_optimizer(specialist: nn.Module, settings: Optimizer) -> torch.optim.O
             momentum=0.9,
             weight_decay=settings.weight_decay,
         )
-    return torch.optim.AdamW(
-        specialist.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    return torch.optim.AdamW(specialist.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def learning_rate(step: int, total_steps: int, settings: Optimizer) -> float:
     """Return lr(t) = lr * (final + (1 - final) (1 - t/T)^0.9), polynomial decay over the whole study."""
     remaining = (1 - min(step, total_steps) / total_steps) ** 0.9
-    return settings.learning_rate * (settings.final_share + (1 - settings.final_share) * remaining)
+    share: float = settings.final_share + (1 - settings.final_share) * remaining
+    return settings.learning_rate * share
 
 
-def _stream(
-    scans: Sequence[Callable[[], TrainingScan]], plan: Plan, batch_size: int, seed: int
-) -> PatchStream | None:
+def _stream(scans: Sequence[Callable[[], TrainingScan]], plan: Plan, batch_size: int, seed: int) -> PatchStream | None:
     if not scans:
         return None
     return PatchStream(lambda k: scans[k](), len(scans), plan, batch_size, seed)

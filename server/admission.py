@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from flwr.app import Message, MessageType
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from semisam_core.agreement import (
@@ -23,7 +24,6 @@ from semisam_core.agreement import (
     evaluation_scalars,
 )
 from semisam_core.plan import Name, Plan
-from pydantic import TypeAdapter, ValidationError
 
 REQUIRED: Mapping[str, Sequence[str]] = {
     MessageType.QUERY: ("labeled", "unlabeled", "validation", "quarantined"),

@@ -171,7 +171,7 @@ class Study:
         weights: Mapping[str, Tensor] | None = None,
         final: bool = False,
     ) -> list[tuple[int, Admitted | Rejected]]:
-        study = {
+        study: dict[str, str | int | bool] = {
             "plan": self.plan.canonical_json(),
             "plan-hash": self.plan.hash,
             "run": self.run,
@@ -181,7 +181,7 @@ class Study:
         self.folder.record("asked", kind=kind, round=number, sites=len(nodes))
         messages = []
         for node in nodes:
-            content = RecordDict({STUDY_RECORD: ConfigRecord(dict(study))})
+            content = RecordDict({STUDY_RECORD: ConfigRecord({**study})})
             if weights is not None:
                 content[SPECIALIST_RECORD] = ArrayRecord({n: Array(v.numpy()) for n, v in weights.items()})
             messages.append(Message(content, dst_node_id=node, message_type=kind, group_id=str(number)))
@@ -196,4 +196,3 @@ class Study:
     def _refusals(self, number: int) -> str:
         lines = [f"{r['site']}: {r['reason']}" for r in self.folder.records("refused") if r["round"] == number]
         return "; ".join(lines[-20:]) if lines else "No site said why."
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 from semisam_core.errors import ConfigError
@@ -12,7 +12,7 @@ from semisam_core.errors import ConfigError
 SUFFIXES = (".nii.gz", ".nii")
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What a case may be used for."""
 
     LABELED = "labeled"
@@ -125,9 +125,7 @@ def _nifti_files(folder: Path, what: str) -> dict[str, Path]:
     return found
 
 
-def _group_channels(
-    files: dict[str, Path], channels: int
-) -> tuple[dict[str, tuple[Path, ...]], list[Quarantined]]:
+def _group_channels(files: dict[str, Path], channels: int) -> tuple[dict[str, tuple[Path, ...]], list[Quarantined]]:
     if channels == 1:
         return {name: (path,) for name, path in files.items()}, []
     parts: dict[str, dict[int, Path]] = {}

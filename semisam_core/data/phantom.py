@@ -171,7 +171,9 @@ def _depth_mm(organ: _Organ, patient: Volume, random: np.random.Generator) -> Vo
     for _ in range(4):
         direction = random.normal(0.0, 1.0, 3)
         direction *= random.uniform(1.5, 3.5) / np.linalg.norm(direction)
-        wave += random.normal(0.0, 0.07) * np.sin(np.tensordot(direction, scaled, axes=1) + random.uniform(0, 2 * np.pi))
+        wave += random.normal(0.0, 0.07) * np.sin(
+            np.tensordot(direction, scaled, axes=1) + random.uniform(0, 2 * np.pi)
+        )
     depth: Volume = ((1.0 + wave - radius) * float(np.min(radii))).astype(np.float32)
     return depth
 
@@ -187,7 +189,8 @@ def _see(signal: Volume, scanner: Scanner, random: np.random.Generator) -> NDArr
     bias = np.exp(scanner.bias * slow / np.abs(slow).max())
     contrast = np.clip(signal * bias, 0.0, None) ** scanner.gamma
     noisy = contrast + random.normal(0.0, scanner.noise, signal.shape)
-    return noisy * scanner.gain * random.normal(1.0, 0.08) + scanner.offset
+    seen: NDArray[Any] = noisy * scanner.gain * random.normal(1.0, 0.08) + scanner.offset
+    return seen
 
 
 def _write(path: Path, volume: NDArray[Any], scanner: Scanner) -> None:

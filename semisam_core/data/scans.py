@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +108,8 @@ def to_original(probability: Tensor, scan: Scan) -> Tensor:
         dst_affine=scan.original.affine,
         spatial_size=scan.original.shape,
     )
-    return moved.as_tensor()
+    tensor: Tensor = moved.as_tensor()
+    return tensor
 
 
 def _prepare(case: Case, plan: Plan) -> Scan:

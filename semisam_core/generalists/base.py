@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
 from torch import Tensor
 
 
-class PromptKind(str, Enum):
+class PromptKind(StrEnum):
     """The kinds of prompt that a generalist may declare."""
 
     BOX_2D = "box-2d"

@@ -57,9 +57,7 @@ class EmbeddingStore:
             chunk: units encoded between two writes: what a kill can lose.
         """
         if limit_bytes < 0 or chunk < 1:
-            raise ValueError(
-                f"limit_bytes must be at least 0 and chunk at least 1, not {limit_bytes}, {chunk}"
-            )
+            raise ValueError(f"limit_bytes must be at least 0 and chunk at least 1, not {limit_bytes}, {chunk}")
         self.hits = 0
         self.misses = 0
         self.write_failures = 0

@@ -52,9 +52,7 @@ class LiteMedSAM:
     An embedding is (256, 64, 64). Slices and boxes never see each other: a batch is only a way to go faster.
     """
 
-    def __init__(
-        self, network: nn.Module, weights_sha256: str, device: torch.device, batch_size: int
-    ) -> None:
+    def __init__(self, network: nn.Module, weights_sha256: str, device: torch.device, batch_size: int) -> None:
         """Take a network that is loaded, frozen and on its device; see `load`.
 
         Args:
@@ -138,9 +136,7 @@ class LiteMedSAM:
                 embeddings[unit] = embedding.clone(memory_format=torch.contiguous_format)
         return embeddings
 
-    def segment(
-        self, embeddings: Mapping[int, Tensor], prompts: Prompts, shape: tuple[int, int, int]
-    ) -> Segmentation:
+    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, shape: tuple[int, int, int]) -> Segmentation:
         """Segment what the boxes surround. Several boxes on one slice are joined by the higher probability.
 
         Args:
@@ -234,9 +230,7 @@ def box_to_frame(box: SliceBox, shape: tuple[int, int, int]) -> tuple[float, flo
     top, bottom = max(row_min, 0.0), min(row_max + 1, height)
     left, right = max(column_min, 0.0), min(column_max + 1, width)
     if top >= bottom or left >= right:
-        raise ValueError(
-            f"the box {box.bounds} on slice {box.index} lies outside the {height} x {width} slice"
-        )
+        raise ValueError(f"the box {box.bounds} on slice {box.index} lies outside the {height} x {width} slice")
     rows, columns = frame_size((height, width))
     return left * columns / width, top * rows / height, right * columns / width, bottom * rows / height
 
@@ -280,9 +274,7 @@ def _check_units(volume: Tensor, units: Sequence[int]) -> None:
     if volume.ndim != 3 or 0 in volume.shape:
         raise ValueError(f"a scan must have shape (H, W, D), none of them 0, not {tuple(volume.shape)}")
     if outside := [unit for unit in units if not 0 <= unit < volume.shape[2]]:
-        raise ValueError(
-            f"slices {outside} are outside the scan, which has slices 0 to {volume.shape[2] - 1}"
-        )
+        raise ValueError(f"slices {outside} are outside the scan, which has slices 0 to {volume.shape[2] - 1}")
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -92,8 +92,7 @@ def _verify(file: BufferedReader, path: Path, expected: str | None, published: s
         raise WeightsError(f"{path}: the weights file cannot be read ({error.strerror})") from error
     if expected is not None and found != expected.lower():
         raise WeightsError(
-            f"{path}: the weights file has SHA-256 {found}, expected {expected.lower()}; "
-            f"accepted is {published}"
+            f"{path}: the weights file has SHA-256 {found}, expected {expected.lower()}; accepted is {published}"
         )
     return found
 

@@ -13,9 +13,7 @@ from semisam_core.regularizers.mean_teacher import MeanTeacher
 class Regularizer(Protocol):
     """One regularizer. One that needs a second network owns it and its place in the site's state."""
 
-    def loss(
-        self, student_logits: Tensor, teacher: nn.Module, batch: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    def loss(self, student_logits: Tensor, teacher: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Return the loss.
 
         Args:

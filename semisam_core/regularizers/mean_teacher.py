@@ -14,9 +14,7 @@ NOISE_LIMIT = 0.2
 class MeanTeacher:
     """Mean squared difference of softmax probabilities; teacher input x + clamp(0.1 N(0, 1), -0.2, 0.2)."""
 
-    def loss(
-        self, student_logits: Tensor, teacher: nn.Module, batch: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    def loss(self, student_logits: Tensor, teacher: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Return the consistency loss; see `Regularizer.loss`."""
         noise = torch.randn(batch.shape, generator=generator).to(batch.device)
         with torch.no_grad():

@@ -45,9 +45,7 @@ def check_specialist(name: str, arguments: Mapping[str, Any], patch: tuple[int, 
             )
 
 
-def build_specialist(
-    name: str, arguments: Mapping[str, Any], in_channels: int, classes: int, seed: int
-) -> nn.Module:
+def build_specialist(name: str, arguments: Mapping[str, Any], in_channels: int, classes: int, seed: int) -> nn.Module:
     """Build a network whose initial weights depend on the seed alone.
 
     Args:
