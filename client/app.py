@@ -136,22 +136,35 @@ def _answer(
     """Do the work and answer; whatever goes wrong, only the word of a rule leaves."""
     try:
         config = site_config_of(context)
+        gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl")
+        return Message(_work(kind, message, config, gate, work), reply_to=message)
     except ConfigError as error:
         logger.error("This site cannot work: %s", error)
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "site-config"), reply_to=message)
-    gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl")
+        rule = RefusalRule.SITE_CONFIG
+    except Exception as error:  # noqa: BLE001 - no text of an exception may leave the site
+        logger.error("This site cannot write its audit log, so nothing leaves it", exc_info=error)
+        rule = RefusalRule.AUDIT_LOG
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, rule.value), reply_to=message)
+
+
+def _work(
+    kind: str,
+    message: Message,
+    config: SiteConfig,
+    gate: EgressGate,
+    work: Callable[[Site, EgressGate, _Request], RecordDict],
+) -> RecordDict:
     run, round_number = _book_names(message)
     try:
         request = _read(message)
         site = Site(config, request.plan, request.run, request.round_number)
-        content = work(site, gate, request)
+        return work(site, gate, request)
     except _RefusedError as refused:
-        content = gate.refuse(kind, run, round_number, refused.rule, str(refused))
-    except Exception as error:
+        return gate.refuse(kind, run, round_number, refused.rule, str(refused))
+    except Exception as error:  # noqa: BLE001 - no text of an exception may leave the site
         rule = next((rule for known, rule in RULES if isinstance(error, known)), RefusalRule.INTERNAL)
         logger.warning("Round %d: refused by rule %s", round_number, rule.value, exc_info=error)
-        content = gate.refuse(kind, run, round_number, rule, f"{type(error).__name__}: {error}")
-    return Message(content, reply_to=message)
+        return gate.refuse(kind, run, round_number, rule, f"{type(error).__name__}: {error}")
 
 
 def _book_names(message: Message) -> tuple[str, int]:

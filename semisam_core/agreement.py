@@ -53,6 +53,8 @@ class RefusalRule(StrEnum):
     DIVERGED = "training-diverged"
     STORAGE = "storage"
     INTERNAL = "internal-error"
+    SITE_CONFIG = "site-config"
+    AUDIT_LOG = "audit-log"
 
 
 def evaluation_scalars(plan: Plan) -> tuple[str, ...]:

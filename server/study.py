@@ -96,9 +96,10 @@ class Study:
             if time.monotonic() >= deadline:
                 if len(nodes) >= self.plan.aggregation.minimum_sites:
                     return nodes
+                policy = self.plan.aggregation
                 raise StudyFailedError(
-                    f"{len(nodes)} of {self.sites} sites connected within "
-                    f"{self.plan.aggregation.join_deadline_s:g} s; the plan needs {self.plan.aggregation.minimum_sites}."
+                    f"{len(nodes)} of {self.sites} sites connected within {policy.join_deadline_s:g} s; "
+                    f"the plan needs {policy.minimum_sites}."
                 )
             time.sleep(POLL_S)
 

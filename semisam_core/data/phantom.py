@@ -62,7 +62,7 @@ ORGANS = (
     _Organ("stomach", (-34.0, 26.0, 26.0), (30.0, 24.0, 30.0), 0.50),
     _Organ("spleen", (-62.0, -22.0, 18.0), (17.0, 24.0, 30.0), 0.66),
     _Organ("bowel", (-6.0, 32.0, -36.0), (52.0, 22.0, 22.0), 0.56),
-    _Organ("liver", (40.0, 6.0, 16.0), (40.0, 44.0, 36.0), 0.66),
+    _Organ("liver", (40.0, 6.0, 16.0), (40.0, 44.0, 36.0), 0.69),
     _Organ("gallbladder", (24.0, 34.0, -14.0), (11.0, 12.0, 16.0), 0.42),
     _Organ("right-kidney", (42.0, -34.0, -26.0), (17.0, 16.0, 30.0), 0.70),
     _Organ("left-kidney", (-40.0, -34.0, -18.0), (17.0, 16.0, 30.0), 0.70),
@@ -102,7 +102,7 @@ def make_phantom(scanner: Scanner, seed: int) -> tuple[Volume, NDArray[np.uint8]
         body = inside if body is None else body
         inside = np.minimum(inside, body)
         share = np.clip(0.5 + inside / softness, 0.0, 1.0)  # partial volume at the border
-        level = organ.signal * (1.0 + random.normal(0.0, 0.07))
+        level = organ.signal * (1.0 + random.normal(0.0, 0.06))
         signal += share * (level + _texture(random, signal.shape, 0.05) - signal)
         organs[inside > 0] = place
     signal = _see(signal, scanner, random)
