@@ -1,0 +1,58 @@
+"""A generalist without weights: it takes the bright voxels inside each box, and counts what it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from semisam_core.generalists.base import GeneralistCard, PromptKind, Prompts, Segmentation
+from semisam_core.generalists.registry import GeneralistSpec, generalist_names, register
+
+
+class FakeGeneralist:
+    """Answers with a steep sigmoid of the scan's intensity inside the box, 0 outside."""
+
+    def __init__(self, sha256: str = "0" * 64) -> None:
+        self.card = GeneralistCard(
+            name="fake",
+            prompt_kinds=frozenset({PromptKind.BOX_2D}),
+            preprocessing="none",
+            licence="none",
+            source="tests",
+            training_data=(),
+        )
+        self.weights_sha256 = sha256
+        self.embedded: list[int] = []
+        self.prompts: list[Prompts] = []
+
+    def units(self, prompts: Prompts) -> tuple[int, ...]:
+        return tuple(sorted({box.index for box in prompts.boxes}))
+
+    def embed(self, volume: Tensor, units: Sequence[int]) -> dict[int, Tensor]:
+        self.embedded += list(units)
+        return {unit: volume[:, :, unit].clone() for unit in units}
+
+    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, shape: tuple[int, int, int]) -> Segmentation:
+        self.prompts.append(prompts)
+        probability = torch.zeros(shape)
+        for box in prompts.boxes:
+            top, left, bottom, right = (round(bound) for bound in box.bounds)
+            inside = (slice(top, bottom + 1), slice(left, right + 1))
+            probability[(*inside, box.index)] = torch.sigmoid(6 * embeddings[box.index][inside])
+        return Segmentation(probability, {box.index: 0.9 for box in prompts.boxes})
+
+
+def _load(device: torch.device, weights: Path | None, sha256: str | None) -> FakeGeneralist:
+    return FakeGeneralist()
+
+
+_SPEC = GeneralistSpec("fake", frozenset({PromptKind.BOX_2D}), _load)
+
+
+def register_fake() -> None:
+    """Make `fake` known by name, once a process."""
+    if "fake" not in generalist_names():
+        register(_SPEC)
