@@ -55,7 +55,7 @@ def tiny_plan(*assignments: str) -> Plan:
     return Plan.model_validate_json(_json(override(TINY_PLAN, list(assignments))))
 
 
-@pytest.fixture()
+@pytest.fixture
 def plan() -> Plan:
     return tiny_plan()
 
@@ -110,7 +110,7 @@ def write_site(folder: Path, name: str, **changes: Any) -> Path:
         "storage": {"folder": str(folder / "storage" / name)},
     }
     for key, value in changes.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key != "generalists":
             content[key] = {**content.get(key, {}), **value}
         else:
             content[key] = value
@@ -120,7 +120,7 @@ def write_site(folder: Path, name: str, **changes: Any) -> Path:
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_site(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes a site with three cases (labeled, unlabeled, validation) and its YAML."""
 

@@ -196,7 +196,8 @@ def _shape(array: NDArray[np.float32] | Tensor) -> tuple[int, int, int]:
 def _prepared_key(case: Case, plan: Plan) -> str:
     digest = hashlib.sha256()
     grid = plan.data.model_dump_json(include={"spacing_mm", "intensity"})
-    digest.update(f"{PREPARED_VERSION}|{grid}|{[c.value for c in plan.task.classes]}".encode())
+    classes = [c.value for c in plan.task.classes]
+    digest.update(f"{PREPARED_VERSION}|{grid}|{classes}|{len(plan.task.channels)}".encode())
     for path in (*case.images, *((case.label,) if case.label is not None else ())):
         try:
             digest.update(hashlib.sha256(path.read_bytes()).digest())

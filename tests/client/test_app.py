@@ -1,0 +1,206 @@
+"""The ClientApp: what it does with messages, and that nothing but the agreed leaves it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import app
+from client.site import Site
+from semisam_core.agreement import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule
+from semisam_core.files import read_json_lines
+from semisam_core.inference import new_specialist
+from semisam_core.plan import Plan
+from tests.conftest import write_nifti
+
+MakeSite = Callable[..., Path]
+CANARY = "jane-doe-19640203"
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
+
+
+def _message(plan: Plan, kind: str, number: int, /, weights: bool = True, **study: Any) -> Message:
+    fields = {"plan": plan.canonical_json(), "plan-hash": plan.hash, "run": "run", "round": number, "final": False}
+    content = RecordDict({STUDY_RECORD: ConfigRecord(fields | study)})
+    if weights:
+        state = new_specialist(plan).state_dict()
+        content[SPECIALIST_RECORD] = ArrayRecord({name: Array(value.numpy()) for name, value in state.items()})
+    return Message(content, 1, kind)
+
+
+def _context(node_config: dict[str, Any], **run_config: Any) -> Context:
+    return Context(run_id=1, node_id=1, node_config=node_config, state=RecordDict(), run_config=run_config)
+
+
+def _send(path: Path, message: Message) -> Message:
+    return app(message, _context({"site-config": str(path)}))
+
+
+def _rule(reply: Message) -> str:
+    return str(reply.content.config_records["refusal"]["rule"])
+
+
+def _everything(reply: Message) -> bytes:
+    """Return every byte of a reply: names, texts, numbers, arrays, error."""
+    parts = [repr(reply.error) if reply.has_error() else ""]
+    arrays = b""
+    if not reply.has_error():
+        for name, record in reply.content.items():
+            parts.append(name)
+            for key, value in record.items():
+                parts.append(key)
+                if isinstance(value, Array):
+                    arrays += value.data
+                else:
+                    parts.append(repr(value))
+    return " ".join(parts).encode() + arrays
+
+
+def test_join_train_and_evaluate_answer_with_what_is_agreed(make_site: MakeSite, plan: Plan) -> None:
+    path = make_site()
+    join = _send(path, _message(plan, MessageType.QUERY, 0, weights=False))
+    train = _send(path, _message(plan, MessageType.TRAIN, 1))
+    evaluate = _send(path, _message(plan, MessageType.EVALUATE, 1))
+    assert set(join.content) == {"metrics", "site"}
+    assert set(train.content) == {"metrics", "site", "specialist"}
+    assert set(evaluate.content) == {"metrics", "site"}
+    assert dict(join.content.config_records["site"]) == {"site": "alpha", "round": 0, "plan-hash": plan.hash}
+
+
+def test_every_reply_is_in_the_audit_log(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
+    path = make_site()
+    _send(path, _message(plan, MessageType.QUERY, 0, weights=False))
+    _send(path, _message(plan, MessageType.TRAIN, 1))
+    _send(path, _message(plan, MessageType.TRAIN, 1, run="../escape"))
+    lines = read_json_lines(tmp_path / "storage" / "alpha" / "audit.jsonl")
+    assert [line["kind"] for line in lines] == ["join", "train", "train"]
+    assert "sha256" in lines[1]
+    assert lines[2]["refused"] == "run-name"
+
+
+@pytest.mark.parametrize(
+    ("study", "rule"),
+    [
+        ({"plan": "{}"}, RefusalRule.PLAN_INVALID),
+        ({"plan": "not json"}, RefusalRule.PLAN_INVALID),
+        ({"plan-hash": "0" * 64}, RefusalRule.PLAN_HASH),
+        ({"run": "../../etc"}, RefusalRule.RUN_NAME),
+        ({"run": 7}, RefusalRule.RUN_NAME),
+        ({"round": -1}, RefusalRule.PLAN_INVALID),
+        ({"round": 99}, RefusalRule.PLAN_INVALID),
+        ({"round": True}, RefusalRule.PLAN_INVALID),
+    ],
+)
+def test_a_message_that_is_not_as_agreed_is_refused_by_rule(
+    make_site: MakeSite, plan: Plan, study: dict[str, Any], rule: RefusalRule
+) -> None:
+    assert _rule(_send(make_site(), _message(plan, MessageType.TRAIN, 1, **study))) == rule.value
+
+
+def test_a_message_without_a_study_or_without_weights_is_refused(make_site: MakeSite, plan: Plan) -> None:
+    path = make_site()
+    assert _rule(_send(path, Message(RecordDict(), 1, MessageType.TRAIN))) == "plan-invalid"
+    assert _rule(_send(path, _message(plan, MessageType.TRAIN, 1, weights=False))) == "internal-error"
+
+
+def test_weights_of_another_network_are_refused(make_site: MakeSite, plan: Plan) -> None:
+    message = _message(plan, MessageType.TRAIN, 1)
+    message.content[SPECIALIST_RECORD] = ArrayRecord({"foreign": Array(np.zeros(3, np.float32))})
+    assert _rule(_send(make_site(), message)) == "weights-not-as-agreed"
+
+
+@pytest.mark.parametrize(
+    ("error", "rule"),
+    [
+        (RuntimeError(f"while reading /data/{CANARY}.nii.gz"), "internal-error"),
+        (FloatingPointError(CANARY), "training-diverged"),
+        (OSError(28, CANARY), "storage"),
+        (MemoryError(CANARY), "internal-error"),
+    ],
+)
+def test_no_text_of_an_exception_leaves(
+    make_site: MakeSite, tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, error: Exception, rule: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Site, "train", fail)
+    reply = _send(make_site(), _message(plan, MessageType.TRAIN, 1))
+    assert _rule(reply) == rule
+    assert CANARY.encode() not in _everything(reply)
+    assert CANARY in (tmp_path / "storage" / "alpha" / "audit.jsonl").read_text()
+
+
+def test_a_site_that_cannot_write_its_audit_log_sends_nothing_and_says_no_path(
+    make_site: MakeSite, tmp_path: Path, plan: Plan
+) -> None:
+    path = make_site()
+    (tmp_path / "storage" / "alpha" / "audit.jsonl").mkdir(parents=True)
+    reply = _send(path, _message(plan, MessageType.TRAIN, 1))
+    assert reply.has_error()
+    assert reply.error.reason == "audit-log"
+    assert str(tmp_path).encode() not in _everything(reply)
+
+
+def test_no_name_path_or_voxel_of_any_case_leaves(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
+    path = make_site(data={"labeled": [f"{CANARY}-0"], "validation": [f"{CANARY}-2"]})
+    data = tmp_path / "data" / "alpha"
+    for file in [*data.glob("*/case-*")]:
+        file.rename(file.with_name(file.name.replace("case", CANARY)))
+    write_nifti(data / "images" / f"{CANARY}-bad.nii.gz", np.full((24, 24, 16), np.nan, np.float32))
+    replies = [
+        _send(path, _message(plan, MessageType.QUERY, 0, weights=False)),
+        _send(path, _message(plan, MessageType.TRAIN, 1)),
+        _send(path, _message(plan, MessageType.EVALUATE, 1, final=True)),
+    ]
+    assert CANARY in (tmp_path / "storage" / "alpha" / "runs" / "run" / "quarantine.json").read_text()
+    for reply in replies:
+        sent = _everything(reply)
+        assert CANARY.encode() not in sent
+        assert str(tmp_path).encode() not in sent
+        assert b".nii" not in sent
+        assert len(sent) < 60_000  # the specialist has 10 kB; a single scan would be 37 kB more
+
+
+def test_a_deployed_site_ignores_what_the_run_config_says_about_sites(
+    make_site: MakeSite, tmp_path: Path, plan: Plan
+) -> None:
+    own, foreign = make_site("alpha"), make_site("beta", first_seed=5)
+    context = _context({"site-config": str(own), "partition-id": 1}, sites=str(foreign.parent))
+    reply = app(_message(plan, MessageType.QUERY, 0, weights=False), context)
+    assert reply.content.config_records["site"]["site"] == "alpha"
+
+
+def test_a_simulated_site_is_picked_by_its_partition(make_site: MakeSite, plan: Plan) -> None:
+    make_site("alpha")
+    folder = make_site("beta", first_seed=5).parent
+    names = []
+    for number in (0, 1):
+        context = _context({"partition-id": number, "num-partitions": 2}, sites=str(folder))
+        reply = app(_message(plan, MessageType.QUERY, 0, weights=False), context)
+        names.append(reply.content.config_records["site"]["site"])
+    assert names == ["alpha", "beta"]
+
+
+def test_a_site_without_a_usable_config_answers_with_a_word(tmp_path: Path, plan: Plan) -> None:
+    for node_config in ({}, {"site-config": str(tmp_path / "absent.yaml")}, {"partition-id": 3}):
+        reply = app(_message(plan, MessageType.QUERY, 0, weights=False), _context(dict(node_config)))
+        assert reply.error.reason == "site-config"
+        assert str(tmp_path).encode() not in _everything(reply)
+
+
+def test_the_log_of_what_left_names_no_case(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
+    _send(make_site(), _message(plan, MessageType.TRAIN, 1))
+    (line,) = (tmp_path / "storage" / "alpha" / "audit.jsonl").read_text().splitlines()
+    assert "case-" not in line
+    assert json.loads(line)["plan"] == plan.hash

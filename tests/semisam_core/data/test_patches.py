@@ -1,0 +1,107 @@
+"""Training patches: seeded, of one shape, image and label cut alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semisam_core.data.patches import PatchStream, TrainingScan
+from tests.conftest import blob, tiny_plan
+
+STILL = "training.augmentation={flip: 0, rotation_degrees: 0, scale: 0, affine_probability: 0, intensity: 0, noise: 0}"
+
+
+def _scan(seed: int = 0, shape: tuple[int, int, int] = (24, 24, 16)) -> TrainingScan:
+    image, label = blob(shape, seed)
+    return TrainingScan(torch.from_numpy(image)[None], torch.from_numpy(label))
+
+
+def _stream(*scans: TrainingScan, seed: int = 0, batch: int = 1, changes: tuple[str, ...] = ()) -> PatchStream:
+    return PatchStream(lambda k: scans[k], len(scans), tiny_plan(*changes), batch, seed)
+
+
+def test_the_same_seed_draws_the_same_patches() -> None:
+    first, second = _stream(_scan(), _scan(1)), _stream(_scan(), _scan(1))
+    for _ in range(3):
+        one, other = first.next(), second.next()
+        assert torch.equal(one.image, other.image)
+        assert one.label is not None
+        assert other.label is not None
+        assert torch.equal(one.label, other.label)
+
+
+@settings(deadline=None, max_examples=10)
+@given(shape=st.tuples(*(st.integers(5, 30) for _ in range(3))))
+def test_patches_have_the_plans_shape_however_small_the_scan(shape: tuple[int, int, int]) -> None:
+    batch = _stream(_scan(shape=shape), batch=2).next()
+    assert batch.image.shape == (2, 1, 16, 16, 8)
+    assert batch.label is not None
+    assert batch.label.shape == (2, 16, 16, 8)
+    assert batch.target.shape == batch.uncertainty.shape == (2, 1, 16, 16, 8)
+    assert batch.valid.shape == (2, 1)
+
+
+def test_image_label_and_pseudo_label_stay_aligned_through_augmentation() -> None:
+    _, label = blob()
+    mask = torch.from_numpy(label)
+    scan = TrainingScan(100.0 * mask[None].float(), mask, mask[None].float(), mask[None].float(), torch.tensor([True]))
+    stream = _stream(scan, changes=("training.augmentation={intensity: 0, noise: 0}",))
+    for _ in range(5):
+        batch = stream.next()
+        assert batch.label is not None
+        assert float(((batch.image[:, 0] > 50) == (batch.label > 0)).float().mean()) > 0.97
+        assert torch.allclose(batch.target[:, 0], batch.image[:, 0] / 100, atol=1e-3)
+        assert torch.allclose(batch.uncertainty, batch.target, atol=1e-5)
+
+
+def test_labels_stay_class_indices() -> None:
+    stream = _stream(_scan())
+    for _ in range(5):
+        label = stream.next().label
+        assert label is not None
+        assert set(label.unique().tolist()) <= {0, 1}
+
+
+def test_every_scan_is_seen_once_before_any_is_seen_twice() -> None:
+    seen: list[int] = []
+    scans = [_scan(k) for k in range(4)]
+
+    def load(k: int) -> TrainingScan:
+        seen.append(k)
+        return scans[k]
+
+    stream = PatchStream(load, 4, tiny_plan(), 1, 0)
+    for _ in range(8):
+        stream.next()
+    assert sorted(seen[:4]) == sorted(seen[4:]) == [0, 1, 2, 3]
+
+
+def test_patches_are_centred_on_foreground_as_often_as_asked() -> None:
+    label = torch.zeros(40, 40, 24, dtype=torch.uint8)
+    label[2:4, 2:4, 2:4] = 1
+    scan = TrainingScan(torch.zeros(1, 40, 40, 24), label)
+    always = _stream(scan, changes=(STILL, "data.foreground_share=1.0"))
+    never = _stream(scan, changes=(STILL, "data.foreground_share=0.0"))
+    assert all(bool((always.next().label == 1).any()) for _ in range(5))
+    hits = sum(bool((never.next().label == 1).any()) for _ in range(10))
+    assert hits < 10
+
+
+def test_an_unlabeled_stream_carries_no_label() -> None:
+    scan = TrainingScan(_scan().image)
+    batch = _stream(scan).next()
+    assert batch.label is None
+    assert not batch.valid.any()
+
+
+def test_without_augmentation_a_patch_is_cut_from_the_scan() -> None:
+    scan = _scan(shape=(16, 16, 8))
+    batch = _stream(scan, changes=(STILL,)).next()
+    assert torch.equal(batch.image[0], scan.image)
+
+
+def test_a_stream_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one scan"):
+        _stream()

@@ -1,0 +1,158 @@
+"""The three terms of the loss and their schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semisam_core.losses import (
+    confidence_aware_loss,
+    consistency_loss,
+    consistency_weight,
+    generalist_weight,
+    supervised_loss,
+    teacher_decay,
+)
+
+SHAPE = (2, 2, 4, 4, 3)  # (B, K, H, W, D)
+
+
+def _maps(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, target = (torch.rand(SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
+    return student, target, 5 * torch.rand(SHAPE, generator=generator, dtype=torch.float64)
+
+
+def _obvious(student: torch.Tensor, target: torch.Tensor, uncertainty: torch.Tensor, valid: torch.Tensor) -> float:
+    classes = []
+    for k in range(SHAPE[1]):
+        above = below = 0.0
+        for b in range(SHAPE[0]):
+            if valid[b, k]:
+                for voxel in torch.cartesian_prod(*(torch.arange(side) for side in SHAPE[2:])).tolist():
+                    place = (b, k, *voxel)
+                    weight = math.exp(-float(uncertainty[place]))
+                    above += weight * (float(student[place]) - float(target[place])) ** 2
+                    below += weight
+        if below:
+            classes.append(above / below)
+    return sum(classes) / len(classes) if classes else 0.0
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10_000), valid=st.lists(st.booleans(), min_size=4, max_size=4))
+def test_the_confidence_aware_loss_is_the_papers_formula_class_by_class(seed: int, valid: list[bool]) -> None:
+    flags = torch.tensor(valid).reshape(2, 2)
+    loss = confidence_aware_loss(*_maps(seed), flags)
+    assert float(loss) == pytest.approx(_obvious(*_maps(seed), flags), abs=1e-12)
+
+
+def test_the_generalists_loss_has_a_gradient_wherever_student_and_pseudo_label_differ() -> None:
+    student, target, uncertainty = _maps(0)
+    student.requires_grad_(True)
+    confidence_aware_loss(student, target, uncertainty, torch.ones(2, 2, dtype=torch.bool)).backward()
+    assert student.grad is not None
+    assert bool((student.grad != 0).all())
+
+
+def test_the_gradient_moves_the_student_towards_the_pseudo_label() -> None:
+    student, target, uncertainty = _maps(0)
+    student.requires_grad_(True)
+    confidence_aware_loss(student, target, uncertainty, torch.ones(2, 2, dtype=torch.bool)).backward()
+    assert student.grad is not None
+    assert bool((torch.sign(student.grad) == torch.sign(student.detach() - target)).all())
+
+
+def test_uncertainty_is_a_map_and_changes_the_loss_voxel_by_voxel() -> None:
+    student, target, uncertainty = _maps(0)
+    valid = torch.ones(2, 2, dtype=torch.bool)
+    flat = torch.full_like(uncertainty, uncertainty.mean().item())
+    with_map = confidence_aware_loss(student, target, uncertainty, valid)
+    with_number = confidence_aware_loss(student, target, flat, valid)
+    assert float(with_map) != pytest.approx(float(with_number), rel=1e-6)
+    assert float(with_number) == pytest.approx(float(((student - target) ** 2).mean()), rel=1e-9)
+
+
+def test_an_uncertain_voxel_counts_less_than_a_certain_one() -> None:
+    student, target = torch.zeros(1, 1, 1, 1, 2), torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 1, 2)
+    valid = torch.ones(1, 1, dtype=torch.bool)
+    wrong_and_certain = torch.tensor([0.0, 3.0]).reshape(1, 1, 1, 1, 2)
+    wrong_and_uncertain = torch.tensor([3.0, 0.0]).reshape(1, 1, 1, 1, 2)
+    heavy = confidence_aware_loss(student, target, wrong_and_certain, valid)
+    light = confidence_aware_loss(student, target, wrong_and_uncertain, valid)
+    assert float(heavy) == pytest.approx(1 / (1 + math.exp(-3)))
+    assert float(light) == pytest.approx(math.exp(-3) / (1 + math.exp(-3)))
+
+
+def test_neither_pseudo_label_nor_uncertainty_takes_a_gradient() -> None:
+    student, target, uncertainty = (each.requires_grad_(True) for each in _maps(1))
+    confidence_aware_loss(student, target, uncertainty, torch.ones(2, 2, dtype=torch.bool)).backward()
+    assert target.grad is None
+    assert uncertainty.grad is None
+
+
+def test_a_refused_class_teaches_nothing() -> None:
+    student, target, uncertainty = _maps(2)
+    student.requires_grad_(True)
+    valid = torch.tensor([[True, False], [False, False]])
+    confidence_aware_loss(student, target, uncertainty, valid).backward()
+    assert student.grad is not None
+    assert float(student.grad[0, 1].abs().sum() + student.grad[1].abs().sum()) == 0.0
+    assert float(student.grad[0, 0].abs().sum()) > 0.0
+
+
+def test_nothing_valid_gives_a_zero_that_can_be_differentiated() -> None:
+    student, target, uncertainty = _maps(3)
+    student.requires_grad_(True)
+    loss = confidence_aware_loss(student, target, uncertainty, torch.zeros(2, 2, dtype=torch.bool))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert student.grad is not None
+    assert float(student.grad.abs().sum()) == 0.0
+
+
+def test_the_order_of_a_batch_changes_nothing() -> None:
+    student, target, uncertainty = _maps(4)
+    valid = torch.tensor([[True, False], [True, True]])
+    turned = [each.flip(0) for each in (student, target, uncertainty, valid)]
+    assert float(confidence_aware_loss(student, target, uncertainty, valid)) == pytest.approx(
+        float(confidence_aware_loss(*turned)), rel=1e-12
+    )
+
+
+def test_the_supervised_loss_falls_to_nothing_for_a_perfect_answer() -> None:
+    label = torch.randint(0, 3, (1, 6, 6, 6), generator=torch.Generator().manual_seed(0))
+    perfect = 40.0 * torch.nn.functional.one_hot(label, 3).movedim(-1, 1).float()
+    assert float(supervised_loss(perfect, label)) < 1e-3
+    assert float(supervised_loss(-perfect, label)) > 1.0
+
+
+def test_consistency_is_the_mean_square_and_leaves_the_teacher_alone() -> None:
+    student, teacher, _ = _maps(5)
+    student.requires_grad_(True)
+    teacher.requires_grad_(True)
+    loss = consistency_loss(student, teacher)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(((student - teacher) ** 2).mean().detach()))
+    assert teacher.grad is None
+
+
+def test_schedules_are_those_of_the_method() -> None:
+    assert consistency_weight(0, 100, 0.1) == pytest.approx(0.1 * math.exp(-5))
+    assert consistency_weight(100, 100, 0.1) == consistency_weight(500, 100, 0.1) == pytest.approx(0.1)
+    assert generalist_weight(0, 100, 2.0, "decay") == 2.0
+    assert generalist_weight(100, 100, 2.0, "decay") == pytest.approx(2.0 * math.exp(-5))
+    assert generalist_weight(100, 100, 2.0, "constant") == 2.0
+    assert [teacher_decay(t, 0.99) for t in (0, 1, 9_999)] == [0.0, 0.5, 0.99]
+
+
+@settings(deadline=None, max_examples=50)
+@given(first=st.integers(0, 1000), later=st.integers(0, 1000))
+def test_consistency_grows_and_trust_in_the_generalist_falls(first: int, later: int) -> None:
+    first, later = sorted((first, later))
+    assert consistency_weight(first, 500, 0.1) <= consistency_weight(later, 500, 0.1)
+    assert generalist_weight(first, 1000, 1.0, "decay") >= generalist_weight(later, 1000, 1.0, "decay")

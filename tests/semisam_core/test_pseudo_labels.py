@@ -1,0 +1,213 @@
+"""From generalists' answers to pseudo-labels: fused, uncertain where they differ, gated, never guessed."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from semisam_core.generalists import EmbeddingStore, Prompts, Segmentation, scan_key
+from semisam_core.plan import Plan
+from semisam_core.prompting import Refusal
+from semisam_core.pseudo_labels import (
+    PseudoLabel,
+    PseudoLabelStore,
+    confidence_fused,
+    make_pseudo_label,
+    settle_overlaps,
+)
+from tests.conftest import blob, tiny_plan
+from tests.semisam_core.generalists.fake import FakeGeneralist
+
+TWO_CLASSES = "task.classes=[{name: first, value: 1}, {name: second, value: 2}]"
+
+
+def _scan(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return a normalised scan (1, H, W, D) and its foreground (H, W, D)."""
+    image, label = blob(seed=seed)
+    volume = torch.from_numpy(image)[None]
+    return (volume - volume.mean()) / volume.std(), torch.from_numpy(label).float()
+
+
+def _teacher(*foreground: Tensor) -> Tensor:
+    stacked = torch.stack(foreground)
+    return torch.cat([1 - stacked.amax(0, keepdim=True), stacked])
+
+
+def _ask(
+    folder: Path,
+    plan: Plan,
+    image: Tensor,
+    teacher: Tensor,
+    *models: FakeGeneralist,
+    store: EmbeddingStore | None = None,
+) -> PseudoLabel:
+    store = store or EmbeddingStore(folder / "embeddings", 10**9)
+    return make_pseudo_label(image, teacher, scan_key(image), models or (FakeGeneralist(),), store, plan)
+
+
+def test_a_pseudo_label_is_the_generalists_foreground_of_the_prompted_class(tmp_path: Path, plan: Plan) -> None:
+    image, truth = _scan()
+    label = _ask(tmp_path, plan, image, _teacher(truth))
+    assert label.target.shape == label.uncertainty.shape == (1, *truth.shape)
+    assert label.valid.tolist() == [True]
+    answered = label.generalist[0] > 0.5
+    assert 2 * float((answered * truth).sum()) / float(answered.sum() + truth.sum()) > 0.9
+
+
+def test_the_background_channel_never_prompts(tmp_path: Path, plan: Plan) -> None:
+    image, truth = _scan()
+    model = FakeGeneralist()
+    _ask(tmp_path, plan, image, _teacher(truth), model)
+    rows = truth.any(2).any(1).nonzero()
+    for prompts in model.prompts[:1]:
+        for box in prompts.boxes:
+            assert int(rows.min()) - 2 <= box.bounds[0]
+            assert box.bounds[2] <= int(rows.max()) + 2
+
+
+def test_an_empty_prediction_gets_no_prompt_no_pseudo_label_and_is_counted(tmp_path: Path, plan: Plan) -> None:
+    image, truth = _scan()
+    model = FakeGeneralist()
+    label = _ask(tmp_path, plan, image, _teacher(torch.zeros_like(truth)), model)
+    assert label.refusals == (Refusal.EMPTY,)
+    assert not label.valid.any()
+    assert model.embedded == []
+    assert float(label.target.abs().sum()) == 0.0
+
+
+def test_a_scan_is_encoded_once_however_often_its_prompts_change(tmp_path: Path, plan: Plan) -> None:
+    image, truth = _scan()
+    model = FakeGeneralist()
+    store = EmbeddingStore(tmp_path / "embeddings", 10**9)
+    for shift in (0, 1, 2, 0):
+        _ask(tmp_path, plan, image, _teacher(truth.roll(shift, 0)), model, store=store)
+    assert len(model.embedded) == len(set(model.embedded))
+
+
+def test_prompts_and_answer_follow_the_teacher(tmp_path: Path, plan: Plan) -> None:
+    image, truth = _scan()
+    first, moved = FakeGeneralist(), FakeGeneralist()
+    near = _ask(tmp_path, plan, image, _teacher(truth), first)
+    far = _ask(tmp_path, plan, image, _teacher(truth.roll(6, 0)), moved)
+    assert first.prompts[0] != moved.prompts[0]
+    assert not torch.equal(near.generalist, far.generalist)
+
+
+def test_a_generalist_that_agrees_with_the_specialist_is_no_error(tmp_path: Path, plan: Plan) -> None:
+    image, truth = _scan()
+    once = _ask(tmp_path, plan, image, _teacher(truth))
+    again = _ask(tmp_path, plan, image, _teacher((once.generalist[0] > 0.5).float()))
+    assert again.valid.all()
+
+
+def test_the_order_of_scans_changes_nothing(tmp_path: Path, plan: Plan) -> None:
+    model = FakeGeneralist()
+    scans = [_scan(seed) for seed in range(3)]
+    forwards = [_ask(tmp_path, plan, image, _teacher(truth), model) for image, truth in scans]
+    backwards = [_ask(tmp_path, plan, image, _teacher(truth), model) for image, truth in reversed(scans)]
+    for one, other in zip(forwards, reversed(backwards), strict=True):
+        assert torch.equal(one.target, other.target)
+        assert torch.equal(one.uncertainty, other.uncertainty)
+
+
+def test_making_a_pseudo_label_takes_no_expert_label() -> None:
+    assert "label" not in inspect.signature(make_pseudo_label).parameters
+
+
+def test_where_prompt_sets_disagree_the_pseudo_label_is_uncertain(plan: Plan) -> None:
+    policy = plan.pseudo_labels
+    assert policy is not None
+    teacher = torch.zeros(2, 2, 1)
+    maps = torch.zeros(2, 2, 2, 1)
+    maps[0, 0, 0, 0] = 1.0
+    mean, _, uncertainty = confidence_fused(teacher, maps, policy)
+    assert mean[0, 0, 0] == 0.5
+    expected = policy.uncertainty.prompts * 0.25 + policy.uncertainty.specialist * 0.25
+    assert float(uncertainty[0, 0, 0]) == pytest.approx(expected)
+    assert float(uncertainty[1, 1, 0]) == 0.0
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000), sets=st.integers(1, 5))
+def test_fused_targets_stay_probabilities_and_uncertainty_stays_positive(seed: int, sets: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    policy = tiny_plan().pseudo_labels
+    assert policy is not None
+    teacher, maps = torch.rand((3, 3, 2), generator=generator), torch.rand((sets, 3, 3, 2), generator=generator)
+    mean, target, uncertainty = confidence_fused(teacher, maps, policy)
+    assert torch.allclose(target, (teacher + mean) / 2)
+    assert bool(((target >= 0) & (target <= 1)).all())
+    assert bool((uncertainty >= 0).all())
+
+
+def test_several_generalists_are_averaged_and_one_that_fails_is_left_out(tmp_path: Path, plan: Plan) -> None:
+    class Broken(FakeGeneralist):
+        def segment(self, *_: object) -> Segmentation:
+            raise RuntimeError("out of memory")
+
+    image, truth = _scan()
+    alone = _ask(tmp_path, plan, image, _teacher(truth))
+    beside = _ask(tmp_path, plan, image, _teacher(truth), Broken("1" * 64), FakeGeneralist())
+    assert torch.equal(alone.target, beside.target)
+    assert _ask(tmp_path, plan, image, _teacher(truth), Broken()).refusals == (Refusal.FAILED,)
+
+
+def test_an_answer_that_has_left_its_prompt_is_gated(tmp_path: Path) -> None:
+    class Elsewhere(FakeGeneralist):
+        def segment(self, embeddings: object, prompts: Prompts, shape: tuple[int, int, int]) -> Segmentation:
+            probability = torch.zeros(shape)
+            probability[:4, :4] = 1.0
+            return Segmentation(probability, {0: 0.2})
+
+    image, truth = _scan()
+    strict = tiny_plan("pseudo_labels.gates.minimum_agreement=0.5")
+    assert _ask(tmp_path, strict, image, _teacher(truth), Elsewhere()).refusals == (Refusal.DISAGREEMENT,)
+    choosy = tiny_plan("pseudo_labels.gates.minimum_quality=0.5")
+    assert _ask(tmp_path, choosy, image, _teacher(truth), Elsewhere()).refusals == (Refusal.LOW_QUALITY,)
+
+
+def test_each_class_is_prompted_and_gated_by_itself(tmp_path: Path) -> None:
+    image, truth = _scan()
+    label = _ask(tmp_path, tiny_plan(TWO_CLASSES), image, _teacher(truth, torch.zeros_like(truth)))
+    assert label.refusals == (None, Refusal.EMPTY)
+    assert label.valid.tolist() == [True, False]
+    assert float(label.target[0].sum()) > 0
+    assert float(label.target[1].sum()) == 0
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000))
+def test_overlaps_go_to_the_higher_probability(seed: int) -> None:
+    probability = torch.rand((3, 4, 4, 2), generator=torch.Generator().manual_seed(seed))
+    settled = settle_overlaps(probability)
+    assert int((settled > 0.5).sum(0).max()) <= 1
+    winner = probability.argmax(0, keepdim=True)
+    assert torch.equal(settled.gather(0, winner), probability.gather(0, winner))
+    uncontested = (probability > 0.5).sum(0) <= 1
+    assert torch.equal(settled[:, uncontested], probability[:, uncontested])
+
+
+def test_the_store_gives_back_what_was_saved_to_half_precision(tmp_path: Path) -> None:
+    image, truth = _scan()
+    label = _ask(tmp_path, tiny_plan(TWO_CLASSES), image, _teacher(truth, torch.zeros_like(truth)))
+    store = PseudoLabelStore(tmp_path / "kept")
+    store.save("a" * 64, label)
+    kept = store.load("a" * 64)
+    assert kept is not None
+    assert kept.refusals == label.refusals
+    assert torch.equal(kept.valid, label.valid)
+    assert torch.allclose(kept.target, label.target, atol=1e-3)
+    assert torch.allclose(kept.uncertainty, label.uncertainty, atol=1e-2)
+
+
+def test_a_damaged_pseudo_label_counts_as_absent(tmp_path: Path) -> None:
+    store = PseudoLabelStore(tmp_path)
+    (tmp_path / f"{'a' * 64}.safetensors").write_bytes(b"torn")
+    assert store.load("a" * 64) is None
+    assert store.load("b" * 64) is None

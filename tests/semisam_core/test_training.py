@@ -1,0 +1,148 @@
+"""One round of local training: what teaches, what moves, what repeats."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from semisam_core.data.patches import TrainingScan
+from semisam_core.inference import new_specialist
+from semisam_core.plan import Plan
+from semisam_core.training import TrainingResult, learning_rate, new_teacher, train_round, update_teacher
+from tests.conftest import blob, tiny_plan
+
+CPU = torch.device("cpu")
+Loader = Callable[[], TrainingScan]
+
+
+def _labeled(seed: int = 0) -> Loader:
+    image, label = blob(seed=seed)
+    return lambda: TrainingScan(torch.from_numpy(image)[None] / 50, torch.from_numpy(label))
+
+
+def _unlabeled(seed: int = 1, pseudo_label: bool = False) -> Loader:
+    image, label = blob(seed=seed)
+    volume = torch.from_numpy(image)[None] / 50
+    if not pseudo_label:
+        return lambda: TrainingScan(volume)
+    target = torch.from_numpy(label).float()[None]
+    return lambda: TrainingScan(volume, None, target, torch.zeros_like(target), torch.tensor([True]))
+
+
+def _round(
+    plan: Plan, labeled: list[Loader], unlabeled: list[Loader], seed: int = 0, number: int = 1
+) -> tuple[nn.Module, nn.Module, TrainingResult]:
+    specialist = new_specialist(plan)
+    teacher = new_teacher(specialist)
+    return specialist, teacher, train_round(plan, specialist, teacher, labeled, unlabeled, number, seed, CPU)
+
+
+def _flat(network: nn.Module) -> Tensor:
+    return torch.cat([value.detach().reshape(-1) for value in network.state_dict().values()])
+
+
+def test_the_same_seed_gives_the_same_weights_bit_by_bit(plan: Plan) -> None:
+    first, _, _ = _round(plan, [_labeled()], [_unlabeled(pseudo_label=True)])
+    second, _, _ = _round(plan, [_labeled()], [_unlabeled(pseudo_label=True)])
+    assert torch.equal(_flat(first), _flat(second))
+
+
+def test_another_seed_gives_other_weights(plan: Plan) -> None:
+    first, _, _ = _round(plan, [_labeled()], [])
+    second, _, _ = _round(plan, [_labeled()], [], seed=1)
+    assert not torch.equal(_flat(first), _flat(second))
+
+
+def test_training_leaves_the_global_random_state_alone(plan: Plan) -> None:
+    before = torch.random.get_rng_state()
+    _round(plan, [_labeled()], [_unlabeled()])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_site_with_labels_only_has_the_supervised_term_only(plan: Plan) -> None:
+    _, _, result = _round(plan, [_labeled()], [])
+    assert result.steps == plan.training.steps_per_round
+    assert result.supervised is not None
+    assert result.consistency is None
+    assert result.generalist is None
+
+
+def test_a_site_without_labels_learns_from_consistency_and_pseudo_labels(plan: Plan) -> None:
+    specialist, _, result = _round(plan, [], [_unlabeled(pseudo_label=True)])
+    assert result.supervised is None
+    assert result.consistency is not None
+    assert result.generalist is not None
+    assert not torch.equal(_flat(specialist), _flat(new_specialist(plan)))
+
+
+def test_pseudo_labels_alone_teach_the_specialist_to_find_the_object() -> None:
+    plan = tiny_plan("regularizer.name=none", "training.steps_per_round=60", "pseudo_labels.schedule=constant")
+    _, _, result = _round(plan, [], [_unlabeled(pseudo_label=True)])
+    _, _, start = _round(tiny_plan("regularizer.name=none"), [], [_unlabeled(pseudo_label=True)])
+    assert result.generalist is not None
+    assert start.generalist is not None
+    assert result.generalist < 0.6 * start.generalist
+
+
+def test_a_site_with_nothing_to_learn_takes_no_step() -> None:
+    plan = tiny_plan("regularizer.name=none", "pseudo_labels=null")
+    specialist, _, result = _round(plan, [], [_unlabeled()])
+    assert result.steps == 0
+    assert torch.equal(_flat(specialist), _flat(new_specialist(plan)))
+
+
+def test_unlabeled_scans_cannot_teach_a_supervised_plan() -> None:
+    plan = tiny_plan("regularizer.name=none", "pseudo_labels=null")
+    with_them, _, _ = _round(plan, [_labeled()], [_unlabeled(pseudo_label=True)])
+    without, _, _ = _round(plan, [_labeled()], [])
+    assert torch.equal(_flat(with_them), _flat(without))
+
+
+def test_the_teacher_takes_no_gradient_and_follows_the_specialist(plan: Plan) -> None:
+    specialist, teacher, _ = _round(plan, [_labeled()], [_unlabeled()])
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    start = _flat(new_specialist(plan))
+    assert not torch.equal(_flat(teacher), start)
+    assert float((_flat(teacher) - _flat(specialist)).norm()) < float((start - _flat(specialist)).norm())
+
+
+def test_the_teacher_is_the_moving_average() -> None:
+    network, teacher = nn.Linear(3, 2), nn.Linear(3, 2)
+    expected = {k: 0.9 * teacher.state_dict()[k] + 0.1 * network.state_dict()[k] for k in ("weight", "bias")}
+    update_teacher(teacher, network, 0.9)
+    for name, value in expected.items():
+        assert torch.allclose(teacher.state_dict()[name], value, atol=1e-7)
+
+
+def test_a_teachers_buffers_are_copied() -> None:
+    network, teacher = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    network(torch.randn(8, 2))
+    update_teacher(teacher, network, 0.9)
+    assert torch.equal(network.running_mean, teacher.running_mean)
+    assert int(teacher.num_batches_tracked) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_round(plan: Plan) -> None:
+    image = torch.full((1, 24, 24, 16), float("inf"))
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        _round(plan, [lambda: TrainingScan(image, torch.zeros(24, 24, 16, dtype=torch.uint8))], [])
+
+
+def test_the_learning_rate_falls_to_its_final_share_over_the_study(plan: Plan) -> None:
+    settings = plan.training.optimizer
+    rates = [learning_rate(step, 100, settings) for step in range(101)]
+    assert rates[0] == settings.learning_rate
+    assert rates[-1] == pytest.approx(settings.learning_rate * settings.final_share)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_progress_is_told_after_each_step(plan: Plan) -> None:
+    told: list[tuple[int, int]] = []
+    specialist = new_specialist(plan)
+    teacher = copy.deepcopy(specialist)
+    train_round(plan, specialist, teacher, [_labeled()], [], 1, 0, CPU, lambda done, total: told.append((done, total)))
+    assert told == [(1, 2), (2, 2)]
