@@ -1,0 +1,149 @@
+"""The command line: a bad config stops before any work, with one message; a run tells the truth about its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cli.main import app
+from semisam_core.files import read_json_lines
+from tests.conftest import TINY_PLAN
+
+MakeSite = Callable[..., Path]
+SUPERVISED = {k: v for k, v in TINY_PLAN.items() if k != "pseudo_labels"}
+
+
+@pytest.fixture
+def study(make_site: MakeSite, tmp_path: Path) -> tuple[Path, Path]:
+    """Return a plan file without generalists and a folder of two sites."""
+    for name in ("alpha", "beta"):
+        make_site(name, first_seed=len(name), generalists={})
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump(SUPERVISED))
+    return plan, tmp_path / "sites"
+
+
+def _call(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def _simulate(study: tuple[Path, Path], out: Path, *more: str) -> tuple[int, str]:
+    plan, sites = study
+    return _call("simulate", "--plan", plan, "--sites", sites, "--out", out, "--engine", "in-process", *more)
+
+
+def test_check_lists_what_each_site_would_use(study: tuple[Path, Path]) -> None:
+    code, output = _call("check", "--plan", study[0], "--sites", study[1])
+    assert code == 0
+    assert "alpha" in output
+    assert "plan hash" in output
+
+
+def test_a_study_in_one_process_ends_with_a_table_results_and_pictures(
+    study: tuple[Path, Path], tmp_path: Path
+) -> None:
+    code, output = _simulate(study, tmp_path / "run")
+    assert code == 0, output
+    assert "local / federated" in output
+    run = tmp_path / "run"
+    results = json.loads((run / "results.json").read_text())["sites"]
+    assert [(each["site"], each["target"]) for each in results] == [("alpha", "blob"), ("beta", "blob")]
+    assert all(each["local_dice"] is not None and each["federated_dice"] is not None for each in results)
+    assert {path.name for path in (run / "pictures").iterdir()} == {"alpha.png", "beta.png"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} >= {f"round-0000{k}.safetensors" for k in range(3)}
+    assert (run / "best.safetensors").exists()
+    assert (run / "plan.yaml").exists()
+
+
+def test_the_local_arm_takes_the_same_steps_from_the_same_start(study: tuple[Path, Path], tmp_path: Path) -> None:
+    _simulate(study, tmp_path / "run")
+    alone = read_json_lines(tmp_path / "run" / "local" / "alpha" / "metrics.jsonl")
+    together = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    steps = [
+        [line["steps"] for line in lines if line["event"] == "trained" and line["site"] == "alpha"]
+        for lines in (alone, together)
+    ]
+    assert steps[0] == steps[1]
+    first = [
+        run / "checkpoints" / "round-00000.safetensors" for run in (tmp_path / "run" / "local/alpha", tmp_path / "run")
+    ]
+    assert first[0].read_bytes()[-1000:] == first[1].read_bytes()[-1000:]
+
+
+def test_overrides_reach_the_plan_that_is_kept(study: tuple[Path, Path], tmp_path: Path) -> None:
+    _simulate(study, tmp_path / "run", "--no-local-baseline", "--set", "training.rounds=1")
+    kept = yaml.safe_load((tmp_path / "run" / "plan.yaml").read_text())
+    assert kept["training"]["rounds"] == 1
+
+
+def test_a_study_in_which_every_site_fails_exits_with_one_and_says_why(
+    study: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name in ("alpha", "beta"):
+        for image in (tmp_path / "data" / name / "images").iterdir():
+            image.write_bytes(b"torn")
+    code, output = _simulate(study, tmp_path / "run", "--no-local-baseline")
+    assert code == 1
+    assert "no-usable-case" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "--plan and --sites are required"),
+        (("--engine", "magic"), "accepted: flower, in-process"),
+        (("--resume", "nowhere"), "no run folder"),
+        (("--plan", "absent.yaml", "--sites", "."), "absent.yaml"),
+    ],
+)
+def test_a_wrong_call_stops_with_one_message(arguments: tuple[str, ...], says: str) -> None:
+    code, output = _call("simulate", *arguments)
+    assert code == 2
+    assert says in output
+    assert "Traceback" not in output
+
+
+def test_a_wrong_plan_stops_before_any_work(study: tuple[Path, Path], tmp_path: Path) -> None:
+    code, output = _simulate(study, tmp_path / "run", "--set", "training.round=3")
+    assert code == 2
+    assert "training.round: unknown key" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_is_taken_is_not_overwritten(study: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").touch()
+    code, output = _simulate(study, tmp_path / "run")
+    assert code == 2
+    assert "the folder is not empty" in output
+
+
+def test_two_sites_of_one_name_stop_before_any_work(study: tuple[Path, Path], tmp_path: Path) -> None:
+    text = (study[1] / "alpha.yaml").read_text()
+    (study[1] / "copy.yaml").write_text(text.replace("storage/alpha", "storage/other"))
+    code, output = _simulate(study, tmp_path / "run")
+    assert code == 2
+    assert "each site needs its own" in output
+
+
+def test_resuming_a_finished_run_only_shows_its_results(study: tuple[Path, Path], tmp_path: Path) -> None:
+    _simulate(study, tmp_path / "run", "--no-local-baseline")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    code, output = _call("simulate", "--resume", tmp_path / "run")
+    assert code == 0
+    assert "federated" in output
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_phantom_hospitals_are_written_once(tmp_path: Path) -> None:
+    assert _call("phantom", "--out", tmp_path / "data", "--cases", "2")[0] == 0
+    files = sorted(path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.nii.gz"))
+    assert len(files) == 12
+    assert files[0] == "east/images/east-00.nii.gz"
+    assert "already" in _call("phantom", "--out", tmp_path / "data", "--cases", "2")[1]
