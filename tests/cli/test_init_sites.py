@@ -78,9 +78,9 @@ def test_a_table_that_is_wrong_stops_with_its_line(tmp_path: Path, rows: list[st
 
 def test_missing_folders_stop(tmp_path: Path) -> None:
     images, labels, table = _data(tmp_path)
-    with pytest.raises(ConfigError, match="--images .*there is no such folder"):
+    with pytest.raises(ConfigError, match=r"--images .*there is no such folder"):
         write_site_files(tmp_path / "no", labels, table, tmp_path / "sites", "1", tmp_path / "storage", [])
-    with pytest.raises(ConfigError, match="--table .*cannot be read"):
+    with pytest.raises(ConfigError, match=r"--table .*cannot be read"):
         write_site_files(images, labels, tmp_path / "no.csv", tmp_path / "sites", "1", tmp_path / "storage", [])
 
 

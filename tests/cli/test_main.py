@@ -50,7 +50,8 @@ def test_a_study_in_one_process_ends_with_a_table_results_and_pictures(
 ) -> None:
     code, output = _simulate(study, tmp_path / "run")
     assert code == 0, output
-    assert "local / federated" in output
+    assert "Dice" in output
+    assert "HD95 mm" in output
     run = tmp_path / "run"
     results = json.loads((run / "results.json").read_text())["sites"]
     assert [(each["site"], each["target"]) for each in results] == [("alpha", "blob"), ("beta", "blob")]

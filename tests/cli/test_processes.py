@@ -52,9 +52,14 @@ def test_processes_of_another_tree_are_left_alone(tmp_path: Path) -> None:
 
 def test_an_exception_ends_the_tree(tmp_path: Path) -> None:
     tree = ProcessTree()
-    with pytest.raises(RuntimeError, match="on purpose"), (tmp_path / "log").open("wb") as log, tree:
-        tree.start([sys.executable, "-c", "import time; time.sleep(600)"], stdout=log, stderr=log)
-        raise RuntimeError("on purpose")
+
+    def fail() -> None:
+        with (tmp_path / "log").open("wb") as log, tree:
+            tree.start([sys.executable, "-c", "import time; time.sleep(600)"], stdout=log, stderr=log)
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
     assert tree.alive() == []
 
 
