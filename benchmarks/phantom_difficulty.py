@@ -45,9 +45,7 @@ def _plan(steps: int) -> Plan:
 
 def _case(folder: Path, number: int) -> Case:
     name = f"{SITE}-{number:02d}"
-    return Case(
-        name, (folder / "images" / f"{name}.nii.gz",), folder / "labels" / f"{name}.nii.gz", Role.LABELED
-    )
+    return Case(name, (folder / "images" / f"{name}.nii.gz",), folder / "labels" / f"{name}.nii.gz", Role.LABELED)
 
 
 def _train_and_score(plan: Plan, train: Sequence[Scan], test: Sequence[Scan]) -> list[float]:

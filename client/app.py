@@ -141,7 +141,7 @@ def _answer(
     except ConfigError as error:
         logger.error("This site cannot work: %s", error)
         rule = RefusalRule.SITE_CONFIG
-    except Exception as error:  # noqa: BLE001 - no text of an exception may leave the site
+    except Exception as error:
         logger.error("This site cannot write its audit log, so nothing leaves it", exc_info=error)
         rule = RefusalRule.AUDIT_LOG
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, rule.value), reply_to=message)
@@ -161,7 +161,7 @@ def _work(
         return work(site, gate, request)
     except _RefusedError as refused:
         return gate.refuse(kind, run, round_number, refused.rule, str(refused))
-    except Exception as error:  # noqa: BLE001 - no text of an exception may leave the site
+    except Exception as error:
         rule = next((rule for known, rule in RULES if isinstance(error, known)), RefusalRule.INTERNAL)
         logger.warning("Round %d: refused by rule %s", round_number, rule.value, exc_info=error)
         return gate.refuse(kind, run, round_number, rule, f"{type(error).__name__}: {error}")
