@@ -1,0 +1,142 @@
+"""A scan is encoded once, whatever is killed, damaged or full meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semisam_core.generalists.embedding_store import EmbeddingStore, entry_name, scan_key
+from tests.semisam_core.generalists.fake import FakeGeneralist
+
+ROOMY = 10**9
+
+
+def _volume(seed: int = 0) -> torch.Tensor:
+    return torch.randn((20, 20, 10), generator=torch.Generator().manual_seed(seed))
+
+
+def _fetch(store: EmbeddingStore, model: FakeGeneralist, *units: int, seed: int = 0) -> dict[int, torch.Tensor]:
+    volume = _volume(seed)
+    return store.fetch(model, scan_key(volume), volume, units)
+
+
+def test_a_scan_is_encoded_once_also_across_processes(tmp_path: Path) -> None:
+    model = FakeGeneralist()
+    first = _fetch(EmbeddingStore(tmp_path, ROOMY), model, 1, 2, 3)
+    again = EmbeddingStore(tmp_path, ROOMY)
+    second = _fetch(again, model, 1, 2, 3)
+    assert model.embedded == [1, 2, 3]
+    assert (again.hits, again.misses) == (3, 0)
+    assert all(torch.equal(first[unit], second[unit]) for unit in (1, 2, 3))
+
+
+def test_only_the_units_that_are_missing_are_encoded(tmp_path: Path) -> None:
+    model, store = FakeGeneralist(), EmbeddingStore(tmp_path, ROOMY)
+    _fetch(store, model, 1, 2)
+    _fetch(store, model, 2, 3)
+    assert model.embedded == [1, 2, 3]
+
+
+def test_embeddings_are_kept_in_half_precision(tmp_path: Path) -> None:
+    kept = _fetch(EmbeddingStore(tmp_path, ROOMY), FakeGeneralist(), 4)[4]
+    assert torch.equal(kept, _volume()[:, :, 4].half().float())
+
+
+def test_another_scan_other_weights_or_another_unit_is_another_entry() -> None:
+    model, other = FakeGeneralist(), FakeGeneralist("1" * 64)
+    names = {
+        entry_name(model, "a", 0),
+        entry_name(model, "b", 0),
+        entry_name(model, "a", 1),
+        entry_name(other, "a", 0),
+    }
+    assert len(names) == 4
+    assert scan_key(_volume()) != scan_key(_volume(1))
+    assert scan_key(_volume()) != scan_key(_volume().reshape(10, 20, 20))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "swapped"])
+def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
+    model, store = FakeGeneralist(), EmbeddingStore(tmp_path, ROOMY)
+    good = _fetch(store, model, 1, 2)
+    one, two = sorted(tmp_path.iterdir())
+    content = {"truncated": one.read_bytes()[:-10], "empty": b"", "swapped": two.read_bytes()}[damage]
+    one.write_bytes(content)
+    again = _fetch(EmbeddingStore(tmp_path, ROOMY), model, 1, 2)
+    assert len(model.embedded) == 3
+    assert all(torch.equal(good[unit], again[unit]) for unit in (1, 2))
+
+
+def test_the_limit_holds_and_the_least_recently_used_go_first(tmp_path: Path) -> None:
+    model = FakeGeneralist()
+    _fetch(EmbeddingStore(tmp_path, ROOMY), model, 0, 1, 2)
+    for age, path in enumerate(tmp_path.iterdir()):
+        os.utime(path, (1_000_000 + age, 1_000_000 + age))
+    _fetch(EmbeddingStore(tmp_path, ROOMY), model, 1)  # used just now
+    limit = sum(path.stat().st_size for path in tmp_path.iterdir())
+    _fetch(EmbeddingStore(tmp_path, limit), model, 5)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
+    before = len(model.embedded)
+    _fetch(EmbeddingStore(tmp_path, limit), model, 1)
+    assert len(model.embedded) == before
+
+
+def test_a_limit_of_nothing_keeps_nothing(tmp_path: Path) -> None:
+    model = FakeGeneralist()
+    for _ in range(2):
+        _fetch(EmbeddingStore(tmp_path / "store", 0), model, 1)
+    assert model.embedded == [1, 1]
+
+
+def test_a_full_disk_costs_time_and_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("semisam_core.generalists.embedding_store.write_atomically", full)
+    store = EmbeddingStore(tmp_path, ROOMY)
+    with caplog.at_level(logging.WARNING):
+        got = _fetch(store, FakeGeneralist(), 1, 2, 3)
+    assert sorted(got) == [1, 2, 3]
+    assert store.write_failures == 3
+    assert sum("could not be kept on disk" in line for line in caplog.messages) == 1
+
+
+def test_a_kill_loses_one_chunk_at_most(tmp_path: Path) -> None:
+    class Killed(FakeGeneralist):
+        def embed(self, volume: torch.Tensor, units: object) -> dict[int, torch.Tensor]:
+            if len(self.embedded) >= 4:
+                raise KeyboardInterrupt
+            return super().embed(volume, list(units))
+
+    with pytest.raises(KeyboardInterrupt):
+        _fetch(EmbeddingStore(tmp_path, ROOMY, chunk=2), Killed(), 0, 1, 2, 3, 4, 5)
+    model = FakeGeneralist()
+    _fetch(EmbeddingStore(tmp_path, ROOMY), model, 0, 1, 2, 3, 4, 5)
+    assert model.embedded == [4, 5]
+
+
+def test_progress_is_told_from_the_first_to_the_last(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    volume = _volume()
+    store = EmbeddingStore(tmp_path, ROOMY, chunk=2)
+    store.fetch(FakeGeneralist(), scan_key(volume), volume, [0, 1, 2], lambda done, of: told.append((done, of)))
+    assert told == [(0, 3), (2, 3), (3, 3)]
+
+
+@settings(deadline=None, max_examples=20)
+@given(units=st.lists(st.integers(0, 9), unique=True, max_size=10))
+def test_any_units_in_any_order_have_the_same_values(
+    tmp_path_factory: pytest.TempPathFactory, units: list[int]
+) -> None:
+    got = _fetch(EmbeddingStore(tmp_path_factory.mktemp("store"), ROOMY, chunk=3), FakeGeneralist(), *units)
+    assert list(got) == units
+    assert all(torch.equal(got[unit], _volume()[:, :, unit].half().float()) for unit in units)
