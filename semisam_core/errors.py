@@ -7,8 +7,11 @@ class SemiSAMError(Exception):
     """Base of every error that this project raises on purpose."""
 
 
-class ConfigError(SemiSAMError):
-    """A plan or a site file that cannot be used. Raised before any work is done."""
+class ConfigError(SemiSAMError, ValueError):
+    """A plan or a site file that cannot be used. Raised before any work is done.
+
+    It is a ValueError so that one raised inside a model's validator is reported with its file and key.
+    """
 
 
 class CaseError(SemiSAMError):

@@ -57,8 +57,8 @@ class RunFolder:
 
     def last_round(self) -> int | None:
         """Return the last round that has a checkpoint, or None."""
-        numbers = [int(p.stem.removeprefix("round-")) for p in (self.path / "checkpoints").glob("round-*.safetensors")]
-        return max(numbers, default=None)
+        stems = [path.stem.removeprefix("round-") for path in (self.path / "checkpoints").glob("round-*.safetensors")]
+        return max((int(stem) for stem in stems if stem.isdecimal()), default=None)
 
     def save_best(self, round_number: int, weights: Mapping[str, Tensor], plan: Plan, chosen_by: str) -> None:
         """Keep the selected specialist; what it was selected by is written into the file."""

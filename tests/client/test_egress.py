@@ -1,0 +1,109 @@
+"""The one door: nothing leaves that is not agreed, and all that leaves is booked first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.egress import EgressError, EgressGate, arriving_tensors
+from client.site_config import Egress
+from semisam_core.agreement import RefusalRule, TensorSpec, weights_sha256
+from semisam_core.files import read_json_lines
+
+SPEC = {"a": TensorSpec((2, 3), torch.float32), "b": TensorSpec((4,), torch.float32)}
+GOOD = {"a": torch.ones(2, 3), "b": torch.arange(4.0)}
+
+
+def _gate(folder: Path, **limits: float) -> EgressGate:
+    return EgressGate("alpha", Egress(**limits), folder / "audit.jsonl")
+
+
+def _reply(
+    gate: EgressGate, scalars: dict[str, object] | None = None, tensors: dict[str, torch.Tensor] | None = None
+) -> RecordDict:
+    return gate.reply("train", "run", 3, "hash", scalars or {"steps": 2}, ["steps", "loss"], tensors or GOOD, SPEC)
+
+
+def test_a_good_reply_carries_what_was_agreed_and_is_booked(tmp_path: Path) -> None:
+    reply = _reply(_gate(tmp_path), {"steps": 2, "loss": 0.5})
+    assert set(reply) == {"metrics", "site", "specialist"}
+    (line,) = read_json_lines(tmp_path / "audit.jsonl")
+    sent = arriving_tensors(reply.array_records["specialist"])
+    assert line["sha256"] == weights_sha256(sent) == weights_sha256(GOOD)
+    assert line["scalars"] == dict(reply.metric_records["metrics"])
+    assert (line["round"], line["run"], line["plan"], line["bytes"], line["tensors"]) == (3, "run", "hash", 40, 2)
+
+
+@pytest.mark.parametrize(
+    "scalars",
+    [{"patients": 3}, {"loss": float("nan")}, {"loss": float("inf")}, {"loss": True}, {"loss": "0.5"}, {"loss": [1.0]}],
+)
+def test_a_scalar_that_is_not_an_agreed_finite_number_does_not_leave(
+    tmp_path: Path, scalars: dict[str, object]
+) -> None:
+    with pytest.raises(EgressError, match="scalar"):
+        _reply(_gate(tmp_path), scalars)
+    assert not (tmp_path / "audit.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a": torch.ones(2, 3)},
+        GOOD | {"image": torch.ones(4, 4, 4)},
+        GOOD | {"b": torch.ones(5)},
+        GOOD | {"b": torch.ones(4, dtype=torch.float64)},
+        GOOD | {"b": torch.tensor([0.0, float("nan"), 0.0, 0.0])},
+        GOOD | {"b": torch.tensor([0.0, float("inf"), 0.0, 0.0])},
+    ],
+)
+def test_tensors_that_are_not_the_agreed_ones_do_not_leave(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(EgressError, match="tensor"):
+        _reply(_gate(tmp_path), tensors=tensors)
+    assert not (tmp_path / "audit.jsonl").exists()
+
+
+def test_the_sites_own_limit_on_size_holds(tmp_path: Path) -> None:
+    with pytest.raises(EgressError, match=r"egress.maximum_update_mb allows 1e-05"):
+        _reply(_gate(tmp_path, maximum_update_mb=1e-5))
+
+
+def test_tensors_never_leave_with_a_message_that_agreed_none(tmp_path: Path) -> None:
+    with pytest.raises(EgressError, match="no tensors are agreed"):
+        _gate(tmp_path).reply("evaluate", "run", 1, "hash", {}, [], GOOD, None)
+
+
+def test_what_cannot_be_booked_does_not_leave(tmp_path: Path) -> None:
+    (tmp_path / "audit.jsonl").mkdir()
+    with pytest.raises(OSError, match="audit"):
+        _reply(_gate(tmp_path))
+
+
+def test_the_log_only_grows(tmp_path: Path) -> None:
+    _reply(_gate(tmp_path))
+    before = (tmp_path / "audit.jsonl").read_bytes()
+    _reply(_gate(tmp_path), {"steps": 7})
+    after = (tmp_path / "audit.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert len(read_json_lines(tmp_path / "audit.jsonl")) == 2
+
+
+@settings(deadline=None, max_examples=50)
+@given(reason=st.text(min_size=12), rule=st.sampled_from(RefusalRule))
+def test_of_a_refusal_only_the_rule_leaves(
+    tmp_path_factory: pytest.TempPathFactory, reason: str, rule: RefusalRule
+) -> None:
+    folder = tmp_path_factory.mktemp("site")
+    reply = _gate(folder).refuse("train", "run", 1, rule, reason)
+    assert {name: dict(record) for name, record in reply.items()} == {
+        "refusal": {"rule": rule.value},
+        "site": {"site": "alpha", "round": 1, "plan-hash": ""},
+    }
+    (line,) = (folder / "audit.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["reason_kept_here"] == reason

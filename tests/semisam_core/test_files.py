@@ -1,0 +1,49 @@
+"""Files that are whole or absent, and logs that survive a torn last line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semisam_core.files import append_json_line, read_json_lines, write_atomically
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(tmp_path / "file", b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    append_json_line(path, {"n": 1})
+    with path.open("ab") as file:
+        file.write(b'{"n": 2, "torn')
+    append_json_line(path, {"n": 3})
+    assert [line["n"] for line in read_json_lines(path)] == [1, 3]
+
+
+def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    assert read_json_lines(tmp_path / "absent.jsonl") == []
+
+
+@settings(deadline=None, max_examples=25)
+@given(lines=st.lists(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=8)), max_size=5))
+def test_lines_come_back_as_written(tmp_path_factory: pytest.TempPathFactory, lines: list[dict[str, object]]) -> None:
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    for line in lines:
+        append_json_line(path, line)
+    assert read_json_lines(path) == lines

@@ -1,0 +1,121 @@
+"""Prediction of a whole scan by the specialist alone: probabilities on the scan's grid, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from semisam_core.inference import new_specialist, predict
+from semisam_core.plan import Plan
+from tests.conftest import tiny_plan
+
+CPU = torch.device("cpu")
+TWO_CLASSES = "task.classes=[{name: first, value: 1}, {name: second, value: 2}]"
+
+
+class Bright(nn.Module):
+    """A specialist that needs no training: each voxel's own intensity is the logit of the only class."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(patches), patches], 1)
+
+
+class Moody(nn.Module):
+    """A specialist that answers otherwise while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm3d(1))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return torch.cat([patches, self.inner(patches)], 1)
+
+
+def _image(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((16, 16, 8), id="the patch"),
+        pytest.param((32, 32, 16), id="a multiple of the patch"),
+        pytest.param((21, 35, 11), id="no multiple of the patch"),
+        pytest.param((5, 9, 4), id="smaller than the patch"),
+        pytest.param((40, 6, 9), id="smaller along one axis"),
+    ],
+)
+def test_every_voxel_of_the_scan_gets_probabilities_that_sum_to_one(shape: tuple[int, int, int]) -> None:
+    plan = tiny_plan(TWO_CLASSES)
+    probability = predict(new_specialist(plan), _image(*shape), plan, CPU)
+    assert (tuple(probability.shape), probability.dtype) == ((3, *shape), torch.float32)
+    assert bool(((probability >= 0) & (probability <= 1)).all())
+    assert torch.allclose(probability.sum(0), torch.ones(shape), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    shape=st.tuples(st.integers(4, 30), st.integers(4, 30), st.integers(4, 20)),
+    overlap=st.sampled_from([0.0, 0.25, 0.5]),
+)
+def test_windows_meet_without_seams_and_every_voxel_stays_in_its_place(
+    shape: tuple[int, int, int], overlap: float
+) -> None:
+    image = _image(*shape)
+    probability = predict(Bright(), image, tiny_plan(f"evaluation.overlap={overlap}"), CPU)
+    assert torch.allclose(probability[1], torch.sigmoid(image[0]), atol=1e-4)
+
+
+def test_every_channel_is_seen() -> None:
+    plan = tiny_plan("task.channels=[t1, t2]")
+    image = torch.cat([_image(16, 16, 8), _image(16, 16, 8, seed=1)])
+    network = new_specialist(plan)
+    changed = image.clone()
+    changed[1] += _image(16, 16, 8, seed=2)[0]
+    assert not torch.allclose(predict(network, image, plan, CPU), predict(network, changed, plan, CPU))
+
+
+def test_the_same_scan_gets_the_same_answer(plan: Plan) -> None:
+    network, image = new_specialist(plan), _image(20, 18, 9)
+    assert torch.equal(predict(network, image, plan, CPU), predict(network, image, plan, CPU))
+
+
+def test_the_specialist_of_a_plan_is_always_the_same(plan: Plan) -> None:
+    image = _image(16, 16, 8)
+    one, other = (predict(new_specialist(plan), image, plan, CPU) for _ in range(2))
+    assert torch.equal(one, other)
+    assert not torch.equal(predict(new_specialist(tiny_plan("seed=1")), image, plan, CPU), one)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_prediction_is_made_in_evaluation_mode_and_the_networks_own_mode_comes_back(plan: Plan, training: bool) -> None:
+    network, image = Moody(), _image(20, 18, 9)
+    expected = predict(network.eval(), image, plan, CPU)
+    network.train(training)
+    assert torch.equal(predict(network, image, plan, CPU), expected)
+    assert all(module.training is training for module in network.modules())
+
+
+def test_weights_statistics_gradients_and_the_scan_stay_as_they_were(plan: Plan) -> None:
+    network, image = Moody().train(), _image(20, 18, 9)
+    before, untouched = {name: each.clone() for name, each in network.state_dict().items()}, image.clone()
+    probability = predict(network, image, plan, CPU)
+    assert all(torch.equal(each, before[name]) for name, each in network.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+    assert torch.equal(image, untouched)
+    assert not probability.requires_grad
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_predicted(plan: Plan) -> None:
+    network = new_specialist(plan).train()
+    before = torch.get_rng_state()
+    predict(network, _image(20, 18, 9), plan, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_that_fails_says_so(plan: Plan) -> None:
+    with pytest.raises(RuntimeError):
+        predict(nn.Conv3d(3, 2, 1), _image(16, 16, 8), plan, CPU)

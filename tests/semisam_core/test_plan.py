@@ -1,0 +1,132 @@
+"""The plan: typed, versioned, hashed, and clear about what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semisam_core.errors import ConfigError
+from semisam_core.plan import Plan, load_plan, plan_from_json
+from tests.conftest import TINY_PLAN, tiny_plan
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "site_configs").glob("*/plan.yaml"))
+
+
+def _load(folder: Path, content: object, *assignments: str) -> Plan:
+    path = folder / "plan.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return load_plan(path, list(assignments))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
+def test_shipped_plans_load_and_explain_every_section(path: Path) -> None:
+    plan = load_plan(path)
+    text = path.read_text()
+    for section in Plan.model_fields:
+        assert f"\n{section}:" in f"\n{text}", section
+    assert text.count("#") > 25
+    assert plan_from_json(plan.canonical_json()) == plan
+
+
+def test_there_are_shipped_plans() -> None:
+    assert {path.parent.name for path in SHIPPED} == {"left-atrium", "phantom"}
+
+
+def test_the_hash_ignores_layout_and_defaults_spelled_out(tmp_path: Path) -> None:
+    plain = _load(tmp_path, TINY_PLAN)
+    turned = _load(tmp_path, dict(reversed(TINY_PLAN.items())))
+    spelled = _load(tmp_path, plain.model_dump(mode="json"))
+    assert plain.hash == turned.hash == spelled.hash
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(1, 2**31 - 1), rounds=st.integers(3, 100), weight=st.floats(0.2, 100))
+def test_any_change_changes_the_hash(seed: int, rounds: int, weight: float) -> None:
+    changes = (f"seed={seed}", f"training.rounds={rounds}", f"regularizer.weight={weight}")
+    hashes = {tiny_plan().hash, *(tiny_plan(change).hash for change in changes)}
+    assert len(hashes) == 4
+
+
+@settings(deadline=None, max_examples=25)
+@given(rounds=st.integers(1, 100), share=st.floats(0, 1))
+def test_a_plan_survives_the_wire(rounds: int, share: float) -> None:
+    plan = tiny_plan(f"training.rounds={rounds}", f"data.foreground_share={share}")
+    assert plan_from_json(plan.canonical_json()).hash == plan.hash
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("training.round=3", "training.round: unknown key"),
+        ("training.rounds=three", "training.rounds = 'three': .*integer"),
+        ("training.rounds=0", "training.rounds = 0: .*greater than or equal to 1"),
+        ("training.rounds=true", "training.rounds = True: .*integer"),
+        ("version=2", "version = 2: .*1"),
+        ("data.patch=[16, 16, 9]", r"data.patch\[2\] = 9 cannot be divided .*multiples of 2"),
+        ("data.intensity={kind: window, lower: 5, upper: 1}", r"lower \(5.0\) must be below upper \(1.0\)"),
+        ("data.intensity={kind: percentiles, lower: 1, upper: 101}", "between 0 and 100"),
+        ("data.spacing_mm=[0, 1, 1]", "between 0.05 and 20"),
+        ("task.classes=[{name: a, value: 1}, {name: b, value: 1}]", "every class value must differ"),
+        ("task.classes=[{name: a, value: 1}, {name: a, value: 2}]", "every class name must differ"),
+        ("task.classes=[]", "task.classes"),
+        ("specialist.name=vnet9", "unknown specialist 'vnet9'; accepted: unet"),
+        ("pseudo_labels.generalists=[sam-9]", "no generalist is named 'sam-9'; accepted are fake, lite-medsam"),
+        ("pseudo_labels.prompting.kind=points-3d", "fake does not take points-3d prompts; it takes box-2d"),
+        ("pseudo_labels.prompting.smooth_slices=4", "must be odd"),
+        ("pseudo_labels.gates.maximum_volume_ml=0.01", "must be below maximum_volume_ml"),
+        ("aggregation.rule=krum", "aggregation.rule = 'krum': .*weighted-mean"),
+        ("seed=-1", "seed = -1"),
+    ],
+)
+def test_a_wrong_plan_names_file_key_value_and_what_is_accepted(tmp_path: Path, change: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=rf"plan\.yaml: (?s:.)*{says}"):
+        _load(tmp_path, TINY_PLAN, change)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: 1\nseed: 2\n", "'seed' is given twice"),
+        ("- a\n- b\n", "mapping"),
+        ("a: [1\n", "YAML"),
+        ("", "mapping"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_named(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=rf"plan\.yaml(?s:.)*{says}"):
+        _load(tmp_path, text)
+
+
+def test_a_missing_file_and_a_bad_override_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        load_plan(tmp_path / "absent.yaml")
+    for assignment, says in (("seed", "expected key=value"), ("seed.x=1", "no keys below"), ("seed=[", "valid YAML")):
+        with pytest.raises(ConfigError, match=says):
+            _load(tmp_path, TINY_PLAN, assignment)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    content=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=8,
+    )
+)
+def test_whatever_comes_over_the_wire_is_a_plan_or_a_config_error(content: Any) -> None:
+    import json
+
+    for text in (json.dumps(content), json.dumps(TINY_PLAN | {"training": content})):
+        with pytest.raises(ConfigError):
+            plan_from_json(text)
+
+
+def test_pseudo_labels_are_due_on_their_schedule() -> None:
+    policy = tiny_plan("pseudo_labels.first_round=3", "pseudo_labels.refresh_every=2").pseudo_labels
+    assert policy is not None
+    assert [number for number in range(1, 9) if policy.due(number)] == [3, 5, 7]

@@ -1,0 +1,98 @@
+"""Which replies may count, and why one may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from semisam_core.agreement import specialist_spec
+from semisam_core.inference import new_specialist
+from semisam_core.plan import Plan
+from server.admission import Admitted, Rejected, admit
+
+SCALARS = {"labeled": 1, "unlabeled": 2, "accepted": 0, "steps": 2, "loss.supervised": -0.5}
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
+
+
+def _records(plan: Plan) -> dict[str, Any]:
+    weights = new_specialist(plan).state_dict()
+    return {
+        "metrics": MetricRecord(dict(SCALARS)),
+        "site": ConfigRecord({"site": "alpha", "round": 1, "plan-hash": plan.hash}),
+        "specialist": ArrayRecord({name: Array(value.numpy()) for name, value in weights.items()}),
+    }
+
+
+def _admit(plan: Plan, content: dict[str, Any] | Error) -> Admitted | Rejected:
+    asked = Message(RecordDict(), 7, MessageType.TRAIN)
+    reply = Message(content if isinstance(content, Error) else RecordDict(content), reply_to=asked)
+    return admit(reply, MessageType.TRAIN, 1, plan, specialist_spec(plan))
+
+
+def test_a_good_reply_is_admitted_as_it_came(plan: Plan) -> None:
+    answer = _admit(plan, _records(plan))
+    assert isinstance(answer, Admitted)
+    assert answer.site == "alpha"
+    assert answer.scalars == SCALARS
+    assert answer.weights is not None
+    expected = new_specialist(plan).state_dict()
+    assert all(torch.equal(answer.weights[name], expected[name]) for name in expected)
+
+
+def test_an_error_reply_is_rejected_without_its_text(plan: Plan) -> None:
+    answer = _admit(plan, Error(2, "secret text"))
+    assert isinstance(answer, Rejected)
+    assert "secret" not in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"site": None}, "names no site"),
+        ({"site": ConfigRecord({"site": "../x", "round": 1})}, "names no site"),
+        ({"site": ConfigRecord({"site": "alpha", "round": 2, "plan-hash": "?"})}, "another round or plan"),
+        ({"refusal": ConfigRecord({"rule": "storage"})}, "refused by rule storage"),
+        ({"refusal": ConfigRecord({"rule": "<script>"})}, "refused by rule unknown"),
+        ({"metrics": None}, "no scalars"),
+        ({"metrics": MetricRecord(SCALARS | {"patients": 3})}, "not on the agreed list"),
+        ({"metrics": MetricRecord({"labeled": 1})}, "are missing"),
+        ({"metrics": MetricRecord(SCALARS | {"seconds": float("nan")})}, "seconds is not a finite number"),
+        ({"metrics": MetricRecord(SCALARS | {"labeled": [1, 2]})}, "labeled is not a finite number"),
+        ({"metrics": MetricRecord(SCALARS | {"labeled": -1})}, "labeled is negative"),
+        ({"specialist": None}, "no specialist"),
+        ({"specialist": ArrayRecord({"x": Array(torch.ones(2).numpy())})}, "agreed tensors are missing"),
+    ],
+)
+def test_a_reply_that_is_not_as_agreed_is_rejected_with_the_reason(
+    plan: Plan, change: dict[str, Any], says: str
+) -> None:
+    records = {name: record for name, record in (_records(plan) | change).items() if record is not None}
+    answer = _admit(plan, records)
+    assert isinstance(answer, Rejected)
+    assert says in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda value: value * float("nan"), "not finite"),
+        (lambda value: value.double(), "float64"),
+        (lambda value: value.flatten()[:1], "agreed is"),
+    ],
+)
+def test_tensors_that_are_not_as_agreed_are_rejected(plan: Plan, damage: Any, says: str) -> None:
+    weights = dict(new_specialist(plan).state_dict())
+    name = next(iter(weights))
+    weights[name] = damage(weights[name])
+    arrays = ArrayRecord({each: Array(value.numpy()) for each, value in weights.items()})
+    answer = _admit(plan, _records(plan) | {"specialist": arrays})
+    assert isinstance(answer, Rejected)
+    assert says in answer.reason

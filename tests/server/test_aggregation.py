@@ -1,0 +1,88 @@
+"""How updates are weighed and combined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semisam_core.plan import Aggregation
+from server.aggregation import Update, evidence_weights, weighted_mean
+
+
+def _update(site: str, value: float, **scalars: float) -> Update:
+    counts = {"labeled": 1.0, "unlabeled": 0.0, "accepted": 0.0, "steps": 1.0} | scalars
+    return Update(site, {"w": torch.full((2, 2), value)}, counts)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=6),
+    seed=st.integers(0, 1000),
+)
+def test_the_mean_is_the_obvious_one_and_no_order_changes_a_bit(values: list[float], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    raw = (torch.rand(len(values), generator=generator) + 0.01).double()
+    shares = (raw / raw.sum()).tolist()
+    updates = [_update(f"s{k}", value) for k, value in enumerate(values)]
+    expected = sum(share * value for share, value in zip(shares, values, strict=True))
+    mean = weighted_mean(updates, shares)
+    assert torch.allclose(mean["w"].double(), torch.full((2, 2), expected, dtype=torch.float64), atol=1e-4)
+    turned = weighted_mean(updates[::-1], shares[::-1])
+    assert torch.equal(mean["w"], turned["w"])
+
+
+def test_sites_that_agree_change_nothing() -> None:
+    updates = [_update("a", 0.1), _update("b", 0.1), _update("c", 0.1)]
+    assert torch.equal(weighted_mean(updates, [0.2, 0.3, 0.5])["w"], updates[0].weights["w"])
+
+
+def test_dtypes_are_kept() -> None:
+    updates = [Update("a", {"n": torch.tensor([3])}, {}), Update("b", {"n": torch.tensor([3])}, {})]
+    assert weighted_mean(updates, [0.5, 0.5])["n"].dtype == torch.int64
+
+
+def test_samples_count_scans_and_equal_counts_sites() -> None:
+    updates = [_update("a", 0, labeled=1), _update("b", 0, labeled=0, unlabeled=9, accepted=9)]
+    assert evidence_weights(updates, Aggregation(weights="samples"), 0.5) == pytest.approx([0.1, 0.9])
+    assert evidence_weights(updates, Aggregation(weights="equal"), 0.5) == pytest.approx([0.5, 0.5])
+
+
+def test_evidence_does_not_let_pseudo_labels_drown_expert_masks() -> None:
+    policy = Aggregation(weights="evidence", unlabeled_share=0.001)
+    updates = [_update("a", 0, labeled=3), _update("b", 0, labeled=0, unlabeled=2000, accepted=1000)]
+    early, late = (evidence_weights(updates, policy, progress) for progress in (0.05, 1.0))
+    assert late == pytest.approx([0.75, 0.25], abs=0.05)
+    assert early[1] < late[1]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    counts=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 500)), min_size=1, max_size=6),
+    rule=st.sampled_from(["samples", "equal", "evidence"]),
+    progress=st.floats(0.01, 1),
+)
+def test_shares_are_positive_and_sum_to_one_or_the_reason_is_said(
+    counts: list[tuple[int, int]], rule: str, progress: float
+) -> None:
+    policy = Aggregation.model_validate({"weights": rule})
+    updates = [_update(f"s{k}", 0, labeled=n, unlabeled=m, accepted=m) for k, (n, m) in enumerate(counts)]
+    if rule != "equal" and all(n == m == 0 for n, m in counts):
+        with pytest.raises(ValueError, match="anything to learn"):
+            evidence_weights(updates, policy, progress)
+        return
+    shares = evidence_weights(updates, policy, progress)
+    assert sum(shares) == pytest.approx(1)
+    assert all(share >= 0 for share in shares)
+
+
+@pytest.mark.parametrize("rule", ["samples", "equal", "evidence"])
+def test_a_site_that_took_no_step_weighs_nothing(rule: str) -> None:
+    updates = [_update("a", 0), _update("b", 0, steps=0)]
+    assert evidence_weights(updates, Aggregation.model_validate({"weights": rule}), 1.0) == [1.0, 0.0]
+
+
+def test_no_evidence_at_all_is_an_error_and_no_division() -> None:
+    with pytest.raises(ValueError, match="anything to learn"):
+        evidence_weights([_update("a", 0, steps=0)], Aggregation(), 1.0)

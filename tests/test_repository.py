@@ -1,0 +1,56 @@
+"""What must be true of the repository itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("semisam_core", "client", "server")
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_know_only_the_core(room: str) -> None:
+    forbidden = {*ROOMS, "cli", "tests"} - {room, "semisam_core"}
+    for path in (ROOT / room).rglob("*.py"):
+        assert not _imports(path) & forbidden, path
+
+
+def test_every_direct_dependency_has_an_exact_version_in_the_constraints() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if match := re.fullmatch(r"([A-Za-z0-9_.-]+)==(\S+)", line):
+            pinned[match[1].lower().replace("_", "-")] = match[2]
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        name = re.split(r"[<>=\[; ]", requirement)[0].lower().replace("_", "-")
+        assert name in pinned, name
+
+
+def test_constraints_hold_versions_and_no_addresses() -> None:
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.+-]+", line), line
+
+
+def test_nothing_generated_is_tracked() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    tracked = listed.stdout.split()
+    assert not [name for name in tracked if name.endswith((".nii", ".nii.gz", ".dcm", ".pth", ".safetensors"))]
+    assert not [name for name in tracked if name.startswith(("demo/", "runs/", ".venv/"))]
