@@ -83,11 +83,11 @@ def write_nifti(path: Path, volume: NDArray[Any], affine: NDArray[Any] | None = 
     return path
 
 
-def write_blobs(folder: Path, count: int, first_seed: int = 0) -> list[str]:
+def write_blobs(folder: Path, count: int, first_seed: int = 0, shape: tuple[int, int, int] = (24, 24, 16)) -> list[str]:
     """Write cases `case-0`, `case-1`, ... with labels; return their ids."""
     names = [f"case-{k}" for k in range(count)]
     for k, name in enumerate(names):
-        image, label = blob(seed=first_seed + k)
+        image, label = blob(shape, first_seed + k)
         write_nifti(folder / "images" / f"{name}.nii.gz", image)
         write_nifti(folder / "labels" / f"{name}.nii.gz", label)
     return names
@@ -124,8 +124,14 @@ def write_site(folder: Path, name: str, **changes: Any) -> Path:
 def make_site(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes a site with three cases (labeled, unlabeled, validation) and its YAML."""
 
-    def make(name: str = "alpha", cases: int = 3, first_seed: int = 0, **changes: Any) -> Path:
-        write_blobs(tmp_path / "data" / name, cases, first_seed)
+    def make(
+        name: str = "alpha",
+        cases: int = 3,
+        first_seed: int = 0,
+        shape: tuple[int, int, int] = (24, 24, 16),
+        **changes: Any,
+    ) -> Path:
+        write_blobs(tmp_path / "data" / name, cases, first_seed, shape)
         return write_site(tmp_path, name, **changes)
 
     return make

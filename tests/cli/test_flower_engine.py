@@ -23,14 +23,16 @@ from tests.conftest import tiny_plan
 
 MakeSite = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
+UNLABELED: dict[str, list[str]] = {"labeled": [], "validation": ["case-1"]}
 
 
 @pytest.fixture
 def study(make_site: MakeSite, tmp_path: Path) -> tuple[Path, Path]:
     """Return a plan with LiteMedSAM and a folder of two sites: one labeled, one wholly unlabeled."""
     model = {"lite-medsam": {"weights": "packaged"}}
-    make_site("alpha", data={"labeled": ["case-0", "case-1"]}, generalists=model)
-    make_site("beta", first_seed=10, data={"labeled": []}, generalists=model)
+    shallow = (24, 24, 8)
+    make_site("alpha", shape=shallow, data={"labeled": ["case-0", "case-1"]}, generalists=model)
+    make_site("beta", cases=2, first_seed=10, shape=shallow, data=UNLABELED, generalists=model)
     plan = tiny_plan(
         "pseudo_labels.generalists=[lite-medsam]",
         "pseudo_labels.prompting.threshold=0.3",
@@ -101,7 +103,7 @@ def test_a_study_that_fails_exits_with_one_though_flower_itself_says_nothing(
 
 @pytest.mark.slow
 def test_ctrl_c_cleans_up_and_the_run_goes_on_with_resume(study: tuple[Path, Path], tmp_path: Path) -> None:
-    more = ("--set", "training.rounds=3")
+    more = ("--set", "training.rounds=3", "--set", "pseudo_labels=null")
     process = subprocess.Popen(
         _command(study, tmp_path / "run", *more), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
