@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,7 +24,7 @@ from semisam_core.plan import Plan
 from server.app import app as server_app
 from server.run_folder import RunFolder
 from server.study import Study, StudyFailedError
-from tests.conftest import tiny_plan
+from tests.conftest import tiny_plan, write_nifti
 
 MakeSite = Callable[..., Path]
 
@@ -210,6 +212,17 @@ def test_selection_by_validation_takes_the_best_round_and_says_that_labels_were_
     (selected,) = [line for line in lines if line["event"] == "selected"]
     assert means[int(str(selected["round"]))] == max(means.values())
     assert "validation labels were used" in str(selected["by"])
+
+
+def test_two_classes_go_through_the_whole_study(sites: list[Path], tmp_path: Path) -> None:
+    for path in tmp_path.glob("data/*/labels/*.nii.gz"):
+        label = np.array(nib.load(path).dataobj, dtype=np.uint8)
+        label[:12] *= 2
+        write_nifti(path, label)
+    plan = tiny_plan("task.classes=[{name: left, value: 2}, {name: right, value: 1}]")
+    lines = _run(plan, sites, tmp_path / "run")
+    (alpha,) = [line for line in lines if line["event"] == "evaluated" and line["site"] == "alpha" and line["final"]]
+    assert {"dice.left", "dice.right"} <= alpha.keys()
 
 
 def test_a_client_app_that_raises_is_an_error_reply_without_its_text(plan: Plan) -> None:
