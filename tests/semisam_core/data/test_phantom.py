@@ -52,10 +52,10 @@ def test_the_same_seed_gives_the_same_patient_and_another_seed_another(seed: int
     assert not np.array_equal(organs, other_organs)
 
 
-@settings(deadline=None, max_examples=8)
-@given(seed=st.integers(0, 2**31), scanner=st.sampled_from([COARSE, *DEMO_SCANNERS.values()]))
-def test_a_patient_has_every_organ_on_a_grid_of_the_scanners_spacing(seed: int, scanner: Scanner) -> None:
-    scan, organs = make_phantom(scanner, seed)
+@pytest.mark.parametrize("name", sorted(DEMO_SCANNERS))
+def test_a_patient_has_every_organ_on_a_grid_of_the_scanners_spacing(name: str) -> None:
+    scanner = DEMO_SCANNERS[name]
+    scan, organs = make_phantom(scanner, 1)
     assert scan.shape == organs.shape
     assert (scan.dtype, organs.dtype) == (np.float32, np.uint8)
     assert np.isfinite(scan).all()
