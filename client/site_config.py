@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from semisam_core.agreement import CLASS_SCORES
 from semisam_core.configuration import StrictModel, parse, read_yaml
@@ -41,6 +41,12 @@ class SiteGeneralist(StrictModel):
 
     weights: Literal["packaged"] | Path = "packaged"
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _hash_of_a_file(self) -> SiteGeneralist:
+        if self.weights != "packaged" and self.sha256 is None:
+            raise ValueError("a weights file needs its sha256 beside it (64 hexadecimal digits)")
+        return self
 
 
 class Storage(StrictModel):

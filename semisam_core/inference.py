@@ -35,15 +35,16 @@ def predict(network: nn.Module, image: Tensor, plan: Plan, device: torch.device)
     """
     was_training = network.training
     network.eval()
-    with torch.inference_mode():
-        logits = sliding_window_inference(
-            image[None].to(device),
-            plan.data.patch,
-            sw_batch_size=2,
-            predictor=network,
-            overlap=plan.evaluation.overlap,
-            mode="gaussian",
-        )
-        probability = torch.as_tensor(logits)[0].float().softmax(0).cpu()
-    network.train(was_training)
-    return probability
+    try:
+        with torch.inference_mode():
+            logits = sliding_window_inference(
+                image[None].to(device),
+                plan.data.patch,
+                sw_batch_size=2,
+                predictor=network,
+                overlap=plan.evaluation.overlap,
+                mode="gaussian",
+            )
+            return torch.as_tensor(logits)[0].float().softmax(0).cpu()
+    finally:
+        network.train(was_training)

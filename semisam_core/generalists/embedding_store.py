@@ -178,7 +178,7 @@ class _File:
 def _files(folder: Path) -> Iterable[_File]:
     try:
         entries = list(os.scandir(folder))
-    except FileNotFoundError:
+    except OSError:  # not there yet, or not to be read: then nothing can be counted or evicted
         return
     for entry in entries:
         temporary = entry.name.startswith(".") and _SUFFIX in entry.name

@@ -38,7 +38,7 @@ def check_specialist(name: str, arguments: Mapping[str, Any], patch: tuple[int, 
     spec, parsed = _resolve(name, arguments)
     for axis, (side, divisor) in enumerate(zip(patch, spec.divisor(parsed), strict=True)):
         if side % divisor:
-            accepted = ", ".join(str(divisor * max(1, side // divisor + k)) for k in (0, 1))
+            accepted = ", ".join(str(divisor * (max(1, side // divisor) + k)) for k in (0, 1))
             raise ValueError(
                 f"data.patch[{axis}] = {side} cannot be divided by the specialist {name}: "
                 f"multiples of {divisor} are accepted, for example {accepted}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from monai.networks.nets import UNet
 from pydantic import Field, model_validator
 from torch import nn
 
 from semisam_core.configuration import StrictModel
+
+Channels = Annotated[int, Field(ge=1, le=4096)]
+Stride = Annotated[int, Field(ge=1, le=8)]
 
 
 class UNetArguments(StrictModel):
@@ -22,8 +25,8 @@ class UNetArguments(StrictModel):
         normalization: `instance` or `group`, neither of which has state.
     """
 
-    channels: tuple[int, ...] = (16, 32, 64, 128)
-    strides: tuple[int | tuple[int, int, int], ...] = (2, 2, 2)
+    channels: tuple[Channels, ...] = (16, 32, 64, 128)
+    strides: tuple[Stride | tuple[Stride, Stride, Stride], ...] = (2, 2, 2)
     residual_units: int = Field(default=1, ge=0, le=8)
     normalization: Literal["instance", "group"] = "instance"
 
@@ -33,6 +36,10 @@ class UNetArguments(StrictModel):
             raise ValueError("strides has one entry fewer than channels, and there are at least two channels")
         if self.normalization == "group" and any(c % 8 for c in self.channels):
             raise ValueError("group normalisation uses 8 groups, so channels must be multiples of 8")
+        if self.normalization == "group" and self.residual_units > 0:
+            raise ValueError(
+                "group normalisation takes residual_units: 0; with any, the output layer is normalised too"
+            )
         return self
 
     def divisor(self) -> tuple[int, int, int]:

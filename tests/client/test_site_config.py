@@ -43,6 +43,7 @@ def test_paths_count_from_the_files_own_folder(make_site: MakeSite, tmp_path: Pa
         ({"device": "gpu"}, "device = 'gpu'"),
         ({"generalists": {"sam-9": {}}}, "no generalist is named 'sam-9'; accepted are"),
         ({"generalists": {"fake": {"sha256": "abc"}}}, "generalists.fake.sha256 = 'abc'"),
+        ({"generalists": {"fake": {"weights": "w.pth"}}}, "a weights file needs its sha256"),
         ({"egress": {"validation_scores": ["volume"]}}, r"unknown scores \['volume'\]; accepted: dice"),
         ({"storage": {"memory_gb": 0}}, "storage.memory_gb = 0"),
         ({"version": 3}, "version = 3"),

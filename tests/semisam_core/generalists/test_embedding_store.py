@@ -140,3 +140,9 @@ def test_any_units_in_any_order_have_the_same_values(
     got = _fetch(EmbeddingStore(tmp_path_factory.mktemp("store"), ROOMY, chunk=3), FakeGeneralist(), *units)
     assert list(got) == units
     assert all(torch.equal(got[unit], _volume()[:, :, unit].half().float()) for unit in units)
+
+
+def test_a_folder_that_cannot_be_used_costs_time_only(tmp_path: Path) -> None:
+    (tmp_path / "store").touch()
+    got = _fetch(EmbeddingStore(tmp_path / "store", ROOMY), FakeGeneralist(), 1, 2)
+    assert torch.equal(got[2], _volume()[:, :, 2].half().float())

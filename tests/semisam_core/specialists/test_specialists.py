@@ -132,3 +132,16 @@ def test_a_patch_that_is_accepted_comes_out_as_large_as_it_went_in(sides: tuple[
     network = build_specialist("unet", DEEP, 1, 1, 0).eval()
     with torch.inference_mode():
         assert tuple(network(torch.zeros(1, 1, *patch)).shape[2:]) == patch
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"channels": (4, 8), "strides": (0,)},
+        {"channels": (4, -8), "strides": (2,)},
+        {"channels": (8, 16), "strides": (2,), "normalization": "group", "residual_units": 1},
+    ],
+)
+def test_arguments_that_no_network_can_have_are_refused_with_a_sentence(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"specialist\.arguments"):
+        check_specialist("unet", arguments, (16, 16, 16))
