@@ -105,12 +105,12 @@ def init_sites(
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Option(help="Folder of the hospitals' data.")],
-    cases: Annotated[int, typer.Option(help="Scans a hospital.", min=2, max=1000)] = 8,
+    cases: Annotated[int, typer.Option(help="Scans a hospital.", min=2, max=1000)] = 6,
     seed: Annotated[int, typer.Option(help="Seed of anatomy and noise.")] = 0,
 ) -> None:
     """Generate three phantom hospitals (north, south, east) as ordinary NIfTI files.
 
-    Example: semisam phantom --out demo/data --cases 8
+    Example: semisam phantom --out demo/data --cases 6
     """
     from cli.phantom import write_hospitals
 
