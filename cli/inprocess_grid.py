@@ -54,7 +54,7 @@ class InProcessGrid(Grid):
     @property
     def run(self) -> Run:
         """There is no engine, hence no run to describe."""
-        raise NotImplementedError("an in-process grid has no Flower run")
+        raise RuntimeError("an in-process grid has no Flower run")
 
     def create_message(
         self,
