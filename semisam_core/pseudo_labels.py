@@ -14,7 +14,7 @@ from torch import Tensor
 
 from semisam_core.evaluation import dice_of
 from semisam_core.files import save_tensors
-from semisam_core.generalists.base import Generalist
+from semisam_core.generalists.base import Generalist, VolumeGrid
 from semisam_core.generalists.embedding_store import EmbeddingStore
 from semisam_core.plan import Plan, PseudoLabels
 from semisam_core.prompting import PromptSets, Refusal, make_prompts
@@ -116,12 +116,13 @@ def _ask(
     maps: list[Tensor] = []
     qualities: list[float] = []
     shape = (int(volume.shape[0]), int(volume.shape[1]), int(volume.shape[2]))
+    grid = VolumeGrid(shape, plan.data.spacing_mm)
     for generalist in generalists:
         try:
-            units = sorted({unit for each in prompts.sets for unit in generalist.units(each)})
-            embeddings = store.fetch(generalist, scan_key, volume, units, progress)
+            units = sorted({unit for each in prompts.sets for unit in generalist.units(each, grid)})
+            embeddings = store.fetch(generalist, scan_key, volume, grid, units, progress)
             for each in prompts.sets:
-                answer = generalist.segment(embeddings, each, shape)
+                answer = generalist.segment(embeddings, each, grid)
                 maps.append(_smooth_over_slices(answer.probability, policy.smooth_sigma_slices))
                 qualities.extend(answer.quality.values())
         except (RuntimeError, ValueError) as error:  # one model that fails does not stop the others

@@ -3,16 +3,19 @@
 from semisam_core.generalists.base import (
     Generalist,
     GeneralistCard,
+    Point,
     PromptKind,
     Prompts,
     Segmentation,
     SliceBox,
+    VolumeGrid,
 )
 from semisam_core.generalists.embedding_store import EmbeddingStore, scan_key
 from semisam_core.generalists.registry import (
     GeneralistSpec,
     accepted_prompts,
     generalist_names,
+    generalist_spec,
     load_generalist,
     register,
 )
@@ -22,12 +25,15 @@ __all__ = [
     "Generalist",
     "GeneralistCard",
     "GeneralistSpec",
+    "Point",
     "PromptKind",
     "Prompts",
     "Segmentation",
     "SliceBox",
+    "VolumeGrid",
     "accepted_prompts",
     "generalist_names",
+    "generalist_spec",
     "load_generalist",
     "register",
     "scan_key",

@@ -11,13 +11,34 @@ from torch import Tensor
 
 
 class PromptKind(StrEnum):
-    """The kinds of prompt that a generalist may declare."""
+    """The kinds of prompt that a generalist may declare.
+
+    `PROPAGATED`: prompts on a few slices, carried to the others by the model itself. Text would be one more kind here
+    and one more field of `Prompts`; no generalist takes it yet.
+    """
 
     BOX_2D = "box-2d"
     POINTS_2D = "points-2d"
     MASK_2D = "mask-2d"
     POINTS_3D = "points-3d"
     MASK_3D = "mask-3d"
+    PROPAGATED = "propagated"
+
+
+SLICE_KINDS = frozenset({PromptKind.BOX_2D, PromptKind.POINTS_2D, PromptKind.MASK_2D, PromptKind.PROPAGATED})
+
+
+@dataclass(frozen=True)
+class VolumeGrid:
+    """The voxels of a scan as a generalist sees it.
+
+    Attributes:
+        shape: (H, W, D); a slice-wise model sees (H, W) slices along D.
+        spacing_mm: voxel size along H, W, D.
+    """
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -34,10 +55,43 @@ class SliceBox:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One click.
+
+    Attributes:
+        position: (h, w, d) in voxels of the scan; whole numbers are voxel centres. For a slice-wise model, d is the
+            number of the slice and whole.
+        positive: whether the target is there (a negative click says that it is not).
+    """
+
+    position: tuple[float, float, float]
+    positive: bool = True
+
+
+@dataclass(frozen=True, eq=False)
 class Prompts:
-    """One prompt set for one target class of one scan. More kinds of prompt become more fields."""
+    """One prompt set for one target class of one scan. A further kind of prompt is a further field.
+
+    Attributes:
+        boxes: boxes on slices.
+        points: clicks, on slices or in the volume.
+        mask: foreground probability of the class (H, W, D) in [0, 1]: the specialist's, or the model's own last answer.
+            A slice-wise model uses it on each slice that has a voxel above 0.5 or another prompt.
+        span: first and last slice to answer, for a model that carries prompts from slice to slice; None answers the
+            prompted slices only.
+    """
 
     boxes: tuple[SliceBox, ...] = ()
+    points: tuple[Point, ...] = ()
+    mask: Tensor | None = None
+    span: tuple[int, int] | None = None
+
+    def slices(self) -> tuple[int, ...]:
+        """Return the slices along the last axis that have a box, a point or mask foreground; ascending, each once."""
+        found = {box.index for box in self.boxes} | {round(point.position[2]) for point in self.points}
+        if self.mask is not None:
+            found |= {int(index) for index in (self.mask > 0.5).any(0).any(0).nonzero()[:, 0]}
+        return tuple(sorted(found))
 
 
 @dataclass(frozen=True)
@@ -46,8 +100,8 @@ class Segmentation:
 
     Attributes:
         probability: foreground probability of the prompted class, (H, W, D) float32 in [0, 1]; 0 where not prompted.
-        quality: the model's own estimate of its overlap with the truth for each embedding unit (slice index ->
-            predicted IoU).
+        quality: the model's own estimate of its overlap with the truth for each embedding unit that answered (slice
+            or crop -> predicted IoU in [0, 1]).
     """
 
     probability: Tensor
@@ -56,7 +110,17 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class GeneralistCard:
-    """What a person must know of a generalist before letting it label scans."""
+    """What a person must know of a generalist before letting it label scans.
+
+    Attributes:
+        name: as plans and site files call it.
+        prompt_kinds: the prompts that it was trained for.
+        preprocessing: what is done to a scan before the encoder, versioned; part of the key of stored embeddings.
+        licence: of the weights.
+        source: where the weights are published, by name.
+        training_data: what it was trained on, as far as published.
+        overlaps: common benchmarks whose scans its training data names or may hold.
+    """
 
     name: str
     prompt_kinds: frozenset[PromptKind]
@@ -64,13 +128,14 @@ class GeneralistCard:
     licence: str
     source: str
     training_data: tuple[str, ...]
+    overlaps: tuple[str, ...] = ()
 
 
 class Generalist(Protocol):
     """A frozen promptable model. Its parameters are never trained and never leave the site.
 
     A scan is encoded in *units* (slices for a 2D model, crops for a 3D one), so that only those which a prompt
-    needs are ever encoded, each once.
+    needs are ever encoded, each once. An embedding is one float tensor, of whatever shape the model likes.
     """
 
     @property
@@ -81,11 +146,11 @@ class Generalist(Protocol):
     def weights_sha256(self) -> str:
         """SHA-256 of the weights file, part of the key of every stored embedding."""
 
-    def units(self, prompts: Prompts) -> tuple[int, ...]:
+    def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the embedding units which these prompts need, ascending, each once."""
 
-    def embed(self, volume: Tensor, units: Sequence[int]) -> dict[int, Tensor]:
-        """Encode the given units of a scan (H, W, D); returns unit -> embedding, float32."""
+    def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
+        """Encode the given units of a scan (H, W, D); returns unit -> embedding, float32 on the CPU."""
 
-    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, shape: tuple[int, int, int]) -> Segmentation:
-        """Answer one prompt set from embeddings of all its units; `shape` is the scan's (H, W, D)."""
+    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
+        """Answer one prompt set from embeddings of all its units."""

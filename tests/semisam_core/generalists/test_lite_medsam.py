@@ -20,22 +20,15 @@ from torch import Tensor
 
 from semisam_core.errors import WeightsError
 from semisam_core.evaluation import dice_of
-from semisam_core.generalists import PromptKind, Prompts, Segmentation, SliceBox, load_generalist
-from semisam_core.generalists.lite_medsam import (
-    FRAME,
-    PACKAGED_SHA256,
-    LiteMedSAM,
-    box_to_frame,
-    frame_size,
-    intensity_limits,
-    to_frames,
-)
+from semisam_core.generalists import PromptKind, Prompts, Segmentation, SliceBox, VolumeGrid, load_generalist
+from semisam_core.generalists.lite_medsam import FRAMING, PACKAGED_SHA256, LiteMedSAM, to_frames
+from semisam_core.generalists.slices import intensity_limits
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[3]
 SHAPE = (96, 72, 6)  # taller than wide, so that swapped axes show
+GRID = VolumeGrid(SHAPE, (1.0, 1.0, 1.0))
 SLICES = (1, 2, 4)
-SIDES = st.integers(4, 600)
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +61,13 @@ def _box(mask: Tensor, index: int) -> SliceBox:
 
 @pytest.fixture(scope="module")
 def embeddings(model: LiteMedSAM) -> dict[int, Tensor]:
-    return model.embed(_scene(), SLICES)
+    return model.embed(_scene(), GRID, SLICES)
 
 
 @pytest.fixture(scope="module")
 def answer(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> Segmentation:
     """Return what is answered to a box around the upper ellipse on each of three slices."""
-    return model.segment(embeddings, Prompts(tuple(_box(UPPER, index) for index in SLICES)), SHAPE)
+    return model.segment(embeddings, Prompts(tuple(_box(UPPER, index) for index in SLICES)), GRID)
 
 
 def test_it_takes_boxes_under_the_published_weights_and_says_so(model: LiteMedSAM) -> None:
@@ -95,8 +88,8 @@ def test_it_is_frozen(model: LiteMedSAM, embeddings: dict[int, Tensor], answer: 
 
 def test_each_slice_that_has_a_box_is_one_unit(model: LiteMedSAM) -> None:
     boxes = tuple(SliceBox(index, (0, 0, 5, 5)) for index in (4, 1, 4, 2))
-    assert model.units(Prompts(boxes)) == (1, 2, 4)
-    assert model.units(Prompts()) == ()
+    assert model.units(Prompts(boxes), GRID) == (1, 2, 4)
+    assert model.units(Prompts(), GRID) == ()
 
 
 def test_an_embedding_is_an_ordinary_tensor_of_256_by_64_by_64(embeddings: dict[int, Tensor]) -> None:
@@ -119,7 +112,7 @@ def test_each_prompted_slice_has_a_quality_between_0_and_1(answer: Segmentation)
 
 
 def test_without_boxes_the_answer_is_empty(model: LiteMedSAM) -> None:
-    answer = model.segment({}, Prompts(), SHAPE)
+    answer = model.segment({}, Prompts(), GRID)
     assert not answer.probability.any()
     assert answer.quality == {}
 
@@ -128,7 +121,7 @@ def test_without_boxes_the_answer_is_empty(model: LiteMedSAM) -> None:
 def test_the_answer_is_what_the_box_surrounds(
     model: LiteMedSAM, embeddings: dict[int, Tensor], boxed: Tensor, other: Tensor
 ) -> None:
-    answer = model.segment(embeddings, Prompts((_box(boxed, 2),)), SHAPE).probability[:, :, 2] > 0.5
+    answer = model.segment(embeddings, Prompts((_box(boxed, 2),)), GRID).probability[:, :, 2] > 0.5
     assert dice_of(answer, boxed) > 0.7
     assert dice_of(answer, other) < 0.1
 
@@ -137,15 +130,15 @@ def test_several_boxes_on_a_slice_are_joined_by_the_higher_probability(
     model: LiteMedSAM, embeddings: dict[int, Tensor]
 ) -> None:
     boxes = (_box(UPPER, 2), _box(LOWER, 2))
-    one, other = (model.segment(embeddings, Prompts((box,)), SHAPE) for box in boxes)
-    both = model.segment(embeddings, Prompts(boxes), SHAPE)
+    one, other = (model.segment(embeddings, Prompts((box,)), GRID) for box in boxes)
+    both = model.segment(embeddings, Prompts(boxes), GRID)
     assert torch.equal(both.probability, torch.maximum(one.probability, other.probability))
     assert both.quality[2] == pytest.approx((one.quality[2] + other.quality[2]) / 2)
 
 
 def test_a_box_beyond_the_border_is_cut_there(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> None:
     beyond, within = SliceBox(2, (-30, -5.5, 50, 300)), SliceBox(2, (0, 0, 50, SHAPE[1] - 1))
-    answers = [model.segment(embeddings, Prompts((box,)), SHAPE).probability for box in (beyond, within)]
+    answers = [model.segment(embeddings, Prompts((box,)), GRID).probability for box in (beyond, within)]
     assert torch.equal(*answers)
 
 
@@ -153,10 +146,10 @@ def test_a_batch_gives_what_one_at_a_time_gives(
     model: LiteMedSAM, embeddings: dict[int, Tensor], answer: Segmentation
 ) -> None:
     batched = LiteMedSAM(model.network, model.weights_sha256, CPU, batch_size=2)
-    together = batched.embed(_scene(), SLICES)
+    together = batched.embed(_scene(), GRID, SLICES)
     assert all(torch.allclose(together[index], embeddings[index], atol=1e-4) for index in SLICES)
     prompts = Prompts(tuple(_box(UPPER, index) for index in SLICES))
-    assert torch.allclose(batched.segment(together, prompts, SHAPE).probability, answer.probability, atol=1e-4)
+    assert torch.allclose(batched.segment(together, prompts, GRID).probability, answer.probability, atol=1e-4)
 
 
 def test_the_fused_network_equals_the_published_one(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> None:
@@ -187,7 +180,8 @@ def test_real_atria_are_found_in_their_boxes(model: LiteMedSAM, left_atrium: Pat
     present = label.any(0).any(0).nonzero().flatten().tolist()
     chosen = [present[len(present) * share // 5] for share in (1, 2, 3, 4)]
     prompts = Prompts(tuple(_box(label[:, :, index], index) for index in chosen))
-    answer = model.segment(model.embed(volume, chosen), prompts, tuple(volume.shape)).probability > 0.5
+    grid = VolumeGrid(tuple(volume.shape), (0.625, 0.625, 0.625))
+    answer = model.segment(model.embed(volume, grid, chosen), prompts, grid).probability > 0.5
     assert np.mean([dice_of(answer[:, :, index], label[:, :, index] > 0) for index in chosen]) > 0.6
 
 
@@ -226,56 +220,19 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_embedded_is_refused(model: LiteMedSAM, volume: Tensor, units: list[int], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        model.embed(volume, units)
+        model.embed(volume, GRID, units)
 
 
 def test_a_box_whose_slice_was_not_embedded_is_refused(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"no embedding for the prompted slices \[0, 3\]"):
-        model.segment(embeddings, Prompts(tuple(_box(UPPER, index) for index in (3, 2, 0))), SHAPE)
-
-
-@settings(deadline=None, max_examples=25)
-@given(height=SIDES, width=SIDES)
-def test_a_slice_fills_the_frame_along_its_longer_side_and_keeps_its_proportions(height: int, width: int) -> None:
-    rows, columns = frame_size((height, width))
-    assert max(rows, columns) == FRAME
-    assert min(rows, columns) >= 1
-    assert abs(min(rows, columns) - FRAME * min(height, width) / max(height, width)) <= 0.5
-    assert box_to_frame(SliceBox(0, (0, 0, height - 1, width - 1)), (height, width, 1)) == (0, 0, columns, rows)
-
-
-@settings(deadline=None, max_examples=25)
-@given(height=SIDES, width=SIDES, data=st.data())
-def test_the_edges_of_a_box_lie_at_the_same_share_of_slice_and_frame(height: int, width: int, data: Any) -> None:
-    top, bottom = sorted(data.draw(st.tuples(*[st.floats(0, height - 1)] * 2)))
-    left, right = sorted(data.draw(st.tuples(*[st.floats(0, width - 1)] * 2)))
-    rows, columns = frame_size((height, width))
-    found = box_to_frame(SliceBox(0, (top, left, bottom, right)), (height, width, 1))
-    shares = (left / width, top / height, (right + 1) / width, (bottom + 1) / height)
-    assert found == pytest.approx([a * b for a, b in zip(shares, (columns, rows, columns, rows), strict=True)])
-    turned = box_to_frame(SliceBox(0, (left, top, right, bottom)), (width, height, 1))
-    assert turned == pytest.approx((found[1], found[0], found[3], found[2]))
-
-
-@pytest.mark.parametrize(
-    ("box", "says"),
-    [
-        (SliceBox(3, (0, 0, 5, 5)), "slice 3; this scan has slices 0 to 2"),
-        (SliceBox(0, (0, 0, math.nan, 5)), "not finite"),
-        (SliceBox(0, (6, 0, 5, 5)), r"is empty; accepted is \(row_min, column_min, row_max, column_max\)"),
-        (SliceBox(1, (20, 0, 25, 5)), "lies outside the 20 x 30 slice"),
-    ],
-)
-def test_a_box_that_surrounds_nothing_of_the_scan_is_refused(box: SliceBox, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        box_to_frame(box, (20, 30, 3))
+        model.segment(embeddings, Prompts(tuple(_box(UPPER, index) for index in (3, 2, 0))), GRID)
 
 
 def test_frames_lie_at_the_upper_left_between_0_and_1_with_zeros_around() -> None:
     frames = to_frames(_scene(), SLICES, intensity_limits(_scene()))
-    rows, columns = frame_size(SHAPE[:2])
-    assert (rows, columns) == (FRAME, 192)
-    assert tuple(frames.shape) == (3, 3, FRAME, FRAME)
+    rows, columns = FRAMING.size(SHAPE[:2])
+    assert (rows, columns) == (256, 192)
+    assert tuple(frames.shape) == (3, 3, 256, 256)
     assert frames.amin(dim=(1, 2, 3)).tolist() == [0, 0, 0]
     assert frames.amax(dim=(1, 2, 3)).tolist() == [1, 1, 1]
     assert not frames[..., columns:].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from semisam_core.generalists.registry import (
     load_generalist,
     register,
 )
-from tests.semisam_core.generalists.fake import FakeGeneralist
+from tests.semisam_core.generalists.fake import CARD, FakeGeneralist
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,8 @@ def name(loader: Counting, monkeypatch: pytest.MonkeyPatch) -> str:
     """Register a generalist for one test; return its name."""
     monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
     monkeypatch.setattr(registry, "_loaded", {})
-    register(GeneralistSpec("counting", frozenset({PromptKind.POINTS_2D}), loader))
+    card = replace(CARD, name="counting", prompt_kinds=frozenset({PromptKind.POINTS_2D}))
+    register(GeneralistSpec(card, loader, packaged=True))
     return "counting"
 
 
@@ -71,7 +73,7 @@ def test_an_unknown_name_is_answered_with_the_accepted_ones() -> None:
 
 def test_a_taken_name_is_refused_and_keeps_its_generalist(name: str, loader: Counting) -> None:
     with pytest.raises(ValueError, match=f"a generalist named {name} is already registered; choose another name"):
-        register(GeneralistSpec(name, frozenset({PromptKind.BOX_2D}), Counting()))
+        register(GeneralistSpec(replace(CARD, name=name), Counting()))
     load_generalist(name, CPU)
     assert len(loader.calls) == 1
 
@@ -120,7 +122,7 @@ def test_a_loading_that_failed_is_tried_again(name: str) -> None:
             raise OSError("the disk was away")
         return FakeGeneralist()
 
-    register(GeneralistSpec(f"{name}-flaky", frozenset({PromptKind.BOX_2D}), flaky))
+    register(GeneralistSpec(replace(CARD, name=f"{name}-flaky"), flaky, packaged=True))
     with pytest.raises(OSError, match="the disk was away"):
         load_generalist(f"{name}-flaky", CPU)
     assert load_generalist(f"{name}-flaky", CPU) is load_generalist(f"{name}-flaky", CPU)

@@ -12,8 +12,6 @@ from torch import nn
 
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.generalists import accepted_prompts, load_generalist
-from semisam_core.generalists.base import PromptKind
-from semisam_core.generalists.registry import GeneralistSpec, register
 from semisam_core.generalists.weights import load_into, load_verified_state
 
 CPU = torch.device("cpu")
@@ -81,9 +79,3 @@ def test_an_unknown_generalist_names_those_that_are_known() -> None:
         accepted_prompts("sam-9")
     with pytest.raises(ConfigError, match="accepted are"):
         load_generalist("sam-9", CPU)
-
-
-def test_a_name_is_registered_once() -> None:
-    spec = GeneralistSpec("lite-medsam", frozenset({PromptKind.BOX_2D}), lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="already registered"):
-        register(spec)
