@@ -23,9 +23,12 @@ lint: $(INSTALLED)
 clean-demo:
 	rm -rf demo
 
+# sam2 is built against the torch that is there by then; isolated, its build would download torch a second time.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; make PYTHON=python3.11 $(MAKECMDGOALS) names one." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation \
+		-c constraints.txt -e '.[sam2]'
 	@touch $@

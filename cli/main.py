@@ -103,6 +103,26 @@ def init_sites(
 
 
 @app.command()
+def generalists(
+    site: Annotated[
+        Path | None, typer.Option(help="A site's YAML: looks for the weights it names, on its device.")
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Time one scan with each model whose weights are here.")] = True,
+) -> None:
+    """List the frozen models that may label scans: prompts, licence, training data, weights, seconds a scan here.
+
+    Example: semisam generalists --site sites/north.yaml
+    """
+    from cli.generalists import show_generalists
+
+    try:
+        show_generalists(site, measure, console)
+    except SemiSAMError as error:
+        errors.print(str(error), highlight=False, markup=False)
+        raise typer.Exit(2) from None
+
+
+@app.command()
 def phantom(
     out: Annotated[Path, typer.Option(help="Folder of the hospitals' data.")],
     cases: Annotated[int, typer.Option(help="Scans a hospital.", min=2, max=1000)] = 6,

@@ -8,26 +8,26 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
+from client.labeling import Labeler
 from client.progress import Progress
-from client.site_config import SiteConfig, inventory, usable_generalists
+from client.site_config import SiteConfig, inventory
 from client.state import RunState
-from semisam_core.agreement import disagreement, specialist_spec
+from semisam_core.agreement import disagreement, specialist_spec, tensor_specs, travelling
 from semisam_core.data.cases import Case, Inventory, Quarantined, Role
 from semisam_core.data.patches import TrainingScan
 from semisam_core.data.scans import Scan, load_original_label, load_scan, to_original
 from semisam_core.errors import CaseError, SemiSAMError
 from semisam_core.evaluation import ClassScore, score_case, summarise
 from semisam_core.files import append_json_line, write_json
-from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist, scan_key
 from semisam_core.inference import new_specialist, predict
 from semisam_core.plan import Plan
-from semisam_core.pseudo_labels import PseudoLabel, PseudoLabelStore, make_pseudo_label
+from semisam_core.pseudo_labels import PseudoLabel
+from semisam_core.regularizers import Regularizer, build_regularizer, teaches
 from semisam_core.reporting.overview import Panel, draw_overview
 from semisam_core.training import new_teacher, train_round
 
@@ -90,10 +90,12 @@ class Site:
         )
         if not self._usable(*Role):
             raise NoUsableCaseError(f"site {self.config.site}: all {len(self._quarantined)} cases are quarantined.")
-        return SiteReport(self._counts() | {"generalists": len(self._generalists)})
+        return SiteReport(self._counts() | {"generalists": len(self._labeler.generalists)})
 
     def train(self, weights: Mapping[str, Tensor]) -> SiteReport:
-        """Refresh pseudo-labels where due, train one round, keep the teacher.
+        """Refresh pseudo-labels where due, train one round, and keep all that stays here for the next one.
+
+        That is the teacher, the regularizer's own networks, and the specialist's layers that do not travel.
 
         Args:
             weights: the specialist as the server sent it.
@@ -103,14 +105,15 @@ class Site:
             FloatingPointError: training diverged.
         """
         began = time.monotonic()
-        specialist = self._specialist(weights)
+        specialist = self._specialist(weights, self.round)
         teacher = self._teacher_at_start(specialist)
-        labels = self._pseudo_labels(teacher)
+        regularizer = self._regularizer_at_start()
+        labels = self._labeler.labels(self.round, teacher, self._loaders(Role.UNLABELED), self._loaders(Role.LABELED))
         labeled = [self._loader(case, None) for case in self._usable(Role.LABELED)]
         unlabeled = [
             self._loader(case, labels.get(case.id))
             for case in self._usable(Role.UNLABELED)
-            if self.plan.regularizer.name != "none" or _accepted(labels.get(case.id))
+            if teaches(self.plan.regularizer.name, len(labeled)) or _accepted(labels.get(case.id))
         ]
         seed = derive_seed(self.plan.seed, self.config.site, self.round)
         result = train_round(
@@ -123,8 +126,13 @@ class Site:
             seed,
             self.device,
             lambda done, total: self.progress("train", done, total, "steps"),
+            regularizer,
         )
         self.state.save_teacher(self.round, _cpu(teacher.state_dict()))
+        if regularizer is not None and regularizer.own is not None:
+            self.state.save_networks(self.round, regularizer.own.state())
+        if self.plan.specialist.statistics == "local":
+            self.state.save_layers(self.round, _cpu(self._staying(specialist)))
         scalars = self._counts()
         for name in ("validation", "quarantined"):
             del scalars[name]
@@ -132,12 +140,13 @@ class Site:
         for term in ("supervised", "consistency", "generalist"):
             if (value := getattr(result, term)) is not None:
                 scalars[f"loss.{term}"] = value
-        return SiteReport(scalars, _cpu(specialist.state_dict()))
+        return SiteReport(scalars, _cpu(travelling(self.plan, specialist)))
 
     def evaluate(self, weights: Mapping[str, Tensor], final: bool) -> SiteReport:
         """Score the specialist on the site's validation cases, in each scan's own geometry.
 
-        Per-case scores stay in the site's storage; means over cases are reported.
+        Layers that do not travel are this site's own, as its last training left them. Per-case scores stay in the
+        site's storage; means over cases are reported.
 
         Args:
             weights: the specialist to score.
@@ -146,7 +155,7 @@ class Site:
         Raises:
             WeightsNotAgreedError: the weights are not the plan's specialist.
         """
-        specialist = self._specialist(weights)
+        specialist = self._specialist(weights, self.round + 1)
         cases = self._usable(Role.VALIDATION)
         scores: list[list[ClassScore | None]] = []
         for done, case in enumerate(cases):
@@ -157,66 +166,49 @@ class Site:
             self._draw(specialist)
         return SiteReport({"validation": len(cases)} | self._mean_scores(scores))
 
-    def _specialist(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def _specialist(self, weights: Mapping[str, Tensor], before: int) -> nn.Module:
+        """Return the specialist that the server sent, with this site's own layers of rounds before this one."""
         if mistake := disagreement(weights, specialist_spec(self.plan)):
             raise WeightsNotAgreedError(mistake)
         specialist = new_specialist(self.plan)
-        specialist.load_state_dict(dict(weights))
+        own = self._layers_at_start(specialist, before) if self.plan.specialist.statistics == "local" else {}
+        specialist.load_state_dict({**specialist.state_dict(), **own, **weights})
         return specialist.to(self.device)
+
+    def _layers_at_start(self, specialist: nn.Module, before: int) -> dict[str, Tensor]:
+        kept = self.state.load_layers(before)
+        if kept is None:
+            return {}
+        if mistake := disagreement(kept, tensor_specs(self._staying(specialist))):
+            logger.warning("The kept batch-norm layers are of no use and begin anew: %s", mistake)
+            return {}
+        return kept
+
+    def _staying(self, specialist: nn.Module) -> dict[str, Tensor]:
+        sent = travelling(self.plan, specialist)
+        return {name: value for name, value in specialist.state_dict().items() if name not in sent}
 
     def _teacher_at_start(self, specialist: nn.Module) -> nn.Module:
         teacher = new_teacher(specialist)
         if self.plan.teacher.start == "site":
             kept = self.state.load_teacher(self.round - 1)
-            if kept is not None and disagreement(kept, specialist_spec(self.plan)) is None:
+            if kept is not None and disagreement(kept, tensor_specs(teacher.state_dict())) is None:
                 teacher.load_state_dict(kept)
         return teacher
 
-    @cached_property
-    def _generalists(self) -> Sequence[Generalist]:
-        loaded = []
-        for name in usable_generalists(self.config, self.plan):
-            entry = self.config.generalists[name]
-            weights = None if entry.weights == "packaged" else Path(entry.weights)
-            loaded.append(load_generalist(name, self.device, weights, entry.sha256))
-        return loaded
+    def _regularizer_at_start(self) -> Regularizer | None:
+        regularizer = build_regularizer(self.plan, self.device)
+        if regularizer is not None and regularizer.own is not None:
+            kept, fresh = self.state.load_networks(self.round), regularizer.own.state()
+            if kept is not None and (mistake := disagreement(kept, tensor_specs(fresh))):
+                logger.warning("The regularizer's kept networks are of no use and begin anew: %s", mistake)
+            elif kept is not None:
+                regularizer.own.load(kept)
+        return regularizer
 
     @cached_property
-    def _embeddings(self) -> EmbeddingStore:
-        limit = int(self.config.storage.embeddings_gb * 1e9)
-        return EmbeddingStore(self.config.storage.folder / "embeddings", limit)
-
-    def _pseudo_labels(self, teacher: nn.Module) -> dict[str, PseudoLabel]:
-        policy = self.plan.pseudo_labels
-        cases = self._usable(Role.UNLABELED)
-        if policy is None or not usable_generalists(self.config, self.plan) or self.round < policy.first_round:
-            return {}
-        store = PseudoLabelStore(self.state.folder / "pseudo_labels")
-        labels: dict[str, PseudoLabel] = {}
-        for done, case in enumerate(cases):
-            self.progress("pseudo-label", done, len(cases), "scans")
-            scan = self._scan(case)
-            if scan is None:
-                continue
-            key = scan_key(scan.image)
-            kept = None if policy.due(self.round) else store.load(key)
-            if kept is None:
-                kept = self._ask(scan, teacher, key)
-                store.save(key, kept)
-            labels[case.id] = kept
-        self.progress("pseudo-label", len(cases), len(cases), "scans")
-        return labels
-
-    def _ask(self, scan: Scan, network: nn.Module, key: str) -> PseudoLabel:
-        return make_pseudo_label(
-            scan.image,
-            predict(network, scan.image, self.plan, self.device),
-            key,
-            self._generalists,
-            self._embeddings,
-            self.plan,
-            lambda done, total: self.progress("embed", done, total, "slices"),
-        )
+    def _labeler(self) -> Labeler:
+        return Labeler(self.config, self.plan, self.state.folder, self.device, self.progress)
 
     def _score(self, case: Case, specialist: nn.Module) -> list[ClassScore | None]:
         scan = self._scan(case)
@@ -253,7 +245,7 @@ class Site:
         if not cases or (scan := self._scan(cases[0])) is None:
             return
         prediction = predict(specialist, scan.image, self.plan, self.device)
-        pseudo = self._ask(scan, specialist, scan_key(scan.image)) if self._generalists else None
+        pseudo = self._labeler.ask(scan, specialist) if self._labeler.generalists else None
         panel = Panel(
             site=self.config.site,
             image=scan.image[0],
@@ -294,6 +286,9 @@ class Site:
     def _usable(self, *roles: Role) -> list[Case]:
         self._check_cases()
         return [c for c in self._found.cases if c.role in roles and c.id not in self._quarantined]
+
+    def _loaders(self, role: Role) -> list[tuple[str, Callable[[], Scan | None]]]:
+        return [(case.id, partial(self._scan, case)) for case in self._usable(role)]
 
     def _loader(self, case: Case, label: PseudoLabel | None) -> Callable[[], TrainingScan]:
         def load() -> TrainingScan:

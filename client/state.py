@@ -1,4 +1,4 @@
-"""A site's state of one run on its own disk: the teacher of each round, and what was learned of each case."""
+"""A site's state of one run on its own disk: what each round left behind, and what was learned of each case."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from torch import Tensor
 from semisam_core.files import save_tensors
 
 RUN_NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
-KEEP_TEACHERS = 3
+KEEP_ROUNDS = 3
+TEACHER, NETWORKS, LAYERS = "teacher", "networks", "layers"
 
 
 class RunState:
     """The folder of one run at one site.
 
-    The teacher is kept for each of the last rounds, so that a round which is asked for again, because the server died
-    after the site had answered, starts from the same teacher as the first time.
+    The teacher, the regularizer's own networks and the specialist's local layers are kept for each of the last rounds,
+    so that a round which is asked for again, because the server died after the site had answered, starts from the same
+    ones as the first time.
 
     Args:
         storage: the site's storage folder.
@@ -41,18 +43,61 @@ class RunState:
         Raises:
             OSError: the disk is full.
         """
-        save_tensors(self._teacher(round_number), teacher)
-        for path in self.folder.glob("teacher-*.safetensors"):
-            number = path.stem.removeprefix("teacher-")
-            if number.isdigit() and int(number) <= round_number - KEEP_TEACHERS:
-                path.unlink(missing_ok=True)
+        self._save(TEACHER, round_number, teacher)
 
     def load_teacher(self, round_number: int) -> dict[str, Tensor] | None:
         """Return the teacher as it was after this round, or None where it was not kept."""
-        try:
-            return load_file(self._teacher(round_number))
-        except (OSError, SafetensorError):
-            return None
+        return _read(self._file(TEACHER, round_number))
 
-    def _teacher(self, round_number: int) -> Path:
-        return self.folder / f"teacher-{round_number:05d}.safetensors"
+    def save_networks(self, round_number: int, networks: dict[str, Tensor]) -> None:
+        """Keep the regularizer's own networks as they are after this round, and drop those of long ago.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._save(NETWORKS, round_number, networks)
+
+    def load_networks(self, before: int) -> dict[str, Tensor] | None:
+        """Return the regularizer's own networks as the site's last round before this one left them, or None.
+
+        That need not be the round just before: a site that was left out of one goes on from what it has.
+        """
+        return self._latest(NETWORKS, before)
+
+    def save_layers(self, round_number: int, layers: dict[str, Tensor]) -> None:
+        """Keep the specialist's layers that stay at this site as they are after this round.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._save(LAYERS, round_number, layers)
+
+    def load_layers(self, before: int) -> dict[str, Tensor] | None:
+        """Return the specialist's local layers as the site's last round before this one left them, or None."""
+        return self._latest(LAYERS, before)
+
+    def _latest(self, kind: str, before: int) -> dict[str, Tensor] | None:
+        earlier = (number for number in self._rounds(kind) if number < before)
+        kept = (_read(self._file(kind, number)) for number in earlier)
+        return next((tensors for tensors in kept if tensors is not None), None)
+
+    def _save(self, kind: str, round_number: int, tensors: dict[str, Tensor]) -> None:
+        save_tensors(self._file(kind, round_number), tensors)
+        until_now = [number for number in self._rounds(kind) if number <= round_number]
+        for number in until_now[KEEP_ROUNDS:]:
+            self._file(kind, number).unlink(missing_ok=True)
+
+    def _rounds(self, kind: str) -> list[int]:
+        """Return the rounds of which this kind is kept, the latest first."""
+        numbers = (path.stem.removeprefix(f"{kind}-") for path in self.folder.glob(f"{kind}-*.safetensors"))
+        return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+
+    def _file(self, kind: str, round_number: int) -> Path:
+        return self.folder / f"{kind}-{round_number:05d}.safetensors"
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal
+from semisam_core.specialists import batch_norm_tensors
 
 SPECIALIST_RECORD = "specialist"
 STUDY_RECORD = "study"
@@ -71,9 +72,29 @@ class TensorSpec:
 
 
 def specialist_spec(plan: Plan) -> dict[str, TensorSpec]:
-    """Return name -> shape and dtype of every tensor of the plan's specialist."""
-    state = new_specialist(plan).state_dict()
-    return {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in state.items()}
+    """Return name -> shape and dtype of every tensor of the plan's specialist that travels."""
+    return tensor_specs(travelling(plan, new_specialist(plan)))
+
+
+def travelling(plan: Plan, specialist: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a specialist that travel; the others stay at the site.
+
+    With `specialist.statistics: local`, batch-norm layers stay, running statistics, scales and shifts alike (FedBN, Li
+    et al., ICLR 2021). Their counters of batches never travel: they are whole numbers, and nothing depends on them.
+
+    Args:
+        plan: the study plan.
+        specialist: the plan's specialist; the tensors that are returned are its own, not copies.
+    """
+    normalising = batch_norm_tensors(specialist)
+    local = plan.specialist.statistics == "local"
+    staying = {name for name in normalising if local or name.endswith("num_batches_tracked")}
+    return {name: value for name, value in specialist.state_dict().items() if name not in staying}
+
+
+def tensor_specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """Return name -> shape and dtype."""
+    return {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in tensors.items()}
 
 
 def disagreement(tensors: Mapping[str, Tensor], spec: Mapping[str, TensorSpec]) -> str | None:

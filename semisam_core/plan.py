@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,8 @@ from semisam_core.configuration import StrictModel, override, parse, read_yaml
 from semisam_core.errors import ConfigError
 from semisam_core.generalists.base import PromptKind
 from semisam_core.generalists.registry import accepted_prompts
-from semisam_core.specialists import check_specialist
+from semisam_core.regularizers import NONE, check_regularizer
+from semisam_core.specialists import check_specialist, check_statistics
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -90,10 +92,16 @@ class Data(StrictModel):
 
 
 class Specialist(StrictModel):
-    """The trainable network, by its name in the registry, with its own arguments."""
+    """The trainable network, by its name in the registry, with its own arguments.
+
+    `statistics` is due where the network has batch norm, and only there. `shared`: running statistics, scales and
+    shifts of batch-norm layers are averaged like all else. `local`: all of them stay at each site (FedBN, Li et al.,
+    ICLR 2021), so that what the study publishes lacks them, and prediction elsewhere needs a site's own.
+    """
 
     name: str
     arguments: dict[str, Any] = Field(default_factory=dict)
+    statistics: Literal["shared", "local"] | None = None
 
 
 class Optimizer(StrictModel):
@@ -133,9 +141,9 @@ class Training(StrictModel):
 
 
 class Regularizer(StrictModel):
-    """L_unsup and its weight lambda_c(t) = weight * exp(-5 (1 - min(t, t_ramp) / t_ramp)^2)."""
+    """L_unsup, by its name in `regularizers`; lambda_c(t) = weight * exp(-5 (1 - min(t, t_ramp) / t_ramp)^2)."""
 
-    name: Literal["mean-teacher", "none"] = "mean-teacher"
+    name: str = "mean-teacher"
     weight: float = Field(default=0.1, ge=0, le=100)
     ramp_share: Fraction = 0.4
 
@@ -151,12 +159,47 @@ class Teacher(StrictModel):
     start: Literal["global", "site"] = "global"
 
 
-class Prompting(StrictModel):
-    """How the teacher's prediction becomes prompts."""
+class Strategy(StrEnum):
+    """How the specialist's region is put to a generalist; see `semisam_core/prompting/strategies.py`."""
 
-    kind: PromptKind = PromptKind.BOX_2D
+    BOXES = "boxes"
+    POINTS = "points"
+    MASK = "mask"
+    UNCERTAINTY_RECTIFIED = "uncertainty-rectified"
+    SCRIBBLES = "scribbles"
+    PROPAGATED = "propagated"
+
+
+_CLICKS = frozenset({PromptKind.POINTS_2D, PromptKind.POINTS_3D})
+_MASKS = frozenset({PromptKind.MASK_2D, PromptKind.MASK_3D})
+USABLE_KINDS: dict[Strategy, frozenset[PromptKind]] = {  # a generalist must take one of these
+    Strategy.BOXES: frozenset({PromptKind.BOX_2D}),
+    Strategy.POINTS: _CLICKS,
+    Strategy.MASK: _MASKS,
+    Strategy.UNCERTAINTY_RECTIFIED: _CLICKS | _MASKS | {PromptKind.BOX_2D},
+    Strategy.SCRIBBLES: _CLICKS,
+    Strategy.PROPAGATED: frozenset({PromptKind.PROPAGATED}),
+}
+
+Anatomical = Literal["axial", "coronal", "sagittal"]
+
+
+class Prompting(StrictModel):
+    """How the teacher's prediction becomes prompts.
+
+    `planes` are those in which slice-wise generalists look; volumetric ones ignore it. `slice_step_mm` leaves out
+    slices that lie closer together; their answers are interpolated.
+    """
+
+    strategy: Strategy = Strategy.UNCERTAINTY_RECTIFIED
+    planes: tuple[Anatomical, ...] = Field(default=("axial",), min_length=1, max_length=3)
+    slice_step_mm: float = Field(default=0.0, ge=0, le=20)
     margins_mm: tuple[float, ...] = Field(default=(-2.0, 1.5, 5.0), min_length=1, max_length=16)
     smooth_slices: int = Field(default=5, ge=1, le=31)
+    clicks: int = Field(default=5, ge=1, le=64)
+    scribble_points: int = Field(default=8, ge=1, le=64)
+    span_margin_slices: int = Field(default=2, ge=0, le=64)
+    class_aware: bool = True
     component_share: Fraction = 0.3
     threshold: float = Field(default=0.5, gt=0, lt=1)
 
@@ -167,6 +210,13 @@ class Prompting(StrictModel):
             raise ValueError("the median window over slices must be odd")
         return value
 
+    @field_validator("planes")
+    @classmethod
+    def _once(cls, value: tuple[Anatomical, ...]) -> tuple[Anatomical, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("each plane is named once")
+        return value
+
 
 class Gates(StrictModel):
     """What a pseudo-label must satisfy to teach. One that does not is counted and reported, never guessed."""
@@ -175,6 +225,7 @@ class Gates(StrictModel):
     maximum_volume_ml: float = Field(default=10_000, gt=0)
     minimum_agreement: Fraction = 0.5
     minimum_quality: Fraction = 0.0
+    volume_factor: float | None = Field(default=None, gt=1, le=100)
 
     @model_validator(mode="after")
     def _ordered(self) -> Gates:
@@ -206,12 +257,13 @@ class PseudoLabels(StrictModel):
 
     @model_validator(mode="after")
     def _prompts_accepted(self) -> PseudoLabels:
+        usable = USABLE_KINDS[self.prompting.strategy]
         for name in self.generalists:
             accepted = accepted_prompts(name)
-            if self.prompting.kind not in accepted:
+            if not accepted & usable:
                 raise ValueError(
-                    f"the generalist {name} does not take {self.prompting.kind.value} prompts; "
-                    f"it takes {', '.join(sorted(kind.value for kind in accepted))}"
+                    f"prompting.strategy {self.prompting.strategy.value} makes "
+                    f"{', '.join(sorted(usable))}; the generalist {name} takes {', '.join(sorted(accepted))}"
                 )
         return self
 
@@ -261,7 +313,14 @@ class Plan(StrictModel):
 
     @model_validator(mode="after")
     def _specialist_fits(self) -> Plan:
-        check_specialist(self.specialist.name, self.specialist.arguments, self.data.patch)
+        chosen = self.specialist
+        check_specialist(chosen.name, chosen.arguments, self.data.patch, len(self.task.channels))
+        check_statistics(chosen.name, chosen.arguments, chosen.statistics)
+        return self
+
+    @model_validator(mode="after")
+    def _regularizer_fits(self) -> Plan:
+        check_regularizer(self.regularizer.name, self.training.unlabeled_batch)
         return self
 
     @property
@@ -272,7 +331,7 @@ class Plan(StrictModel):
     @property
     def uses_unlabeled(self) -> bool:
         """Whether any term of the loss reads unlabeled scans."""
-        return self.regularizer.name != "none" or self.pseudo_labels is not None
+        return self.regularizer.name != NONE or self.pseudo_labels is not None
 
     def canonical_json(self) -> str:
         """Return the plan as JSON whose text depends on content alone, defaults filled in."""

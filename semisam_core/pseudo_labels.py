@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from scipy import ndimage
 from torch import Tensor
 
+from semisam_core.consultation import Consultation, Opinion, Progress, weighted_moments
 from semisam_core.evaluation import dice_of
 from semisam_core.files import save_tensors
-from semisam_core.generalists.base import Generalist, VolumeGrid
+from semisam_core.generalists.base import Generalist
 from semisam_core.generalists.embedding_store import EmbeddingStore
 from semisam_core.plan import Plan, PseudoLabels
-from semisam_core.prompting import PromptSets, Refusal, make_prompts
-
-logger = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
+from semisam_core.prompting import Refusal, Region, find_region, meaningful_components, volume_refusal
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,24 @@ class PseudoLabel:
 
 
 @dataclass(frozen=True)
+class Experience:
+    """What the site's labeled scans teach of its generalists and targets; empty at a site without any.
+
+    Attributes:
+        trust: generalist -> weight in the mean over models; one without counts 1.
+        volumes_ml: for each class, the volumes of its expert masks.
+    """
+
+    trust: Mapping[str, float] = field(default_factory=dict)
+    volumes_ml: tuple[tuple[float, ...], ...] = ()
+
+    def volume_range_ml(self, k: int, factor: float) -> tuple[float, float] | None:
+        """Return the plausible volumes of class k (from 0): those seen, widened by a factor; None where none was."""
+        seen = self.volumes_ml[k] if k < len(self.volumes_ml) else ()
+        return (min(seen) / factor, max(seen) * factor) if seen else None
+
+
+@dataclass(frozen=True)
 class _ClassAnswer:
     generalist: Tensor
     target: Tensor
@@ -52,10 +67,10 @@ class _ClassAnswer:
 def make_pseudo_label(
     image: Tensor,
     teacher: Tensor,
-    scan_key: str,
     generalists: Sequence[Generalist],
     store: EmbeddingStore,
     plan: Plan,
+    experience: Experience | None = None,
     progress: Progress | None = None,
 ) -> PseudoLabel:
     """Ask the generalists for every class of one scan.
@@ -63,90 +78,95 @@ def make_pseudo_label(
     Args:
         image: (C, H, W, D) on the plan's grid; generalists see the first channel.
         teacher: the teacher's probabilities (1 + K, H, W, D), background first. Only foreground channels prompt.
-        scan_key: content key of the scan, for stored embeddings.
         generalists: the models available at this site, at least one.
         store: where embeddings are kept.
         plan: policy; must have `pseudo_labels`.
+        experience: what the site's labeled scans taught.
         progress: told how many embedding units of how many are there.
     """
-    policy = plan.pseudo_labels
-    if policy is None:
-        raise ValueError("the plan has no pseudo_labels section")
-    volume = image[0]
+    policy = policy_of(plan)
+    experience = experience or Experience()
+    consultation = Consultation(image[0], plan.data.spacing_mm, generalists, store, policy, progress)
     answers: list[_ClassAnswer | Refusal] = []
     for k in range(1, teacher.shape[0]):
-        prompts = make_prompts(teacher[k], plan.data.spacing_mm, policy.prompting, policy.gates)
-        if isinstance(prompts, Refusal):
-            answers.append(prompts)
+        region = region_of_class(teacher, k, plan)
+        if isinstance(region, Refusal):
+            answers.append(region)
             continue
-        answers.append(_ask(volume, teacher[k], scan_key, prompts, generalists, store, plan, policy, progress))
+        opinions = consultation.ask(region, teacher[k])
+        answers.append(_judge(opinions, region, teacher[k], plan, policy, experience, k - 1))
     return _assemble(answers, teacher.shape[1:])
 
 
-def confidence_fused(teacher: Tensor, maps: Tensor, policy: PseudoLabels) -> tuple[Tensor, Tensor, Tensor]:
-    """Fuse the answers to several prompt sets into a mean, a target y and an uncertainty U.
+def policy_of(plan: Plan) -> PseudoLabels:
+    """Return the plan's pseudo-label section.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if plan.pseudo_labels is None:
+        raise ValueError("the plan has no pseudo_labels section")
+    return plan.pseudo_labels
+
+
+def region_of_class(teacher: Tensor, k: int, plan: Plan) -> Region | Refusal:
+    """Return what of class k (from 1) the generalists are prompted with; `teacher` is (1 + K, H, W, D)."""
+    policy = policy_of(plan)
+    others = (torch.cat([teacher[1:k], teacher[k + 1 :]]) > policy.prompting.threshold).any(0)
+    return find_region(teacher[k], plan.data.spacing_mm, policy.prompting, policy.gates, others)
+
+
+def confidence_fused(teacher: Tensor, mean: Tensor, variance: Tensor, policy: PseudoLabels) -> tuple[Tensor, Tensor]:
+    """Fuse what the generalists say with the teacher into a target y and an uncertainty U.
 
     Args:
         teacher: the teacher's foreground probability (H, W, D).
-        maps: foreground probabilities (S, H, W, D), one a prompt set and model.
-        policy: weights of U, and whether the target is the generalist's or fused with the teacher's.
+        mean: the generalists' (H, W, D), over models, planes and prompt sets.
+        variance: its variance over them.
+        policy: weights of U, and whether the target is the generalists' or fused with the teacher's.
 
     Returns:
-        (mean over maps, y, U), each (H, W, D).
+        (y, U), each (H, W, D).
     """
-    mean = maps.mean(0)
-    variance = maps.var(0, unbiased=False)
     weights = policy.uncertainty
     uncertainty = weights.prompts * variance + weights.specialist * (teacher - mean) ** 2
     target = 0.5 * (teacher + mean) if policy.target == "fused" else mean
-    return mean, target, uncertainty
+    return target, uncertainty
 
 
-def _ask(
-    volume: Tensor,
+def _judge(
+    opinions: Mapping[str, Opinion],
+    region: Region,
     teacher: Tensor,
-    scan_key: str,
-    prompts: PromptSets,
-    generalists: Sequence[Generalist],
-    store: EmbeddingStore,
     plan: Plan,
     policy: PseudoLabels,
-    progress: Progress | None,
+    experience: Experience,
+    k: int,
 ) -> _ClassAnswer | Refusal:
-    maps: list[Tensor] = []
-    qualities: list[float] = []
-    shape = (int(volume.shape[0]), int(volume.shape[1]), int(volume.shape[2]))
-    grid = VolumeGrid(shape, plan.data.spacing_mm)
-    for generalist in generalists:
-        try:
-            units = sorted({unit for each in prompts.sets for unit in generalist.units(each, grid)})
-            embeddings = store.fetch(generalist, scan_key, volume, grid, units, progress)
-            for each in prompts.sets:
-                answer = generalist.segment(embeddings, each, grid)
-                maps.append(_smooth_over_slices(answer.probability, policy.smooth_sigma_slices))
-                qualities.extend(answer.quality.values())
-        except (RuntimeError, ValueError) as error:  # one model that fails does not stop the others
-            logger.warning("The generalist %s failed on a scan: %s", generalist.card.name, error)
-    if not maps:
+    if not opinions:
         return Refusal.FAILED
-    if policy.gates.minimum_quality > 0 and sum(qualities) / len(qualities) < policy.gates.minimum_quality:
+    gates = policy.gates
+    if gates.minimum_quality > 0 and _mean_quality(opinions, experience.trust) < gates.minimum_quality:
         return Refusal.LOW_QUALITY
-    mean, target, uncertainty = confidence_fused(teacher, torch.stack(maps), policy)
-    answered = mean > 0.5
-    millilitres = float(answered.sum()) * torch.tensor(plan.data.spacing_mm).prod().item() / 1000
-    if millilitres < policy.gates.minimum_volume_ml:
-        return Refusal.TOO_SMALL
-    if millilitres > policy.gates.maximum_volume_ml:
-        return Refusal.TOO_LARGE
-    if dice_of(answered, prompts.region) < policy.gates.minimum_agreement:
+    mean, variance = weighted_moments(opinions, experience.trust)
+    answered = (mean > 0.5).numpy()
+    kept = meaningful_components(answered, policy.prompting.component_share) if answered.any() else answered
+    # Islands of an answer are dropped in 3D, where a slice-wise model cannot see that they hang on nothing.
+    mean = torch.where(torch.from_numpy(answered & ~kept), mean.clamp_max(0.49), mean)
+    if refusal := volume_refusal(float(kept.sum()), plan.data.spacing_mm, gates):
+        return refusal
+    if gates.volume_factor is not None and (seen := experience.volume_range_ml(k, gates.volume_factor)):
+        millilitres = float(kept.sum()) * math.prod(plan.data.spacing_mm) / 1000
+        if not seen[0] <= millilitres <= seen[1]:
+            return Refusal.IMPLAUSIBLE
+    if dice_of(torch.from_numpy(kept), torch.from_numpy(region.mask)) < gates.minimum_agreement:
         return Refusal.DISAGREEMENT
-    return _ClassAnswer(mean, target, uncertainty)
+    return _ClassAnswer(mean, *confidence_fused(teacher, mean, variance, policy))
 
 
-def _smooth_over_slices(probability: Tensor, sigma: float) -> Tensor:
-    if sigma <= 0:
-        return probability
-    return torch.from_numpy(ndimage.gaussian_filter1d(probability.numpy(), sigma, axis=-1, mode="nearest"))
+def _mean_quality(opinions: Mapping[str, Opinion], trust: Mapping[str, float]) -> float:
+    weights = {name: trust.get(name, 1.0) for name in opinions}
+    return sum(weights[name] * each.quality for name, each in opinions.items()) / sum(weights.values())
 
 
 def _assemble(answers: Sequence[_ClassAnswer | Refusal], shape: torch.Size) -> PseudoLabel:

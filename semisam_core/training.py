@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,9 @@ from semisam_core.losses import (
     supervised_loss,
     teacher_decay,
 )
-from semisam_core.plan import Optimizer, Plan
-from semisam_core.regularizers import build_regularizer
-
-GRADIENT_NORM = 10.0
+from semisam_core.optimizers import build_optimizer, descend, learning_rate
+from semisam_core.plan import Plan
+from semisam_core.regularizers import LabeledPatches, Losses, Regularizer, Step, build_regularizer
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ def train_round(
     seed: int,
     device: torch.device,
     on_step: Callable[[int, int], None] | None = None,
+    regularizer: Regularizer | None = None,
 ) -> TrainingResult:
     """Train the specialist in place for one round, and move the teacher after it.
 
@@ -59,6 +58,7 @@ def train_round(
         seed: seed of this site's round.
         device: where to compute.
         on_step: told (step, steps of the round) after each step.
+        regularizer: the plan's, with its own networks as the site kept them, trained in place; None builds it anew.
 
     Returns:
         Steps taken (0 where the site has nothing to learn from under this plan) and mean losses.
@@ -66,7 +66,8 @@ def train_round(
     Raises:
         FloatingPointError: a loss is not finite; the weights must then not be used.
     """
-    trainer = _Trainer(plan, specialist, teacher, labeled, unlabeled, seed, device)
+    regularizer = regularizer or build_regularizer(plan, device)
+    trainer = _Trainer(plan, specialist, teacher, regularizer, labeled, unlabeled, seed, device)
     steps = plan.training.steps_per_round if trainer.has_work else 0
     first = (round_number - 1) * plan.training.steps_per_round
     for step in range(steps):
@@ -100,14 +101,15 @@ class _Trainer:
         plan: Plan,
         specialist: nn.Module,
         teacher: nn.Module,
+        regularizer: Regularizer | None,
         labeled: Sequence[Callable[[], TrainingScan]],
         unlabeled: Sequence[Callable[[], TrainingScan]],
         seed: int,
         device: torch.device,
     ) -> None:
-        self._plan, self._device = plan, device
+        self._plan, self._device, self._regularizer = plan, device, regularizer
+        self._own_networks = None if regularizer is None else regularizer.own
         self._specialist, self._teacher = specialist.to(device).train(), teacher.to(device).train()
-        self._regularizer = build_regularizer(plan.regularizer.name)
         training = plan.training
         self._labeled = _stream(labeled, plan, training.labeled_batch, seed)
         self._unlabeled = _stream(unlabeled, plan, training.unlabeled_batch, seed + 1) if plan.uses_unlabeled else None
@@ -122,24 +124,20 @@ class _Trainer:
 
     def step(self, t: int) -> None:
         """Take optimizer step t of the study."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(t, self._plan.training.total_steps, self._plan.training.optimizer)
+        labeled = self._labeled_patches()
         terms = []
-        if self._labeled is not None:
-            batch = self._labeled.next()
-            if batch.label is None:
-                raise ValueError("a labeled stream must carry labels")
-            logits = self._specialist(batch.image.to(self._device))
-            terms.append(self._note("supervised", supervised_loss(logits, batch.label.to(self._device)), 1.0))
+        if labeled is not None:
+            terms.append(self._note("supervised", supervised_loss(labeled.logits, labeled.label), 1.0))
+        own: Tensor | None = None
         if self._unlabeled is not None:
-            terms += self._unlabeled_terms(self._unlabeled.next(), t)
-        loss = torch.stack(terms).sum()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss became {loss.item()} at step {t}")
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._specialist.parameters(), GRADIENT_NORM)
-        self._optimizer.step()
+            step = self._step_of(labeled, self._unlabeled.next(), t)
+            losses = Losses(None) if self._regularizer is None else self._regularizer.losses(step)
+            terms += self._unlabeled_terms(step, losses.student)
+            own = losses.own
+        rate = learning_rate(t, self._plan.training.total_steps, self._plan.training.optimizer)
+        descend(self._optimizer, torch.stack(terms).sum(), rate, t)
+        if own is not None and self._own_networks is not None:
+            self._own_networks.step(own, t)
         update_teacher(self._teacher, self._specialist, teacher_decay(t, self._plan.teacher.decay))
 
     def result(self, steps: int) -> TrainingResult:
@@ -147,48 +145,51 @@ class _Trainer:
         means = {name: total / count if count else None for name, (total, count) in self._sums.items()}
         return TrainingResult(steps, means["supervised"], means["consistency"], means["generalist"])
 
-    def _unlabeled_terms(self, batch: Batch, t: int) -> list[Tensor]:
-        plan, terms = self._plan, []
+    def _labeled_patches(self) -> LabeledPatches | None:
+        if self._labeled is None:
+            return None
+        batch = self._labeled.next()
+        if batch.label is None:
+            raise ValueError("a labeled stream must carry labels")
         image = batch.image.to(self._device)
-        logits = self._specialist(image)
-        if self._regularizer is not None:
-            ramp = plan.regularizer.ramp_share * plan.training.total_steps
-            weight = consistency_weight(t, ramp, plan.regularizer.weight)
-            loss = self._regularizer.loss(logits, self._teacher, image, self._generator)
-            terms.append(self._note("consistency", loss, weight))
-        policy = plan.pseudo_labels
-        if policy is not None and bool(batch.valid.any()):
-            weight = generalist_weight(t, plan.training.total_steps, policy.weight, policy.schedule)
-            foreground = logits.softmax(1)[:, 1:]
-            parts = (batch.target, batch.uncertainty, batch.valid)
-            loss = confidence_aware_loss(foreground, *(part.to(self._device) for part in parts))
-            terms.append(self._note("generalist", loss, weight))
-        return terms or [logits.sum() * 0.0]
+        return LabeledPatches(image, batch.label.to(self._device), self._specialist(image))
+
+    def _step_of(self, labeled: LabeledPatches | None, batch: Batch, t: int) -> Step:
+        plan, total, policy = self._plan, self._plan.training.total_steps, self._plan.pseudo_labels
+        device = self._device
+        return Step(
+            t=t,
+            total_steps=total,
+            student=self._specialist,
+            teacher=self._teacher,
+            labeled=labeled,
+            unlabeled=replace(
+                batch,
+                image=batch.image.to(device),
+                target=batch.target.to(device),
+                uncertainty=batch.uncertainty.to(device),
+                valid=batch.valid.to(device),
+            ),
+            consistency_weight=consistency_weight(t, plan.regularizer.ramp_share * total, plan.regularizer.weight),
+            generalist_weight=generalist_weight(t, total, policy.weight, policy.schedule) if policy else 0.0,
+            generator=self._generator,
+        )
+
+    def _unlabeled_terms(self, step: Step, consistency: Tensor | None) -> list[Tensor]:
+        batch, terms = step.unlabeled, []
+        if consistency is not None:
+            terms.append(self._note("consistency", consistency, step.consistency_weight))
+        if self._plan.pseudo_labels is not None and bool(batch.valid.any()):
+            foreground = step.logits.softmax(1)[:, 1:]
+            loss = confidence_aware_loss(foreground, batch.target, batch.uncertainty, batch.valid)
+            terms.append(self._note("generalist", loss, step.generalist_weight))
+        return terms or [step.logits.sum() * 0.0]
 
     def _note(self, name: str, loss: Tensor, weight: float) -> Tensor:
         total = self._sums[name]
         total[0] += loss.item()
         total[1] += 1
         return loss * weight
-
-
-def build_optimizer(specialist: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """Build the round's optimizer, without any state of earlier rounds."""
-    if settings.name == "sgd":
-        return torch.optim.SGD(
-            specialist.parameters(),
-            lr=settings.learning_rate,
-            momentum=0.9,
-            weight_decay=settings.weight_decay,
-        )
-    return torch.optim.AdamW(specialist.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-
-
-def learning_rate(step: int, total_steps: int, settings: Optimizer) -> float:
-    """Return lr(t) = lr * (final + (1 - final) (1 - t/T)^0.9), polynomial decay over the whole study."""
-    remaining = (1 - min(step, total_steps) / total_steps) ** 0.9
-    share: float = settings.final_share + (1 - settings.final_share) * remaining
-    return settings.learning_rate * share
 
 
 def _stream(scans: Sequence[Callable[[], TrainingScan]], plan: Plan, batch_size: int, seed: int) -> PatchStream | None:

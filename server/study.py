@@ -15,6 +15,7 @@ from semisam_core.agreement import (
     SPECIALIST_RECORD,
     STUDY_RECORD,
     specialist_spec,
+    travelling,
     weights_sha256,
 )
 from semisam_core.errors import SemiSAMError
@@ -59,7 +60,7 @@ class Study:
         """
         last = self.folder.last_round()
         if last is None:
-            weights: dict[str, Tensor] = dict(new_specialist(self.plan).state_dict())
+            weights = travelling(self.plan, new_specialist(self.plan))
             self.folder.save_round(0, weights, self.plan)
             last = 0
         else:

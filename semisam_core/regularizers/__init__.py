@@ -2,36 +2,105 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
+from semisam_core.regularizers.adversarial import DeepAdversarial
+from semisam_core.regularizers.base import LabeledPatches, Losses, Regularizer, Step
+from semisam_core.regularizers.cross_pseudo import CrossPseudoSupervision
+from semisam_core.regularizers.entropy_minimisation import EntropyMinimisation
+from semisam_core.regularizers.interpolation import InterpolationConsistency
 from semisam_core.regularizers.mean_teacher import MeanTeacher
+from semisam_core.regularizers.own_networks import OwnNetworks
+from semisam_core.regularizers.uncertainty_aware import UncertaintyAwareMeanTeacher
+
+if TYPE_CHECKING:
+    from semisam_core.plan import Plan
+
+__all__ = [
+    "NONE",
+    "REGULARIZERS",
+    "LabeledPatches",
+    "Losses",
+    "OwnNetworks",
+    "Regularizer",
+    "RegularizerSpec",
+    "Step",
+    "build_regularizer",
+    "check_regularizer",
+    "teaches",
+]
+
+NONE = "none"
 
 
-class Regularizer(Protocol):
-    """One regularizer. One that needs a second network owns it and its place in the site's state."""
+@dataclass(frozen=True)
+class RegularizerSpec:
+    """What plan and site need to know of a regularizer before building it.
 
-    def loss(self, student_logits: Tensor, teacher: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss.
+    Attributes:
+        build: (plan, device) -> the regularizer of one round.
+        patches: the fewest unlabeled patches a step must have.
+        needs_labels: whether it teaches nothing at a site without labeled scans.
+    """
 
-        Args:
-            student_logits: the student's answer to `batch`, (B, 1 + K, H, W, D).
-            teacher: the EMA teacher.
-            batch: unlabeled patches (B, C, H, W, D).
-            generator: the only source of randomness, on the CPU.
-        """
+    build: Callable[[Plan, torch.device], Regularizer]
+    patches: int = 1
+    needs_labels: bool = False
 
 
-def build_regularizer(name: str) -> Regularizer | None:
-    """Return the regularizer of this name, or None for `none`.
+REGULARIZERS: Mapping[str, RegularizerSpec] = {
+    "mean-teacher": RegularizerSpec(lambda plan, device: MeanTeacher()),
+    "ua-mt": RegularizerSpec(lambda plan, device: UncertaintyAwareMeanTeacher()),
+    "entropy-minimisation": RegularizerSpec(lambda plan, device: EntropyMinimisation()),
+    "ict": RegularizerSpec(lambda plan, device: InterpolationConsistency(), patches=2),
+    "cps": RegularizerSpec(CrossPseudoSupervision),
+    "dan": RegularizerSpec(DeepAdversarial, needs_labels=True),
+}
+
+
+def check_regularizer(name: str, unlabeled_batch: int) -> None:
+    """Check that the regularizer exists and that a step has as many unlabeled patches as it needs.
+
+    Raises:
+        ValueError: a sentence that names what is accepted.
+    """
+    if name == NONE:
+        return
+    spec = _spec(name)
+    if unlabeled_batch < spec.patches:
+        raise ValueError(
+            f"training.unlabeled_batch = {unlabeled_batch} is too small for the regularizer {name}, which mixes "
+            f"different patches of one step: {spec.patches} or more are accepted"
+        )
+
+
+def build_regularizer(plan: Plan, device: torch.device) -> Regularizer | None:
+    """Return the plan's regularizer, or None for `none`.
+
+    The initial weights of its own networks depend on the plan alone.
 
     Raises:
         ValueError: the name is unknown.
     """
-    if name == "none":
-        return None
-    if name == "mean-teacher":
-        return MeanTeacher()
-    raise ValueError(f"unknown regularizer {name!r}; accepted: mean-teacher, none")
+    name = plan.regularizer.name
+    return None if name == NONE else _spec(name).build(plan, device)
+
+
+def teaches(name: str, labeled: int) -> bool:
+    """Return whether the regularizer of this name teaches at a site with so many labeled scans.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return name != NONE and (labeled > 0 or not _spec(name).needs_labels)
+
+
+def _spec(name: str) -> RegularizerSpec:
+    if name not in REGULARIZERS:
+        accepted = ", ".join(sorted((*REGULARIZERS, NONE)))
+        raise ValueError(f"regularizer.name = {name!r}: there is no such regularizer; accepted: {accepted}")
+    return REGULARIZERS[name]

@@ -2,47 +2,128 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from semisam_core.configuration import StrictModel
+from semisam_core.specialists.dynunet import DynUNetArguments, build_dynunet
+from semisam_core.specialists.layers import batch_norm_tensors
+from semisam_core.specialists.memory import training_step_bytes
+from semisam_core.specialists.segresnet import SegResNetArguments, build_segresnet
+from semisam_core.specialists.swinunetr import SwinUNETRArguments, build_swinunetr
 from semisam_core.specialists.unet import UNetArguments, build_unet
+from semisam_core.specialists.vnet import INPUT_CHANNELS, VNetArguments, build_vnet
+
+__all__ = [
+    "SPECIALISTS",
+    "SpecialistSpec",
+    "batch_norm_tensors",
+    "build_specialist",
+    "check_specialist",
+    "check_statistics",
+    "memory_estimate",
+    "parameter_count",
+    "patch_divisor",
+]
+
+
+class Arguments(Protocol):
+    """What every argument model answers before its network is built."""
+
+    def divisor(self) -> tuple[int, int, int]:
+        """Return what each side of a patch must be a multiple of; at that size one voxel is left deepest down."""
 
 
 @dataclass(frozen=True)
 class SpecialistSpec:
-    """What the plan needs to know of a network before building it."""
+    """What the plan needs to know of a network before building it.
+
+    Attributes:
+        arguments: typed arguments, which know the divisor of patches.
+        build: (arguments, input channels, output channels) to a network that answers logits of the patch's size.
+        input_channels: the accepted numbers of input channels; None accepts any.
+    """
 
     arguments: type[StrictModel]
     build: Callable[[Any, int, int], nn.Module]
-    divisor: Callable[[Any], tuple[int, int, int]]
+    input_channels: tuple[int, ...] | None = None
 
 
 SPECIALISTS: Mapping[str, SpecialistSpec] = {
-    "unet": SpecialistSpec(UNetArguments, build_unet, UNetArguments.divisor),
+    "dynunet": SpecialistSpec(DynUNetArguments, build_dynunet),
+    "segresnet": SpecialistSpec(SegResNetArguments, build_segresnet),
+    "swinunetr": SpecialistSpec(SwinUNETRArguments, build_swinunetr),
+    "unet": SpecialistSpec(UNetArguments, build_unet),
+    "vnet": SpecialistSpec(VNetArguments, build_vnet, INPUT_CHANNELS),
 }
 
 
-def check_specialist(name: str, arguments: Mapping[str, Any], patch: tuple[int, int, int]) -> None:
-    """Check that the network exists, takes these arguments and divides this patch.
+def check_specialist(name: str, arguments: Mapping[str, Any], patch: tuple[int, int, int], channels: int) -> None:
+    """Check that the network exists, takes these arguments and channels, and divides this patch. Builds nothing.
+
+    Args:
+        name: name in the registry.
+        arguments: the network's own arguments, as in the plan.
+        patch: (H, W, D) in voxels.
+        channels: input channels.
 
     Raises:
         ValueError: a sentence that names what is accepted.
     """
-    spec, parsed = _resolve(name, arguments)
-    for axis, (side, divisor) in enumerate(zip(patch, spec.divisor(parsed), strict=True)):
+    spec = _spec(name)
+    divisors = patch_divisor(name, arguments)
+    if spec.input_channels is not None and channels not in spec.input_channels:
+        accepted = ", ".join(str(each) for each in spec.input_channels)
+        raise ValueError(f"task.channels has {channels} entries; the specialist {name} takes one of: {accepted}")
+    for axis, (side, divisor) in enumerate(zip(patch, divisors, strict=True)):
         if side % divisor:
             accepted = ", ".join(str(divisor * (max(1, side // divisor) + k)) for k in (0, 1))
             raise ValueError(
                 f"data.patch[{axis}] = {side} cannot be divided by the specialist {name}: "
                 f"multiples of {divisor} are accepted, for example {accepted}"
             )
+    if tuple(patch) == divisors:
+        raise ValueError(
+            f"data.patch = {list(patch)} leaves one voxel at the deepest level of the specialist {name}, which cannot "
+            f"be normalised: a longer side is accepted, for example {[2 * patch[0], *patch[1:]]}"
+        )
+
+
+def check_statistics(name: str, arguments: Mapping[str, Any], statistics: str | None) -> None:
+    """Check that a plan says what happens to running statistics if and only if the network keeps any.
+
+    Raises:
+        ValueError: a sentence that names what is accepted.
+    """
+    has_any = getattr(_parse(name, arguments), "normalization", None) == "batch"
+    if has_any and statistics is None:
+        raise ValueError(
+            "specialist.statistics is missing: with normalization: batch it says whether batch-norm layers are "
+            "shared (averaged like all else) or local (kept at each site)"
+        )
+    if not has_any and statistics is not None:
+        raise ValueError(
+            f"specialist.statistics = {statistics}: this {name} keeps no running statistics; "
+            "remove the key, or choose normalization: batch where the network takes it"
+        )
+
+
+def patch_divisor(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return what each side of a patch must be a multiple of.
+
+    Raises:
+        ValueError: the network is unknown or does not take these arguments.
+    """
+    parsed: Any = _parse(name, arguments)
+    known: Arguments = parsed
+    return known.divisor()
 
 
 def build_specialist(name: str, arguments: Mapping[str, Any], in_channels: int, classes: int, seed: int) -> nn.Module:
@@ -54,11 +135,46 @@ def build_specialist(name: str, arguments: Mapping[str, Any], in_channels: int, 
         in_channels: input channels.
         classes: foreground classes; the output has one more channel (background first).
         seed: seed of the initial weights.
+
+    Returns:
+        A network from (B, C, H, W, D) to logits (B, 1 + K, H, W, D), the same in training and evaluation.
+
+    Raises:
+        ValueError: the network is unknown or does not take these arguments.
     """
-    spec, parsed = _resolve(name, arguments)
+    spec, parsed = _spec(name), _parse(name, arguments)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return spec.build(parsed, in_channels, classes + 1)
+
+
+def memory_estimate(
+    name: str,
+    arguments: Mapping[str, Any],
+    in_channels: int,
+    classes: int,
+    patch: tuple[int, int, int],
+    batch: int,
+) -> int:
+    """Return the bytes that one training step takes: weights, gradients, AdamW's state, the teacher, activations.
+
+    See `training_step_bytes` for what is not counted. No memory is taken, whatever the answer is.
+
+    Args:
+        name: name in the registry.
+        arguments: the network's own arguments, as in the plan.
+        in_channels: input channels.
+        classes: foreground classes.
+        patch: (H, W, D) in voxels.
+        batch: patches of one step; a step keeps the activations of its labeled and its unlabeled batch, so their sum.
+
+    Raises:
+        ValueError: the network is unknown, or does not take these arguments, channels or patches.
+    """
+    check_specialist(name, arguments, patch, in_channels)
+    return training_step_bytes(
+        lambda: build_specialist(name, arguments, in_channels, classes, 0), in_channels, patch, batch
+    )
 
 
 def parameter_count(network: nn.Module) -> int:
@@ -66,15 +182,21 @@ def parameter_count(network: nn.Module) -> int:
     return sum(math.prod(parameter.shape) for parameter in network.parameters())
 
 
-def _resolve(name: str, arguments: Mapping[str, Any]) -> tuple[SpecialistSpec, StrictModel]:
+def _spec(name: str) -> SpecialistSpec:
     if name not in SPECIALISTS:
         raise ValueError(f"unknown specialist {name!r}; accepted: {', '.join(sorted(SPECIALISTS))}")
-    spec = SPECIALISTS[name]
+    return SPECIALISTS[name]
+
+
+def _parse(name: str, arguments: Mapping[str, Any]) -> StrictModel:
+    model = _spec(name).arguments
     try:
-        return spec, spec.arguments.model_validate(dict(arguments))
+        # Through JSON, as `configuration.parse`: lists are taken for tuples, but no "3" for 3 and no true for 1.
+        return model.model_validate_json(json.dumps(dict(arguments), default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "(all)"
+        message = first["msg"].removeprefix("Value error, ")
         raise ValueError(
-            f"specialist.arguments.{key}: {first['msg']}; {name} takes {', '.join(spec.arguments.model_fields)}"
+            f"specialist.arguments.{key}: {message}; {name} takes {', '.join(model.model_fields)}"
         ) from None

@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated
 
 from monai.networks.nets import UNet
 from pydantic import Field, model_validator
 from torch import nn
 
 from semisam_core.configuration import StrictModel
+from semisam_core.specialists.layers import GROUPS, Normalization, norm_layer
 
 Channels = Annotated[int, Field(ge=1, le=4096)]
 Stride = Annotated[int, Field(ge=1, le=8)]
 
 
 class UNetArguments(StrictModel):
-    """Arguments of the U-Net. Instance normalisation keeps no running statistics, so none have to be shared.
+    """Arguments of the U-Net.
 
     Attributes:
         channels: features at each level.
         strides: stride between levels, one fewer than channels; a triple gives each axis its own.
         residual_units: residual units a level.
-        normalization: `instance` or `group`, neither of which has state.
+        normalization: `instance`, `group` or `batch`; only the last has running statistics.
     """
 
     channels: tuple[Channels, ...] = (16, 32, 64, 128)
     strides: tuple[Stride | tuple[Stride, Stride, Stride], ...] = (2, 2, 2)
     residual_units: int = Field(default=1, ge=0, le=8)
-    normalization: Literal["instance", "group"] = "instance"
+    normalization: Normalization = "instance"
 
     @model_validator(mode="after")
     def _levels(self) -> UNetArguments:
         if len(self.channels) < 2 or len(self.strides) != len(self.channels) - 1:
             raise ValueError("strides has one entry fewer than channels, and there are at least two channels")
-        if self.normalization == "group" and any(c % 8 for c in self.channels):
-            raise ValueError("group normalisation uses 8 groups, so channels must be multiples of 8")
+        if self.normalization == "group" and any(c % GROUPS for c in self.channels):
+            raise ValueError(f"group normalisation uses {GROUPS} groups, so channels must be multiples of {GROUPS}")
         if self.normalization == "group" and self.residual_units > 0:
             raise ValueError(
                 "group normalisation takes residual_units: 0; with any, the output layer is normalised too"
@@ -51,9 +52,6 @@ class UNetArguments(StrictModel):
 
 def build_unet(arguments: UNetArguments, in_channels: int, out_channels: int) -> nn.Module:
     """Build the network; activations are out of place so that per-sample gradients can be taken."""
-    norm: str | tuple[str, dict[str, object]] = ("INSTANCE", {"affine": True})
-    if arguments.normalization == "group":
-        norm = ("GROUP", {"num_groups": 8})
     network: nn.Module = UNet(
         spatial_dims=3,
         in_channels=in_channels,
@@ -61,7 +59,7 @@ def build_unet(arguments: UNetArguments, in_channels: int, out_channels: int) ->
         channels=arguments.channels,
         strides=arguments.strides,
         num_res_units=arguments.residual_units,
-        norm=norm,
+        norm=norm_layer(arguments.normalization),
         act=("LEAKYRELU", {"inplace": False}),
     )
     return network

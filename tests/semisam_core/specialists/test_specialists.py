@@ -81,11 +81,11 @@ def test_without_arguments_the_defaults_are_taken() -> None:
 
 
 def test_an_unknown_specialist_is_answered_with_the_accepted_ones() -> None:
-    sentence = re.escape(f"unknown specialist 'vnet'; accepted: {', '.join(sorted(SPECIALISTS))}")
+    sentence = re.escape(f"unknown specialist 'vnet9'; accepted: {', '.join(sorted(SPECIALISTS))}")
     with pytest.raises(ValueError, match=sentence):
-        build_specialist("vnet", {}, 1, 1, 0)
+        build_specialist("vnet9", {}, 1, 1, 0)
     with pytest.raises(ValueError, match=sentence):
-        check_specialist("vnet", {}, (16, 16, 8))
+        check_specialist("vnet9", {}, (16, 16, 8), 1)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,8 @@ def test_an_unknown_specialist_is_answered_with_the_accepted_ones() -> None:
         ({"channels": "many"}, "specialist.arguments.channels"),
         ({"residual_units": -1}, "specialist.arguments.residual_units"),
         ({"residual_units": 9}, "specialist.arguments.residual_units"),
-        ({"normalization": "batch"}, "specialist.arguments.normalization"),
+        ({"residual_units": True}, "specialist.arguments.residual_units"),
+        ({"normalization": "layer"}, "specialist.arguments.normalization"),
         ({"strides": [2, 2]}, "one entry fewer than channels"),
         ({"channels": [4], "strides": []}, "at least two channels"),
         ({"normalization": "group"}, "channels must be multiples of 8"),
@@ -120,7 +121,7 @@ def test_a_patch_that_does_not_divide_is_refused_with_sides_that_do(
 ) -> None:
     sentence = f"data.patch[{axis}] = {side} cannot be divided by the specialist unet: multiples of {divisor}"
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
-        check_specialist("unet", DEEP, patch)
+        check_specialist("unet", DEEP, patch, 1)
     assert str(caught.value).endswith(f"for example {accepted}")
 
 
@@ -128,7 +129,7 @@ def test_a_patch_that_does_not_divide_is_refused_with_sides_that_do(
 @given(sides=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(2, 6)))
 def test_a_patch_that_is_accepted_comes_out_as_large_as_it_went_in(sides: tuple[int, int, int]) -> None:
     patch = (8 * sides[0], 8 * sides[1], 4 * sides[2])
-    check_specialist("unet", DEEP, patch)
+    check_specialist("unet", DEEP, patch, 1)
     network = build_specialist("unet", DEEP, 1, 1, 0).eval()
     with torch.inference_mode():
         assert tuple(network(torch.zeros(1, 1, *patch)).shape[2:]) == patch
@@ -144,4 +145,4 @@ def test_a_patch_that_is_accepted_comes_out_as_large_as_it_went_in(sides: tuple[
 )
 def test_arguments_that_no_network_can_have_are_refused_with_a_sentence(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"specialist\.arguments"):
-        check_specialist("unet", arguments, (16, 16, 16))
+        check_specialist("unet", arguments, (16, 16, 16), 1)

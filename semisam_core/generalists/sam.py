@@ -1,0 +1,281 @@
+"""SAM and MedSAM: one 2D promptable architecture (ViT encoder) under two sets of weights, fed in two ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from semisam_core.errors import WeightsError
+from semisam_core.generalists.base import GeneralistCard, PromptKind, Prompts, Segmentation, VolumeGrid
+from semisam_core.generalists.cards import MEDSAM, SAM
+from semisam_core.generalists.sam_network import build_network
+from semisam_core.generalists.sam_queries import Query, answered_slices, make_queries
+from semisam_core.generalists.slices import Framing, check_slices, chunks, intensity_limits, stretch
+from semisam_core.generalists.weights import load_verified_state
+
+_PIXEL_MEAN = (123.675, 116.28, 103.53)  # of SAM's training pictures, red, green, blue, in 0..255
+_PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a slice becomes a picture of the kind that the encoder was trained on.
+
+    Attributes:
+        stretched: whether the picture fills the encoder's square; otherwise the slice keeps its proportions.
+        picture: (slices (N, H, W), their place in the encoder's input) -> pictures (N, 3, rows, columns), not yet
+            padded.
+    """
+
+    stretched: bool
+    picture: Callable[[Tensor, Framing], Tensor]
+
+
+def sam_pictures(slices: Tensor, framing: Framing) -> Tensor:
+    """Return slices as SAM was trained: each scaled to 0..255, resized, three equal channels, normalised."""
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (_PIXEL_MEAN, _PIXEL_STD))
+    return (framing.frames(255 * stretch(slices))[:, None] - mean) / std
+
+
+def medsam_pictures(slices: Tensor, framing: Framing) -> Tensor:
+    """Return slices as MedSAM was trained: resized, each scaled to 0..1, three equal channels."""
+    return stretch(framing.frames(slices))[:, None].expand(-1, 3, -1, -1)
+
+
+PREPARATIONS = {
+    SAM.name: Preparation(stretched=False, picture=sam_pictures),
+    MEDSAM.name: Preparation(stretched=True, picture=medsam_pictures),
+}
+
+
+class Sam:
+    """A frozen SAM or MedSAM. Its embedding units are slices along the last axis.
+
+    An embedding is (256, 64, 64) in the published sizes. Slices and prompts never see each other: a batch, of several
+    slices or of prompts on several slices, is only a way to go faster.
+    """
+
+    def __init__(
+        self,
+        card: GeneralistCard,
+        network: Any,
+        weights_sha256: str,
+        device: torch.device,
+        batch_size: int,
+    ) -> None:
+        """Take a network that is loaded, frozen and on its device; see `load`.
+
+        Args:
+            card: SAM's or MedSAM's.
+            network: SAM with `image_encoder`, `prompt_encoder` and `mask_decoder`.
+            weights_sha256: SHA-256 of the file that its weights came from.
+            device: where the network is.
+            batch_size: slices encoded, and prompts decoded, at a time.
+
+        Raises:
+            ValueError: the card is another model's, or the batch size is below 1.
+        """
+        if card.name not in PREPARATIONS:
+            raise ValueError(f"no slices can be prepared for {card.name}; accepted are {', '.join(PREPARATIONS)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.network = network
+        self._card = card
+        self._sha256 = weights_sha256
+        self._device = device
+        self._batch_size = batch_size
+        self._preparation = PREPARATIONS[card.name]
+        self.framing = Framing(network.image_encoder.img_size, self._preparation.stretched)
+
+    @classmethod
+    def load(
+        cls,
+        card: GeneralistCard,
+        device: torch.device,
+        weights: Path | None,
+        sha256: str | None = None,
+        batch_size: int | None = None,
+    ) -> Sam:
+        """Build the network that a checkpoint fits and read its verified weights.
+
+        Args:
+            card: SAM's or MedSAM's.
+            device: where it runs: float32 on a CPU, the encoder in half precision on a GPU.
+            weights: a checkpoint in the layout of SAM's published ones, of any size.
+            sha256: the hash that the file must have; None accepts any.
+            batch_size: slices or prompts at a time; None takes 8 on a GPU, and 1 on a CPU.
+
+        Raises:
+            WeightsError: the weights are missing, altered or of another architecture.
+        """
+        published = f"{card.source} ({card.licence})"
+        if weights is None:
+            raise WeightsError(f"no Python package ships the weights of {card.name}; accepted is {published}")
+        state, found = load_verified_state(weights, sha256, published, torch.device("cpu"))
+        network = build_network(state, weights, published)
+        network.eval().requires_grad_(False).to(device)
+        if batch_size is None:
+            batch_size = 8 if device.type == "cuda" else 1
+        return cls(card, network, found, device, batch_size)
+
+    @property
+    def card(self) -> GeneralistCard:
+        """Name, licence, accepted prompts and training data."""
+        return self._card
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights file, in hexadecimal."""
+        return self._sha256
+
+    def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
+        """Return the slices that have a box, a positive point or mask foreground; ascending, each once.
+
+        Raises:
+            ValueError: as `segment`.
+        """
+        self._check_kinds(prompts)
+        return answered_slices(prompts, grid, self.framing)
+
+    def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
+        """Encode slices of a scan.
+
+        Args:
+            volume: (H, W, D), in any intensity unit.
+            grid: the scan's voxels.
+            units: slice numbers in 0..D-1.
+
+        Returns:
+            slice -> (256, 64, 64) float32 on the CPU.
+
+        Raises:
+            ValueError: the scan is not 3D, a slice lies outside it, or its intensities are not finite.
+        """
+        check_slices(volume, units)
+        limits = intensity_limits(volume)
+        embeddings: dict[int, Tensor] = {}
+        for chunk in chunks(units, self._batch_size):
+            for unit, embedding in zip(chunk, self._encode(self.frames(volume, chunk, limits)), strict=True):
+                # Cloned out of inference mode: an ordinary tensor, which keeps no other alive.
+                embeddings[unit] = embedding.clone(memory_format=torch.contiguous_format)
+        return embeddings
+
+    def frames(self, volume: Tensor, units: Sequence[int], limits: tuple[float, float]) -> Tensor:
+        """Prepare slices of a scan as the encoder was trained.
+
+        Args:
+            volume: (H, W, D), in any intensity unit.
+            units: N slice numbers.
+            limits: intensities to clip at, see `intensity_limits`.
+
+        Returns:
+            (N, 3, side, side); zeros around what the slice fills.
+        """
+        slices = torch.stack([volume[:, :, unit] for unit in units]).float().cpu().clamp(*limits)  # (N, H, W)
+        return self.framing.pad(self._preparation.picture(slices, self.framing))
+
+    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
+        """Segment what the prompts point at; see `make_queries` for how prompts on one slice go together.
+
+        One point alone is ambiguous: the network then gives several answers, and the one that it rates highest is
+        taken, as SAM's authors advise. Several boxes on one slice are joined by the higher probability.
+
+        Args:
+            embeddings: slice -> (256, 64, 64), of every slice in `units(prompts, grid)`.
+            prompts: in voxels of the scan, of the kinds that the card declares.
+            grid: the scan's voxels.
+
+        Returns:
+            Probability (H, W, D) and predicted IoU of each slice (the mean over its boxes), both on the CPU.
+
+        Raises:
+            ValueError: a prompt is of another kind, outside the scan, empty, not finite or not on a slice, the mask is
+                no probability of the scan's shape, or a prompted slice has no embedding.
+        """
+        self._check_kinds(prompts)
+        queries = make_queries(prompts, grid, self.framing, self.network.prompt_encoder.mask_input_size[0])
+        if missing := sorted({query.index for query in queries} - set(embeddings)):
+            raise ValueError(f"no embedding for the prompted slices {missing}; embed units(prompts) first")
+        probability = torch.zeros(grid.shape)  # (H, W, D)
+        overlaps: dict[int, list[float]] = {}
+        for chunk in self._batches(queries):
+            chosen = torch.stack([embeddings[query.index] for query in chunk])
+            maps, predicted = self._decode(chosen, chunk, grid.shape[:2])
+            for query, each, overlap in zip(chunk, maps, predicted.tolist(), strict=True):
+                probability[:, :, query.index] = torch.maximum(probability[:, :, query.index], each)
+                overlaps.setdefault(query.index, []).append(min(max(overlap, 0.0), 1.0))
+        quality = {index: sum(each) / len(each) for index, each in sorted(overlaps.items())}
+        return Segmentation(probability, quality)
+
+    def _check_kinds(self, prompts: Prompts) -> None:
+        given = {
+            PromptKind.BOX_2D: bool(prompts.boxes),
+            PromptKind.POINTS_2D: bool(prompts.points),
+            PromptKind.MASK_2D: prompts.mask is not None,
+            PromptKind.PROPAGATED: prompts.span is not None,
+        }
+        if refused := [kind.value for kind, there in given.items() if there and kind not in self._card.prompt_kinds]:
+            accepted = ", ".join(sorted(self._card.prompt_kinds))
+            raise ValueError(f"{self._card.name} takes no prompts of kind {', '.join(refused)}; accepted: {accepted}")
+
+    def _batches(self, queries: Sequence[Query]) -> list[list[Query]]:
+        """Split queries into batches, each of one structure."""
+        groups: dict[tuple[bool, int, bool], list[Query]] = {}
+        for query in queries:
+            groups.setdefault(query.structure, []).append(query)
+        return [
+            [group[position] for position in chunk]
+            for group in groups.values()
+            for chunk in chunks(range(len(group)), self._batch_size)
+        ]
+
+    @torch.inference_mode()
+    def _encode(self, frames: Tensor) -> Tensor:
+        """Map frames (B, 3, side, side) to embeddings (B, 256, 64, 64), float32 on the CPU."""
+        with torch.autocast(self._device.type, torch.float16, enabled=self._device.type == "cuda"):
+            encoded: Tensor = self.network.image_encoder(frames.to(self._device))
+        return encoded.float().cpu()
+
+    @torch.inference_mode()
+    def _decode(self, embeddings: Tensor, queries: Sequence[Query], plane: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Map embeddings (B, 256, 64, 64) and B queries of one structure to probability (B, H, W) and IoU (B,)."""
+        embeddings = embeddings.to(self._device, torch.float32)
+        sparse, dense = self._encode_prompts(queries)
+        logits, overlap = self.network.mask_decoder(  # (B, M, 256, 256), (B, M)
+            # The decoder repeats one image for all prompts and adds their dense embedding to it. With the image in
+            # the dense embedding, each prompt of a batch has its own.
+            image_embeddings=torch.zeros_like(embeddings[:1]),
+            image_pe=self.network.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=embeddings + dense,
+            multimask_output=queries[0].ambiguous,
+        )
+        overlap, best = overlap.float().max(dim=1)
+        logits = logits[torch.arange(len(queries), device=best.device), best].float()  # (B, 256, 256)
+        return torch.sigmoid(self.framing.unframe(logits, plane)).cpu(), overlap.cpu()
+
+    def _encode_prompts(self, queries: Sequence[Query]) -> tuple[Tensor, Tensor]:
+        """Map B queries of one structure to sparse (B, tokens, 256) and dense (B, 256, 64, 64) embeddings."""
+        has_box, point_count, _ = queries[0].structure
+        points = boxes = None
+        # The prompt encoder adds half a pixel to coordinates: it expects pixel centres.
+        if point_count:
+            coordinates = torch.tensor([query.points for query in queries], device=self._device) - 0.5  # (B, P, 2)
+            points = coordinates, torch.tensor([query.labels for query in queries], device=self._device)
+        if has_box:
+            boxes = torch.tensor([query.box for query in queries], device=self._device) - 0.5  # (B, 4)
+        masks = [query.mask for query in queries if query.mask is not None]
+        sparse, dense = self.network.prompt_encoder(
+            points=points, boxes=boxes, masks=torch.stack(masks).to(self._device) if masks else None
+        )
+        return sparse, dense
+
+
+def load(card: GeneralistCard, device: torch.device, weights: Path | None, sha256: str | None) -> Sam:
+    """Load the model for the registry; see `Sam.load`."""
+    return Sam.load(card, device, weights, sha256)

@@ -1,0 +1,295 @@
+"""SAM 2 and MedSAM2: promptable models that see a scan as a video, and carry a prompt from slice to slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from semisam_core.errors import WeightsError
+from semisam_core.generalists.base import GeneralistCard, PromptKind, Prompts, Segmentation, VolumeGrid
+from semisam_core.generalists.cards import MEDSAM2, SAM2
+from semisam_core.generalists.sam2_network import STRIDE, build_network, published_config
+from semisam_core.generalists.sam2_track import Answer, Features, Track
+from semisam_core.generalists.sam_queries import Query, answered_slices, make_queries
+from semisam_core.generalists.slices import Framing, check_slices, chunks, intensity_limits
+from semisam_core.generalists.weights import load_into, load_verified_state
+
+SIDES = {SAM2.name: 1024, MEDSAM2.name: 512}  # pixels along each side of the input that each was trained with
+_MASK_STRIDE = 4  # pixels of the input along each side of one of a mask prompt
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red, green, blue, in 0..1
+
+
+class Sam2:
+    """A frozen SAM 2 or MedSAM2. Its embedding units are slices along the last axis.
+
+    An embedding is what the tracker needs of a slice: three levels of features, of (32, s/4, s/4), (64, s/8, s/8) and
+    (256, s/16, s/16) for an input of s x s pixels, one after the other in one tensor of 4 s^2 numbers. In half
+    precision that is 8.4 MB a slice for SAM 2 (s = 1024) and 2.1 MB for MedSAM2 (s = 512).
+    """
+
+    def __init__(
+        self, card: GeneralistCard, network: Any, weights_sha256: str, device: torch.device, batch_size: int
+    ) -> None:
+        """Take a network that is loaded, frozen and on its device; see `load`.
+
+        Args:
+            card: SAM 2's or MedSAM2's.
+            network: the package's `SAM2VideoPredictor`.
+            weights_sha256: SHA-256 of the file that its weights came from.
+            device: where the network is.
+            batch_size: slices encoded at a time. Prompts are answered one after the other.
+
+        Raises:
+            ValueError: the batch size is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.network = network
+        self.framing = Framing(network.image_size, stretched=True)
+        self._card = card
+        self._sha256 = weights_sha256
+        self._device = device
+        self._batch_size = batch_size
+        width, tokens = network.hidden_dim, network.image_size // STRIDE
+        self._levels = ((width // 8, 4 * tokens), (width // 4, 2 * tokens), (width, tokens))  # (channels, side)
+
+    @classmethod
+    def load(
+        cls,
+        card: GeneralistCard,
+        device: torch.device,
+        weights: Path | None,
+        sha256: str | None = None,
+        *,
+        config: Path | None = None,
+        side: int | None = None,
+        batch_size: int | None = None,
+    ) -> Sam2:
+        """Build the network that a checkpoint fits and read its verified weights.
+
+        Args:
+            card: SAM 2's or MedSAM2's.
+            device: where it runs: float32 on a CPU; bfloat16, as it was trained, on a GPU that has it.
+            weights: a checkpoint in the layout of the published ones, of any size and of SAM 2 or 2.1.
+            sha256: the hash that the file must have; None accepts any.
+            config: the architecture, as a file in the form of the package's; None takes the published one that the
+                checkpoint fits.
+            side: pixels along each side of the input, a multiple of 32; None takes what the model was trained with.
+            batch_size: slices encoded at a time; None takes 4 on a GPU, and 1 on a CPU.
+
+        Raises:
+            WeightsError: the weights are missing, altered or of another architecture.
+        """
+        published = f"{card.source} ({card.licence})"
+        if weights is None:
+            raise WeightsError(f"no Python package ships the weights of {card.name}; accepted is {published}")
+        state, found = load_verified_state(weights, sha256, published, torch.device("cpu"))
+        chosen = config or published_config(state)
+        if chosen is None:
+            raise WeightsError(
+                f"{weights}: these weights are of another architecture than SAM 2 in a published size (Hiera tiny, "
+                f"small, base+ or large); accepted is {published}"
+            )
+        network = build_network(chosen, side or SIDES[card.name])
+        load_into(network, state, weights, published)
+        network.eval().requires_grad_(False).to(device)
+        if batch_size is None:
+            batch_size = 4 if device.type == "cuda" else 1
+        return cls(card, network, found, device, batch_size)
+
+    @property
+    def card(self) -> GeneralistCard:
+        """Name, licence, accepted prompts and training data."""
+        return self._card
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights file, in hexadecimal."""
+        return self._sha256
+
+    def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
+        """Return the slices that have a box, a positive point or mask foreground, and, if any has, all of the span.
+
+        Raises:
+            ValueError: as `segment`.
+        """
+        self._check(prompts, grid)
+        prompted = answered_slices(prompts, grid, self.framing)
+        if not prompted or prompts.span is None:
+            return prompted
+        first, last = prompts.span
+        return tuple(sorted({*prompted, *range(first, last + 1)}))
+
+    def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
+        """Encode slices of a scan.
+
+        Args:
+            volume: (H, W, D), in any intensity unit.
+            grid: the scan's voxels.
+            units: slice numbers in 0..D-1.
+
+        Returns:
+            slice -> (4 s^2,) float32 on the CPU.
+
+        Raises:
+            ValueError: the scan is not 3D, a slice lies outside it, or its intensities are not finite.
+        """
+        check_slices(volume, units)
+        limits = intensity_limits(volume)
+        embeddings: dict[int, Tensor] = {}
+        for chunk in chunks(units, self._batch_size):
+            for unit, embedding in zip(chunk, self._encode(self.frames(volume, chunk, limits)), strict=True):
+                embeddings[unit] = embedding.clone()  # out of inference mode, and keeping no other alive
+        return embeddings
+
+    def frames(self, volume: Tensor, units: Sequence[int], limits: tuple[float, float]) -> Tensor:
+        """Prepare slices of a scan as frames of one video: all by the same scale.
+
+        Args:
+            volume: (H, W, D), in any intensity unit.
+            units: N slice numbers.
+            limits: intensities to clip at, see `intensity_limits`; they become 0 and 1.
+
+        Returns:
+            (N, 3, s, s), of ImageNet's mean and standard deviation.
+        """
+        low, high = limits
+        slices = torch.stack([volume[:, :, unit] for unit in units]).float().cpu().clamp(low, high)  # (N, H, W)
+        scaled = (slices - low) / (high - low if high > low else 1.0)
+        mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (_MEAN, _STD))
+        return (self.framing.frames(scaled)[:, None] - mean) / std
+
+    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
+        """Segment what the prompts point at; see `make_queries` for how prompts on one slice go together.
+
+        Without a span, each prompted slice is answered by itself. With one, the prompted slices are remembered, and
+        the target is carried from the lowest of them through the slices above it, and then through those below it.
+        Several boxes on a slice are several targets, of which each is carried by itself: the first boxes of all
+        slices, from the upper left, are one, the second boxes another. They are joined by the higher probability.
+        Nothing is kept from one call to the next.
+
+        Args:
+            embeddings: slice -> (4 s^2,), of every slice in `units(prompts, grid)`.
+            prompts: in voxels of the scan, of the kinds that the card declares. A prompted slice outside of the span
+                is looked at, and not answered.
+            grid: the scan's voxels.
+
+        Returns:
+            Probability (H, W, D) and quality of each slice that was answered (the mean over its targets), both on the
+            CPU: the predicted IoU; where the model sees no target, its probability that there is none; 1 where the
+            answer is a mask that was given.
+
+        Raises:
+            ValueError: a prompt is of another kind, outside the scan, empty, not finite or not on a slice, the mask
+                is no probability of the scan's shape, the span is none of this scan, or a slice has no embedding.
+        """
+        if missing := sorted(set(self.units(prompts, grid)) - set(embeddings)):
+            raise ValueError(f"no embedding for the slices {missing}; embed units(prompts) first")
+        mask_side = self.framing.side // (_MASK_STRIDE if prompts.span is None else 1)
+        queries = make_queries(prompts, grid, self.framing, mask_side)
+        probability = torch.zeros(grid.shape)  # (H, W, D)
+        qualities: dict[int, list[float]] = {}
+        with self._precision():
+            for index, answer in self._answers(queries, embeddings, prompts.span):
+                found = torch.sigmoid(self.framing.unframe(answer.logits.float(), grid.shape[:2]))[0].cpu()
+                probability[:, :, index] = torch.maximum(probability[:, :, index], found)
+                qualities.setdefault(index, []).append(answer.quality)
+        quality = {index: sum(each) / len(each) for index, each in sorted(qualities.items())}
+        return Segmentation(probability, quality)
+
+    def _answers(
+        self, queries: Sequence[Query], embeddings: Mapping[int, Tensor], span: tuple[int, int] | None
+    ) -> Iterator[tuple[int, Answer]]:
+        features = partial(self._features, embeddings)
+        if span is None:
+            for query in queries:
+                yield query.index, Track(self.network, features, first=query.index, length=1).prompt(query)
+            return
+        for target in _targets(queries):
+            yield from self._carried(target, features, span)
+
+    def _carried(
+        self, target: Mapping[int, Query], features: partial[Features], span: tuple[int, int]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yield a target's answers within the span.
+
+        Args:
+            target: slice -> what is prompted there, at least one.
+            features: slice -> its features.
+            span: first and last slice to answer.
+        """
+        first, last = span
+        start, lowest, highest = min(target), min(first, *target), max(last, *target)
+        track = Track(self.network, features, lowest, highest - lowest + 1)
+        for index, query in target.items():
+            answer = track.prompt(query)
+            if first <= index <= last:
+                yield index, answer
+        for index in range(max(start + 1, first), last + 1):
+            if index not in target:
+                yield index, track.carry(index, reverse=False)
+        track.turn_back()
+        for index in range(min(start - 1, last), first - 1, -1):
+            yield index, track.carry(index, reverse=True)
+
+    def _features(self, embeddings: Mapping[int, Tensor], index: int) -> Features:
+        """Return an embedding's levels on the device. Where a token is depends on shapes alone, so it is not stored."""
+        sizes = [channels * side * side for channels, side in self._levels]
+        parts = torch.split(embeddings[index].to(self._device, torch.float32), sizes)
+        maps = [part.view(1, channels, side, side) for part, (channels, side) in zip(parts, self._levels, strict=True)]
+        position = self.network.image_encoder.neck.position_encoding(maps[-1])
+        return Features([_tokens(each) for each in maps], _tokens(position), [(side, side) for _, side in self._levels])
+
+    @torch.inference_mode()
+    def _encode(self, frames: Tensor) -> Tensor:
+        """Map frames (B, 3, s, s) to embeddings (B, 4 s^2), float32 on the CPU."""
+        with self._precision():
+            levels = self.network.forward_image(frames.to(self._device))["backbone_fpn"]
+        return torch.cat([level.float().flatten(1) for level in levels], dim=1).cpu()
+
+    def _precision(self) -> torch.autocast:
+        """Return what SAM 2 was trained in on a GPU that has it, and otherwise full precision."""
+        brain = self._device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=brain)
+
+    def _check(self, prompts: Prompts, grid: VolumeGrid) -> None:
+        given = {
+            PromptKind.BOX_2D: bool(prompts.boxes),
+            PromptKind.POINTS_2D: bool(prompts.points),
+            PromptKind.MASK_2D: prompts.mask is not None,
+        }
+        if refused := [kind.value for kind, there in given.items() if there and kind not in self._card.prompt_kinds]:
+            accepted = ", ".join(sorted(self._card.prompt_kinds))
+            raise ValueError(f"{self._card.name} takes no prompts of kind {', '.join(refused)}; accepted: {accepted}")
+        depth = grid.shape[2]
+        if prompts.span is not None and not 0 <= prompts.span[0] <= prompts.span[1] < depth:
+            raise ValueError(
+                f"the span {prompts.span} is none of this scan, which has slices 0 to {depth - 1}; accepted is (first, "
+                "last), both included"
+            )
+
+
+def _targets(queries: Sequence[Query]) -> list[dict[int, Query]]:
+    """Part queries into targets, each with at most one query on a slice: the n-th queries of all slices are one."""
+    targets: list[dict[int, Query]] = []
+    for query in queries:
+        fitting = next((target for target in targets if query.index not in target), None)
+        if fitting is None:
+            targets.append(fitting := {})
+        fitting[query.index] = query
+    return targets
+
+
+def _tokens(maps: Tensor) -> Tensor:
+    """Turn maps (1, channels, rows, columns) into tokens (rows * columns, 1, channels)."""
+    return maps.flatten(2).permute(2, 0, 1)
+
+
+def load(card: GeneralistCard, device: torch.device, weights: Path | None, sha256: str | None) -> Sam2:
+    """Load the model for the registry; see `Sam2.load`."""
+    return Sam2.load(card, device, weights, sha256)

@@ -1,0 +1,60 @@
+"""MONAI's Swin UNETR (Hatamizadeh et al., BrainLes 2021): attention in shifted windows, convolutional decoder."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from monai.networks.nets import SwinUNETR
+from pydantic import Field
+from torch import nn
+
+from semisam_core.configuration import StrictModel
+from semisam_core.specialists.layers import norm_layer
+
+DIVISOR = 32
+WINDOW = 7
+Blocks = Annotated[int, Field(ge=1, le=18)]
+
+
+class SwinUNETRArguments(StrictModel):
+    """Arguments of the Swin UNETR.
+
+    Its normalisation is instance norm in convolutions and layer norm in attention, neither with running statistics.
+    Attention has a bias table that Opacus cannot take per-sample gradients of: this network is not for training with
+    differential privacy.
+
+    Attributes:
+        features: features at the first level, a multiple of 12; they double from level to level.
+        blocks: attention blocks in each of the four stages.
+        v2: a residual convolution block before each stage (SwinUNETR-V2, He et al., MICCAI 2023).
+    """
+
+    features: int = Field(default=24, ge=12, le=192, multiple_of=12)
+    blocks: tuple[Blocks, Blocks, Blocks, Blocks] = (2, 2, 2, 2)
+    v2: bool = False
+
+    def divisor(self) -> tuple[int, int, int]:
+        """Return what each side of a patch must be a multiple of: the patch embedding and four mergings halve it."""
+        return DIVISOR, DIVISOR, DIVISOR
+
+
+def build_swinunetr(arguments: SwinUNETRArguments, in_channels: int, out_channels: int) -> nn.Module:
+    """Build the network."""
+    network: nn.Module = SwinUNETR(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        depths=arguments.blocks,
+        window_size=WINDOW,
+        feature_size=arguments.features,
+        norm_name=norm_layer("instance"),
+        use_v2=arguments.v2,
+    )
+    _keep_indices_out_of_the_state(network)
+    return network
+
+
+def _keep_indices_out_of_the_state(network: nn.Module) -> None:
+    """Make the windows' position indices, constants of the architecture, no part of what is saved and sent."""
+    for module in network.modules():
+        for name, index in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, index, persistent=False)

@@ -1,0 +1,301 @@
+"""Each regularizer against its published formula, worked out here in plain arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from semisam_core.losses import confidence_aware_loss, supervised_loss
+from semisam_core.regularizers import Regularizer
+from semisam_core.regularizers.adversarial import Discriminator
+from semisam_core.regularizers.interpolation import draw_share
+from semisam_core.regularizers.uncertainty_aware import threshold
+from tests.semisam_core.regularizers.steps import (
+    SIDES,
+    Fixed,
+    built,
+    flat_gradient,
+    noise,
+    specialist,
+    step_of,
+    student_loss,
+)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    exponential = (logits - logits.amax(1, keepdim=True)).exp()
+    return exponential / exponential.sum(1, keepdim=True)
+
+
+def _entropy(probability: Tensor) -> Tensor:
+    return -(probability * (probability + 1e-30).log()).sum(1)
+
+
+def _noisy(image: Tensor, generator: torch.Generator) -> Tensor:
+    return image + (0.1 * torch.randn(image.shape, generator=generator)).clamp(-0.2, 0.2)
+
+
+def test_mean_teacher_is_the_mean_squared_difference_to_the_teachers_view_of_a_noisy_copy() -> None:
+    student, teacher = specialist(0), specialist(1)
+    loss = student_loss("mean-teacher", step_of(student, teacher, seed=4))
+    image = step_of(student).unlabeled.image
+    answer = _softmax(teacher(_noisy(image, torch.Generator().manual_seed(4))))
+    expected = ((_softmax(student(image)) - answer) ** 2).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("t", [0, 9])
+def test_uncertainty_aware_mean_teacher_counts_the_voxels_of_low_entropy(t: int) -> None:
+    student, teacher = specialist(0), specialist(1)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.6)  # so that some voxels are certain and some are not
+    loss = student_loss("ua-mt", step_of(student, teacher, t=t, seed=4))
+    image, generator = step_of(student).unlabeled.image, torch.Generator().manual_seed(4)
+    answer = _softmax(teacher(_noisy(image, generator)))
+    mean = torch.stack([_softmax(teacher(_noisy(image, generator))) for _ in range(8)]).mean(0)
+    limit = (0.75 + 0.25 * math.exp(-5 * (1 - t / 10) ** 2)) * math.log(2)
+    certain = _entropy(mean) < limit
+    assert 0 < int(certain.sum()) < certain.numel()
+    squared = (_softmax(student(image)) - answer) ** 2
+    expected = sum(squared[:, channel][certain].sum() for channel in range(2)) / (2 * certain.sum())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def _sure(strength: float = 20.0) -> Fixed:
+    """Return a network that is certain everywhere, of one class here and of the other there."""
+    sign = noise(1, *SIDES, seed=3).sign()
+    return Fixed(strength * torch.cat([sign, -sign]))
+
+
+def _half_certain(strength: float = 20.0) -> Fixed:
+    """Return a teacher that is certain of background in the first half of the rows, and guesses in the others."""
+    logits = torch.zeros(2, *SIDES)
+    logits[0, : SIDES[0] // 2] = strength
+    return Fixed(logits)
+
+
+def test_voxels_at_which_the_teacher_guesses_teach_nothing() -> None:
+    student = Fixed(noise(2, *SIDES))
+    student_loss("ua-mt", step_of(student, _half_certain(), labeled=False)).backward()
+    assert student.logits.grad is not None
+    certain, uncertain = student.logits.grad[:, : SIDES[0] // 2], student.logits.grad[:, SIDES[0] // 2 :]
+    assert bool((certain != 0).all())
+    assert bool((uncertain == 0).all())
+
+
+def test_a_teacher_that_guesses_everywhere_gives_no_loss_and_no_gradient() -> None:
+    student = Fixed(noise(2, *SIDES))
+    loss = student_loss("ua-mt", step_of(student, _half_certain(strength=0.0), labeled=False))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert float(flat_gradient(student).norm()) == 0.0
+
+
+def test_a_teacher_that_is_certain_everywhere_makes_it_mean_teacher() -> None:
+    student, teacher = Fixed(noise(2, *SIDES)), _sure()
+    aware, plain = (student_loss(name, step_of(student, teacher)) for name in ("ua-mt", "mean-teacher"))
+    assert aware.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 5])
+def test_the_threshold_rises_to_the_entropy_of_a_guess_among_all_channels(channels: int) -> None:
+    limits = [threshold(t, 100, channels) for t in range(101)]
+    assert limits == sorted(limits)
+    assert limits[0] == pytest.approx((0.75 + 0.25 * math.exp(-5)) * math.log(channels))
+    assert limits[-1] == pytest.approx(math.log(channels))
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10_000), channels=st.integers(2, 4), sharpness=st.floats(0.1, 30))
+def test_entropy_is_shannons_over_its_largest_value(seed: int, channels: int, sharpness: float) -> None:
+    student = Fixed(sharpness * noise(channels, 3, 2, 2, seed=seed))
+    logits = student.logits.detach()
+    total = 0.0
+    for voxel in torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(2)).tolist():
+        odds = [math.exp(float(logits[(channel, *voxel)])) for channel in range(channels)]
+        total -= sum(o / sum(odds) * math.log(o / sum(odds)) for o in odds if o > 0)
+    expected = total / 12 / math.log(channels)
+    loss = student_loss("entropy-minimisation", step_of(student, labeled=False)).item()
+    assert loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert -1e-6 <= loss <= 1 + 1e-6
+
+
+def test_entropy_is_one_for_a_guess_and_zero_without_a_flaw_for_certainty() -> None:
+    guess, certain = Fixed(torch.zeros(2, *SIDES)), _sure(strength=400.0)
+    assert student_loss("entropy-minimisation", step_of(guess, labeled=False)).item() == pytest.approx(1.0)
+    loss = student_loss("entropy-minimisation", step_of(certain, labeled=False))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert bool(flat_gradient(certain).isfinite().all())
+
+
+def test_entropy_minimisation_makes_a_leaning_answer_firmer_whether_right_or_wrong() -> None:
+    student = Fixed(torch.stack([torch.full(SIDES, 0.3), torch.full(SIDES, -0.3)]))
+    student_loss("entropy-minimisation", step_of(student, labeled=False)).backward()
+    assert student.logits.grad is not None
+    assert bool((student.logits.grad[0] < 0).all())
+    assert bool((student.logits.grad[1] > 0).all())
+
+
+def _set_share(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    monkeypatch.setattr("semisam_core.regularizers.interpolation.draw_share", lambda _: share)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_interpolation_compares_the_mixed_scans_answer_with_the_mixed_answers(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    _set_share(monkeypatch, 0.3)
+    student, teacher = specialist(0), specialist(1)
+    step = step_of(student, teacher, count=count)
+    loss = student_loss("ict", step)
+    errors = []
+    for k in range(count):
+        first, second = step.unlabeled.image[k : k + 1], step.unlabeled.image[(k + 1) % count].unsqueeze(0)
+        answer = 0.3 * _softmax(teacher(first)) + 0.7 * _softmax(teacher(second))
+        errors.append(((_softmax(student(0.3 * first + 0.7 * second)) - answer) ** 2).mean())
+    assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_without_mixing_it_is_mean_teacher_without_noise(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    _set_share(monkeypatch, share)
+    student, teacher = specialist(0), specialist(1)
+    step = step_of(student, teacher)
+    expected = ((_softmax(student(step.unlabeled.image)) - _softmax(teacher(step.unlabeled.image))) ** 2).mean()
+    assert student_loss("ict", step).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_network_that_is_linear_between_scans_has_no_interpolation_loss() -> None:
+    class Linear(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            share = image.sigmoid() * 0 + 0.5 + 0.05 * image.clamp(-4, 4)  # a probability, linear in the scan
+            return torch.cat([share, 1 - share], 1).log()
+
+    assert student_loss("ict", step_of(Linear())).item() == pytest.approx(0.0, abs=1e-10)
+
+
+def test_shares_are_beta_distributed_most_near_the_ends() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.tensor([draw_share(generator) for _ in range(3000)])
+    assert bool(((shares >= 0) & (shares <= 1)).all())
+    assert float(shares.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(shares.var()) == pytest.approx(1 / (4 * (2 * 0.2 + 1)), abs=0.01)
+
+
+def _second(regularizer: Regularizer) -> nn.Module:
+    assert regularizer.own is not None
+    network = specialist()
+    network.load_state_dict({k.removeprefix("second."): v for k, v in regularizer.own.state().items()})
+    return network
+
+
+def _cross_entropy(learner: Tensor, other: Tensor) -> Tensor:
+    probability = _softmax(learner)
+    chosen = torch.where(other[:, 1] > other[:, 0], probability[:, 1], probability[:, 0])
+    return -chosen.log().mean()
+
+
+def test_cross_pseudo_supervision_is_cross_entropy_against_the_others_choice_on_both_kinds_of_scan() -> None:
+    regularizer, student = built("cps"), specialist(3)
+    step = step_of(student)
+    losses, second = regularizer.losses(step), _second(regularizer)
+    assert losses.student is not None
+    assert losses.own is not None
+    assert step.labeled is not None
+    scans = (step.unlabeled.image, step.labeled.image)
+    expected = sum(_cross_entropy(student(scan), second(scan)) for scan in scans)
+    assert losses.student.item() == pytest.approx(expected.item(), rel=1e-5)
+    cross = sum(_cross_entropy(second(scan), student(scan)) for scan in scans)
+    supervised = supervised_loss(second(step.labeled.image), step.labeled.label)
+    assert losses.own.item() == pytest.approx((supervised + 0.1 * cross).item(), rel=1e-5)
+
+
+def test_cross_pseudo_supervision_is_symmetric() -> None:
+    regularizer, student = built("cps"), specialist(3)
+    second = _second(regularizer)
+    losses = regularizer.losses(step_of(student, labeled=False))
+    assert regularizer.own is not None
+    regularizer.own.load({f"second.{k}": v for k, v in student.state_dict().items()})
+    exchanged = regularizer.losses(step_of(second, labeled=False))
+    assert losses.student is not None
+    assert losses.own is not None
+    assert exchanged.student is not None
+    assert exchanged.own is not None
+    assert losses.own.item() == pytest.approx(0.1 * exchanged.student.item(), rel=1e-5)
+    assert exchanged.own.item() == pytest.approx(0.1 * losses.student.item(), rel=1e-5)
+
+
+def test_the_second_network_learns_from_pseudo_labels_as_the_student_does() -> None:
+    regularizer, student = built("cps"), specialist(3)
+    step = step_of(student, labeled=False, pseudo_label=True)
+    own, batch = regularizer.losses(step).own, step.unlabeled
+    second = _second(regularizer)(batch.image)
+    taught = confidence_aware_loss(_softmax(second)[:, 1:], batch.target, batch.uncertainty, batch.valid)
+    expected = 0.7 * taught + 0.1 * _cross_entropy(second, student(batch.image))
+    assert own is not None
+    assert own.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_two_networks_begin_with_different_weights() -> None:
+    own = _second(built("cps")).state_dict()
+    assert any(not torch.equal(value, own[name]) for name, value in specialist(0).state_dict().items())
+
+
+def _discriminator(regularizer: Regularizer) -> Discriminator:
+    assert regularizer.own is not None
+    network = Discriminator(channels=3)
+    network.load_state_dict({k.removeprefix("discriminator."): v for k, v in regularizer.own.state().items()})
+    return network
+
+
+def test_the_student_is_paid_for_deceiving_the_discriminator_which_is_paid_for_telling() -> None:
+    regularizer, student = built("dan"), specialist(3)
+    step = step_of(student)
+    losses, score = regularizer.losses(step), _discriminator(regularizer)
+    assert losses.student is not None
+    assert losses.own is not None
+    assert step.labeled is not None
+    unlabeled = torch.sigmoid(score(step.unlabeled.image, _softmax(student(step.unlabeled.image))))
+    labeled = torch.sigmoid(score(step.labeled.image, _softmax(student(step.labeled.image))))
+    assert losses.student.item() == pytest.approx(-unlabeled.log().mean().item(), rel=1e-5)
+    told = -labeled.log().mean() - (1 - unlabeled).log().mean()
+    assert losses.own.item() == pytest.approx(told.item(), rel=1e-5)
+
+
+def test_the_discriminator_learns_to_tell_labeled_from_unlabeled_and_the_student_then_pays() -> None:
+    regularizer, student = built("dan"), specialist(3)
+    assert regularizer.own is not None
+    step = step_of(student)
+    step.unlabeled.image.mul_(0.2)  # the unlabeled scans look fainter
+    before = regularizer.losses(step)
+    for t in range(150):
+        loss = regularizer.losses(copy.copy(step)).own
+        assert loss is not None
+        regularizer.own.step(loss, t)
+    after, score = regularizer.losses(step), _discriminator(regularizer)
+    assert before.student is not None
+    assert after.student is not None
+    assert step.labeled is not None
+    assert bool((score(step.labeled.image, _softmax(step.labeled.logits)) > 0).all())
+    assert bool((score(step.unlabeled.image, _softmax(step.logits)) < 0).all())
+    assert after.student.item() > before.student.item()
+
+
+def test_without_labeled_scans_there_is_nothing_to_tell_apart_and_no_adversarial_term() -> None:
+    losses = built("dan").losses(step_of(specialist(), labeled=False, pseudo_label=True))
+    assert losses.student is None
+    assert losses.own is None
+
+
+@pytest.mark.parametrize("sides", [(8, 8, 8), (16, 12, 9), (33, 8, 20)])
+def test_the_discriminator_takes_patches_of_any_size(sides: tuple[int, int, int]) -> None:
+    scores = Discriminator(channels=3)(noise(2, 1, *sides), noise(2, 2, *sides))
+    assert scores.shape == (2,)
