@@ -13,10 +13,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal
-from semisam_core.specialists import batch_norm_tensors
+from semisam_core.specialists import batch_norm_tensors, outline_specialist
 
 SPECIALIST_RECORD = "specialist"
 STUDY_RECORD = "study"
@@ -73,7 +72,9 @@ class TensorSpec:
 
 def specialist_spec(plan: Plan) -> dict[str, TensorSpec]:
     """Return name -> shape and dtype of every tensor of the plan's specialist that travels."""
-    return tensor_specs(travelling(plan, new_specialist(plan)))
+    chosen, task = plan.specialist, plan.task
+    outline = outline_specialist(chosen.name, chosen.arguments, len(task.channels), len(task.classes))
+    return tensor_specs(travelling(plan, outline))
 
 
 def travelling(plan: Plan, specialist: nn.Module) -> dict[str, Tensor]:

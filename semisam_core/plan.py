@@ -242,7 +242,11 @@ class Uncertainty(StrictModel):
 
 
 class PseudoLabels(StrictModel):
-    """L_sam: who labels, how often, what is trusted; lambda_s(t) = weight * exp(-5 (t/T)^2) when decaying."""
+    """L_sam: who labels, how often, what is trusted; lambda_s(t) = weight * exp(-5 (t/T)^2) when decaying.
+
+    A `fused` target is share * generalists + (1 - share) * teacher, with share = generalist_share + share_gain * (1 -
+    agreement), at most 1: the less the two overlap (Dice), the weaker is the specialist that prompted.
+    """
 
     generalists: tuple[str, ...] = Field(min_length=1)
     weight: float = Field(default=1.0, ge=0, le=100)
@@ -250,6 +254,8 @@ class PseudoLabels(StrictModel):
     first_round: int = Field(default=2, ge=1)
     refresh_every: int = Field(default=1, ge=1)
     target: Literal["generalist", "fused"] = "fused"
+    generalist_share: Fraction = 0.5
+    share_gain: Fraction = 0.25
     smooth_sigma_slices: float = Field(default=1.0, ge=0, le=10)
     prompting: Prompting = Prompting()
     gates: Gates = Gates()

@@ -116,13 +116,19 @@ def region_of_class(teacher: Tensor, k: int, plan: Plan) -> Region | Refusal:
     return find_region(teacher[k], plan.data.spacing_mm, policy.prompting, policy.gates, others)
 
 
-def confidence_fused(teacher: Tensor, mean: Tensor, variance: Tensor, policy: PseudoLabels) -> tuple[Tensor, Tensor]:
+def confidence_fused(
+    teacher: Tensor, mean: Tensor, variance: Tensor, agreement: float, policy: PseudoLabels
+) -> tuple[Tensor, Tensor]:
     """Fuse what the generalists say with the teacher into a target y and an uncertainty U.
+
+    y = share * generalists + (1 - share) * teacher. The less the two agree, the larger is the generalists' share: where
+    a specialist is good, both agree and correct each other; where it is weak, its own opinion is worth less.
 
     Args:
         teacher: the teacher's foreground probability (H, W, D).
         mean: the generalists' (H, W, D), over models, planes and prompt sets.
         variance: its variance over them.
+        agreement: Dice overlap of the generalists' mask and the prompted region.
         policy: weights of U, and whether the target is the generalists' or fused with the teacher's.
 
     Returns:
@@ -130,8 +136,10 @@ def confidence_fused(teacher: Tensor, mean: Tensor, variance: Tensor, policy: Ps
     """
     weights = policy.uncertainty
     uncertainty = weights.prompts * variance + weights.specialist * (teacher - mean) ** 2
-    target = 0.5 * (teacher + mean) if policy.target == "fused" else mean
-    return target, uncertainty
+    if policy.target == "generalist":
+        return mean, uncertainty
+    share = min(1.0, policy.generalist_share + policy.share_gain * (1 - agreement))
+    return share * mean + (1 - share) * teacher, uncertainty
 
 
 def _judge(
@@ -159,9 +167,10 @@ def _judge(
         millilitres = float(kept.sum()) * math.prod(plan.data.spacing_mm) / 1000
         if not seen[0] <= millilitres <= seen[1]:
             return Refusal.IMPLAUSIBLE
-    if dice_of(torch.from_numpy(kept), torch.from_numpy(region.mask)) < gates.minimum_agreement:
+    agreement = dice_of(torch.from_numpy(kept), torch.from_numpy(region.mask))
+    if agreement < gates.minimum_agreement:
         return Refusal.DISAGREEMENT
-    return _ClassAnswer(mean, *confidence_fused(teacher, mean, variance, policy))
+    return _ClassAnswer(mean, *confidence_fused(teacher, mean, variance, agreement, policy))
 
 
 def _mean_quality(opinions: Mapping[str, Opinion], trust: Mapping[str, float]) -> float:

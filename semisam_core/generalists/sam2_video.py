@@ -186,7 +186,7 @@ class Sam2:
 
         Raises:
             ValueError: a prompt is of another kind, outside the scan, empty, not finite or not on a slice, the mask
-                is no probability of the scan's shape, the span is none of this scan, or a slice has no embedding.
+                is no probability of the scan's shape, the span is not within the scan, or a slice has no embedding.
         """
         if missing := sorted(set(self.units(prompts, grid)) - set(embeddings)):
             raise ValueError(f"no embedding for the slices {missing}; embed units(prompts) first")
@@ -269,8 +269,8 @@ class Sam2:
         depth = grid.shape[2]
         if prompts.span is not None and not 0 <= prompts.span[0] <= prompts.span[1] < depth:
             raise ValueError(
-                f"the span {prompts.span} is none of this scan, which has slices 0 to {depth - 1}; accepted is (first, "
-                "last), both included"
+                f"the span {prompts.span} is not within this scan, which has slices 0 to {depth - 1}; "
+                "accepted is (first, last), both included"
             )
 
 

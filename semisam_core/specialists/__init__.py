@@ -15,7 +15,7 @@ from torch import nn
 from semisam_core.configuration import StrictModel
 from semisam_core.specialists.dynunet import DynUNetArguments, build_dynunet
 from semisam_core.specialists.layers import batch_norm_tensors
-from semisam_core.specialists.memory import training_step_bytes
+from semisam_core.specialists.memory import training_step_bytes, without_memory
 from semisam_core.specialists.segresnet import SegResNetArguments, build_segresnet
 from semisam_core.specialists.swinunetr import SwinUNETRArguments, build_swinunetr
 from semisam_core.specialists.unet import UNetArguments, build_unet
@@ -29,6 +29,7 @@ __all__ = [
     "check_specialist",
     "check_statistics",
     "memory_estimate",
+    "outline_specialist",
     "parameter_count",
     "patch_divisor",
 ]
@@ -146,6 +147,16 @@ def build_specialist(name: str, arguments: Mapping[str, Any], in_channels: int, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return spec.build(parsed, in_channels, classes + 1)
+
+
+def outline_specialist(name: str, arguments: Mapping[str, Any], in_channels: int, classes: int) -> nn.Module:
+    """Build a network whose tensors have names, shapes and dtypes but no content; arguments as `build_specialist`.
+
+    Raises:
+        ValueError: the network is unknown or does not take these arguments.
+    """
+    with without_memory():
+        return build_specialist(name, arguments, in_channels, classes, 0)
 
 
 def memory_estimate(

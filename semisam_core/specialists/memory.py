@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def training_step_bytes(
         patch: (H, W, D) in voxels.
         batch: patches whose activations are alive at once.
     """
-    with torch.device("meta"), _LinspaceOnCPU():
+    with without_memory():
         network = build().train()
         teacher = copy.deepcopy(network)
         image, label = torch.empty(batch, in_channels, *patch), torch.empty(batch, *patch)
@@ -50,6 +51,13 @@ def training_step_bytes(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return book.peak
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Within this context a specialist is built on the meta device: tensors with shapes but no content."""
+    with torch.device("meta"), _LinspaceOnCPU():
+        yield
 
 
 class PeakBook(TorchDispatchMode):  # type: ignore[no-untyped-call]

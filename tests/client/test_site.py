@@ -165,7 +165,7 @@ def test_a_site_teacher_goes_on_from_the_last_round_and_a_global_one_does_not(ma
 def test_pseudo_labels_are_made_when_due_and_kept_in_between(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import client.site as module
+    import client.labeling as module
 
     made: list[int] = []
     original = module.make_pseudo_label

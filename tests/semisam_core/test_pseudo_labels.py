@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from semisam_core.generalists import EmbeddingStore, Prompts, Segmentation, VolumeGrid, scan_key
+from semisam_core.generalists import EmbeddingStore, Prompts, Segmentation, VolumeGrid
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels import (
+    Experience,
     PseudoLabel,
     PseudoLabelStore,
     confidence_fused,
@@ -46,9 +49,10 @@ def _ask(
     teacher: Tensor,
     *models: FakeGeneralist,
     store: EmbeddingStore | None = None,
+    experience: Experience | None = None,
 ) -> PseudoLabel:
     store = store or EmbeddingStore(folder / "embeddings", 10**9)
-    return make_pseudo_label(image, teacher, scan_key(image), models or (FakeGeneralist(),), store, plan)
+    return make_pseudo_label(image, teacher, models or (FakeGeneralist(),), store, plan, experience)
 
 
 def test_a_pseudo_label_is_the_generalists_foreground_of_the_prompted_class(tmp_path: Path, plan: Plan) -> None:
@@ -124,26 +128,36 @@ def test_where_prompt_sets_disagree_the_pseudo_label_is_uncertain(plan: Plan) ->
     policy = plan.pseudo_labels
     assert policy is not None
     teacher = torch.zeros(2, 2, 1)
-    maps = torch.zeros(2, 2, 2, 1)
-    maps[0, 0, 0, 0] = 1.0
-    mean, _, uncertainty = confidence_fused(teacher, maps, policy)
-    assert mean[0, 0, 0] == 0.5
+    mean, variance = torch.zeros(2, 2, 1), torch.zeros(2, 2, 1)
+    mean[0, 0, 0], variance[0, 0, 0] = 0.5, 0.25  # one prompt set says 1, the other 0
+    _, uncertainty = confidence_fused(teacher, mean, variance, 1.0, policy)
     expected = policy.uncertainty.prompts * 0.25 + policy.uncertainty.specialist * 0.25
     assert float(uncertainty[0, 0, 0]) == pytest.approx(expected)
     assert float(uncertainty[1, 1, 0]) == 0.0
 
 
 @settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 10_000), sets=st.integers(1, 5))
-def test_fused_targets_stay_probabilities_and_uncertainty_stays_positive(seed: int, sets: int) -> None:
+@given(seed=st.integers(0, 10_000), agreement=st.floats(0, 1))
+def test_fused_targets_lie_between_teacher_and_generalist_and_uncertainty_stays_positive(
+    seed: int, agreement: float
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     policy = tiny_plan().pseudo_labels
     assert policy is not None
-    teacher, maps = torch.rand((3, 3, 2), generator=generator), torch.rand((sets, 3, 3, 2), generator=generator)
-    mean, target, uncertainty = confidence_fused(teacher, maps, policy)
-    assert torch.allclose(target, (teacher + mean) / 2)
+    teacher, mean, variance = (torch.rand((3, 3, 2), generator=generator) for _ in range(3))
+    target, uncertainty = confidence_fused(teacher, mean, variance, agreement, policy)
+    low, high = torch.minimum(teacher, mean), torch.maximum(teacher, mean)
+    assert bool(((target >= low - 1e-6) & (target <= high + 1e-6)).all())
     assert bool(((target >= 0) & (target <= 1)).all())
     assert bool((uncertainty >= 0).all())
+
+
+def test_the_less_teacher_and_generalist_agree_the_more_the_generalist_counts() -> None:
+    policy = tiny_plan("pseudo_labels.generalist_share=0.5", "pseudo_labels.share_gain=0.25").pseudo_labels
+    assert policy is not None
+    teacher, mean, nothing = torch.zeros(1, 1, 1), torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+    targets = [float(confidence_fused(teacher, mean, nothing, agreement, policy)[0]) for agreement in (1.0, 0.6, 0.0)]
+    assert targets == pytest.approx([0.5, 0.6, 0.75])
 
 
 def test_several_generalists_are_averaged_and_one_that_fails_is_left_out(tmp_path: Path, plan: Plan) -> None:
@@ -170,6 +184,47 @@ def test_an_answer_that_has_left_its_prompt_is_gated(tmp_path: Path) -> None:
     assert _ask(tmp_path, strict, image, _teacher(truth), Elsewhere()).refusals == (Refusal.DISAGREEMENT,)
     choosy = tiny_plan("pseudo_labels.gates.minimum_quality=0.5")
     assert _ask(tmp_path, choosy, image, _teacher(truth), Elsewhere()).refusals == (Refusal.LOW_QUALITY,)
+
+
+def test_a_volume_unlike_any_of_the_experts_masks_is_gated(tmp_path: Path) -> None:
+    image, truth = _scan()
+    plan = tiny_plan("pseudo_labels.gates.volume_factor=1.5")
+    volume_ml = float(truth.sum()) * 8 / 1000
+    for times, refusal in ((1.0, None), (4.0, Refusal.IMPLAUSIBLE), (0.25, Refusal.IMPLAUSIBLE)):
+        experience = Experience(volumes_ml=((volume_ml * times,),))
+        assert _ask(tmp_path, plan, image, _teacher(truth), experience=experience).refusals == (refusal,)
+    assert _ask(tmp_path, plan, image, _teacher(truth)).refusals == (None,)
+
+
+def test_islands_of_an_answer_that_hang_on_nothing_in_3d_are_no_foreground(tmp_path: Path, plan: Plan) -> None:
+    class Islands(FakeGeneralist):
+        def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
+            answer = super().segment(embeddings, prompts, grid)
+            answer.probability[0:2, 0:2, 0:3] = 0.9
+            return answer
+
+    image, truth = _scan()
+    label = _ask(tmp_path, plan, image, _teacher(truth), Islands())
+    assert label.valid.all()
+    assert not bool((label.generalist[0, 0:2, 0:2] > 0.5).any())
+    assert bool((label.generalist[0] > 0.5).any())
+
+
+def test_a_generalist_that_earned_more_trust_counts_more(tmp_path: Path, plan: Plan) -> None:
+    class Timid(FakeGeneralist):
+        def __init__(self) -> None:
+            super().__init__("1" * 64)
+            self.card = replace(self.card, name="timid")
+
+        def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
+            answer = super().segment(embeddings, prompts, grid)
+            return Segmentation(answer.probability * 0.4, answer.quality)
+
+    image, truth = _scan()
+    models = (FakeGeneralist(), Timid())
+    alone = _ask(tmp_path, plan, image, _teacher(truth)).generalist
+    trusted = _ask(tmp_path, plan, image, _teacher(truth), *models, experience=Experience({"fake": 9.0, "timid": 1.0}))
+    assert torch.allclose(trusted.generalist, alone * (0.9 + 0.1 * 0.4), atol=1e-5)
 
 
 def test_each_class_is_prompted_and_gated_by_itself(tmp_path: Path) -> None:

@@ -56,7 +56,11 @@ def test_lite_medsam_is_there_and_takes_boxes_and_nothing_else() -> None:
 
 
 def test_the_accepted_names_are_in_alphabetical_order(name: str) -> None:
-    assert list(generalist_names()) == sorted({"lite-medsam", "fake", name})
+    names = generalist_names()
+    assert list(names) == sorted(names)
+    assert {"lite-medsam", "sam", "medsam", "sam-med3d", "sam-med3d-turbo", "seganypet", "sam2", "vista3d", name} <= {
+        *names
+    }
 
 
 def test_what_a_generalist_takes_is_known_without_loading_it(name: str, loader: Counting) -> None:

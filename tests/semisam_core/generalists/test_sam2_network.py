@@ -1,4 +1,4 @@
-"""Which SAM 2 a weights file holds, how it is loaded, and what loading leaves alone."""
+"""What SAM 2 and MedSAM2 declare, how the one that a weights file holds is loaded, and what that leaves alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 pytest.importorskip("sam2", reason="needs the extra fedsemisam[sam2]; the Makefile installs it")
 
 from semisam_core.errors import WeightsError
-from semisam_core.generalists import load_generalist, registry
+from semisam_core.generalists import PromptKind, load_generalist, registry
 from semisam_core.generalists.cards import MEDSAM2, SAM2
 from semisam_core.generalists.sam2_network import build_network, published_config
 from semisam_core.generalists.sam2_video import SIDES, Sam2
@@ -37,6 +38,17 @@ def weights(config: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(config: Path, weights: Path) -> Sam2:
     return Sam2.load(SAM2, CPU, weights, config=config, side=SIDE)
+
+
+def test_sam_2_takes_prompts_on_slices_and_carries_them() -> None:
+    kinds = {PromptKind.BOX_2D, PromptKind.POINTS_2D, PromptKind.MASK_2D, PromptKind.PROPAGATED}
+    assert SAM2.prompt_kinds == kinds
+    assert (SAM2.name, SAM2.licence) == ("sam2", "Apache-2.0")
+
+
+def test_medsam2_takes_boxes_and_carries_them() -> None:
+    assert MEDSAM2.prompt_kinds == {PromptKind.BOX_2D, PromptKind.PROPAGATED}
+    assert "research and education only" in MEDSAM2.licence
 
 
 def test_the_network_holds_what_was_saved(model: Sam2, weights: Path) -> None:
@@ -75,10 +87,7 @@ def test_the_configuration_is_read_off_the_tensors(generation: str, size: str, w
     assert published_config(state) == f"{generation}/{generation}_hiera_{size}.yaml"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["sam2/sam2_hiera_t.yaml", "sam2/sam2_hiera_s.yaml", "sam2.1/sam2.1_hiera_s.yaml", "sam2.1/sam2.1_hiera_b+.yaml"],
-)
+@pytest.mark.parametrize("name", ["sam2/sam2_hiera_t.yaml", "sam2.1/sam2.1_hiera_s.yaml"])
 def test_the_network_of_a_published_configuration_is_recognised_as_that(name: str) -> None:
     assert published_config(build_network(name, 64).state_dict()) == name
 
@@ -101,9 +110,28 @@ def test_a_published_size_is_loaded_by_name_at_the_side_that_each_model_was_trai
         }
 
 
-def test_holes_are_not_filled_and_targets_may_overlap(model: Sam2) -> None:
-    assert model.network.fill_hole_area == 0
-    assert not model.network.non_overlap_masks
+def test_the_settings_are_those_of_the_packages_own_builder_but_for_the_filling_of_holes() -> None:
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from sam2.build_sam import build_sam2_video_predictor
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("sam2", version_base="1.2"):
+        published = _settings(build_sam2_video_predictor("configs/sam2.1/sam2.1_hiera_t.yaml", device="cpu"))
+    ours = _settings(build_network("sam2.1/sam2.1_hiera_t.yaml", 1024).eval())
+    assert published.keys() == ours.keys()
+    different = {name: value for name, value in ours.items() if value != published[name]}
+    assert different == {"fill_hole_area": 0}
+
+
+def _settings(network: Any) -> dict[str, object]:
+    """Return every setting, of every part of a network, that is a plain value."""
+    return {
+        f"{prefix}.{name}".lstrip("."): value
+        for prefix, module in network.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str)
+    }
 
 
 @pytest.mark.parametrize("name", ["sam2", "medsam2"])

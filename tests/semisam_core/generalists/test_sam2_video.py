@@ -19,7 +19,6 @@ from semisam_core.evaluation import dice_of
 from semisam_core.generalists import (
     EmbeddingStore,
     Point,
-    PromptKind,
     Prompts,
     Segmentation,
     SliceBox,
@@ -57,20 +56,6 @@ def carried(model: Sam2, embeddings: dict[int, Tensor]) -> Segmentation:
 
 def _answered(answer: Segmentation) -> list[int]:
     return [index for index in range(SHAPE[2]) if bool(answer.probability[:, :, index].any())]
-
-
-# What it is
-
-
-def test_sam_2_takes_prompts_on_slices_and_carries_them() -> None:
-    kinds = {PromptKind.BOX_2D, PromptKind.POINTS_2D, PromptKind.MASK_2D, PromptKind.PROPAGATED}
-    assert SAM2.prompt_kinds == kinds
-    assert (SAM2.name, SAM2.licence) == ("sam2", "Apache-2.0")
-
-
-def test_medsam2_takes_boxes_and_carries_them() -> None:
-    assert MEDSAM2.prompt_kinds == {PromptKind.BOX_2D, PromptKind.PROPAGATED}
-    assert "research and education only" in MEDSAM2.licence
 
 
 def test_it_is_frozen(model: Sam2, embeddings: dict[int, Tensor], carried: Segmentation) -> None:
@@ -333,7 +318,7 @@ def test_nothing_is_printed(model: Sam2, embeddings: dict[int, Tensor], capfd: p
     ("prompts", "says"),
     [
         (Prompts((SliceBox(3, (0, 0, 5, 5)),), span=(2, 4)), r"no embedding for the slices \[2, 3, 4\]"),
-        (Prompts((UPPER,), span=(4, 24)), r"the span \(4, 24\) is none of this scan, which has slices 0 to 23"),
+        (Prompts((UPPER,), span=(4, 24)), r"the span \(4, 24\) is not within this scan, which has slices 0 to 23"),
         (Prompts((UPPER,), span=(6, 4)), r"the span \(6, 4\)"),
         (Prompts((SliceBox(24, (0, 0, 5, 5)),)), "slice 24; this scan has slices 0 to 23"),
         (Prompts(points=(Point((3, 3, 4.5)),)), "whole slices"),
@@ -395,5 +380,11 @@ def test_answers_come_back_to_the_voxels_that_they_are_about(
     mask[top : top + 12, left : left + 12, 0] = 1
     grid = VolumeGrid((height, width, 2), (1.0, 1.0, 1.0))
     stored = {index: torch.zeros(4 * SIDE**2) for index in (0, 1)}
-    answer = model.segment(stored, Prompts(mask=mask, span=(0, 1)), grid).probability[:, :, 0] > 0.5
-    assert dice_of(answer, mask[:, :, 0] > 0.5) > 0.85
+    answer = model.segment(stored, Prompts(mask=mask, span=(0, 1)), grid).probability[:, :, 0]
+    pixel = torch.tensor([height, width]) / (SIDE // 4)  # voxels to a pixel of the answer, which is a quarter as fine
+    assert bool(((_centre(answer) - _centre(mask[:, :, 0])).abs() < 0.35 * pixel + 0.15).all())
+
+
+def _centre(weights: Tensor) -> Tensor:
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in weights.shape), indexing="ij")
+    return torch.stack([(rows * weights).sum(), (columns * weights).sum()]) / weights.sum()

@@ -22,14 +22,14 @@ class Example(NamedTuple):
         return max(8, 2 * height), max(8, width), max(8, depth)
 
 
-UNET: dict[str, Any] = {"channels": [4, 8, 8], "strides": [2, 2], "residual_units": 1}
-DYNUNET: dict[str, Any] = {"channels": [4, 8, 12], "strides": [2, 2], "kernels": [3, 3, 3]}
+UNET: dict[str, Any] = {"channels": [6, 8, 8], "strides": [2, 2], "residual_units": 1}
+DYNUNET: dict[str, Any] = {"channels": [6, 8, 12], "strides": [2, 2], "kernels": [3, 3, 3]}
 FLAT: dict[str, Any] = {
-    "channels": [4, 8, 12],
+    "channels": [6, 8, 12],
     "strides": [[2, 2, 1], [3, 2, 2]],
     "kernels": [[3, 3, 1], [3, 3, 1], 3],
 }
-SEGRESNET: dict[str, Any] = {"channels": 4, "blocks_down": [1, 2, 1], "blocks_up": [1, 1]}
+SEGRESNET: dict[str, Any] = {"channels": 6, "blocks_down": [1, 2, 1], "blocks_up": [1, 1]}
 SWIN: dict[str, Any] = {"features": 12, "blocks": [1, 1, 2, 1]}
 
 EXAMPLES = {

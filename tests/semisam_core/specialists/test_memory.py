@@ -24,8 +24,8 @@ from semisam_core.specialists import (
 from semisam_core.specialists.memory import PeakBook
 from tests.semisam_core.specialists.examples import EVERY_BATCHED, EVERY_EXAMPLE, EXAMPLES, Example
 
-BATCH = 2
-FACTOR = 1.35  # a real step's peak is at most this many times the estimate, and the estimate that many times the peak
+BATCH = 2  # a single tiny patch makes CPU libraries unfold the input of every convolution
+FACTOR = 1.6  # a real step's peak is at most this many times the estimate, and the estimate that many times the peak
 TABLE = Path(__file__).resolve().parents[3] / "docs" / "specialists.md"
 COLUMNS = ((64, 64, 40), (96, 96, 96))
 
@@ -37,7 +37,7 @@ def _step(network: nn.Module, image: Tensor, label: Tensor) -> None:
 
 
 def _patches(example: Example) -> tuple[Tensor, Tensor]:
-    patch = tuple(2 * side for side in example.patch) if example.divisor[0] < 16 else example.patch
+    patch = tuple(4 * side for side in example.patch) if example.divisor[0] < 16 else example.patch
     return torch.randn(BATCH, 1, *patch), torch.zeros(BATCH, *patch)
 
 
@@ -98,14 +98,14 @@ def test_the_estimate_has_room_for_all_that_autograd_keeps(example: Example) -> 
 @pytest.mark.parametrize("name", SPECIALISTS)
 def test_the_estimate_grows_with_patches_and_batches(name: str) -> None:
     side = patch_divisor(name, {})[0]
-    small, large = (2 * side, side, side), (4 * side, 4 * side, 2 * side)
-    one, more = memory_estimate(name, {}, 1, 1, small, 1), memory_estimate(name, {}, 1, 1, large, 1)
-    twice, thrice = memory_estimate(name, {}, 1, 1, large, 2), memory_estimate(name, {}, 1, 1, large, 3)
+    smallest, large = (2 * side, side, side), (6 * side, 4 * side, 4 * side)
     weights = 4 * parameter_count(build_specialist(name, {}, 1, 1, 0))
-    assert one >= 5 * weights  # weights, gradients, two moments of AdamW, the teacher
-    assert one < more < twice < thrice
-    activations = (1.5 if name == "vnet" else 1.9) * (thrice - twice)
-    assert thrice - more > activations
+    # Weights, gradients, two moments of AdamW, the teacher.
+    assert memory_estimate(name, {}, 1, 1, smallest, 1) >= 5 * weights
+    one, two, three, four = (memory_estimate(name, {}, 1, 1, large, batch) for batch in (1, 2, 3, 4))
+    assert 5 * weights < one < two < three
+    # Each further patch costs the same.
+    assert four - three == pytest.approx(three - two, rel=0.01)
 
 
 def test_what_would_fill_any_machine_is_estimated_in_a_moment_and_changes_no_random_state() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from semisam_core.agreement import specialist_spec
 from semisam_core.files import save_tensors
 from semisam_core.losses import supervised_loss
-from semisam_core.specialists import build_specialist, check_specialist, patch_divisor
+from semisam_core.specialists import build_specialist, check_specialist, outline_specialist, patch_divisor
 from tests.conftest import tiny_plan
 from tests.semisam_core.specialists.examples import (
     DYNUNET,
@@ -261,3 +261,11 @@ def test_kernels_and_strides_of_a_dynunet_can_be_any_that_are_accepted() -> None
                 arguments = {"channels": [2, 2, 2], "strides": [stride, 1], "kernels": [kernel] * 3}
                 answer = build_specialist("dynunet", arguments, 1, 1, 0)(torch.zeros(1, 1, 2 * stride, stride, stride))
                 assert tuple(answer.shape[2:]) == (2 * stride, stride, stride)
+
+
+@EVERY_EXAMPLE
+def test_an_outline_has_the_tensors_of_the_network_but_no_content(example: Example) -> None:
+    outline, network = outline_specialist(example.name, example.arguments, 2, 3), _build(example, channels=2, classes=3)
+    assert all(value.is_meta for value in outline.state_dict().values())
+    described = [{n: (v.shape, v.dtype) for n, v in each.state_dict().items()} for each in (outline, network)]
+    assert described[0] == described[1]

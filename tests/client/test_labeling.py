@@ -1,0 +1,66 @@
+"""A site's generalists: those that can be loaded work, those that cannot are left out, labeled scans teach trust."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from client.labeling import Labeler
+from client.progress import Progress
+from client.site import Site
+from client.site_config import load_site_config
+from semisam_core.inference import new_specialist
+from semisam_core.plan import Plan
+from semisam_core.training import new_teacher
+from tests.conftest import tiny_plan
+
+MakeSite = Callable[..., Path]
+BOTH = {"fake": {"weights": "packaged"}, "lite-medsam": {"weights": "packaged", "sha256": "a" * 64}}
+EAGER = ("pseudo_labels.prompting.threshold=0.01", "pseudo_labels.gates.minimum_volume_ml=0.0")
+
+
+def _weights(plan: Plan) -> dict[str, torch.Tensor]:
+    return dict(new_specialist(plan).state_dict())
+
+
+def test_a_generalist_that_cannot_be_loaded_is_left_out_and_said_in_the_sites_log(
+    make_site: MakeSite, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = tiny_plan("pseudo_labels.generalists=[lite-medsam, fake]", *EAGER)
+    site = Site(load_site_config(make_site(generalists=BOTH)), plan, "run", 0)
+    with caplog.at_level(logging.ERROR):
+        assert site.join().scalars["generalists"] == 1
+    assert sum("left out" in line and f"expected {'a' * 64}" in line for line in caplog.messages) == 1
+    again = Site(load_site_config(make_site(generalists=BOTH)), plan, "run", 1)
+    assert again.train(_weights(plan)).scalars["accepted"] == 1
+
+
+def test_a_generalist_that_a_site_lacks_is_left_out_there(make_site: MakeSite) -> None:
+    plan = tiny_plan("pseudo_labels.generalists=[fake, lite-medsam]")
+    assert Site(load_site_config(make_site()), plan, "run", 0).join().scalars["generalists"] == 1
+
+
+def test_labeled_scans_are_looked_at_only_when_labels_are_made_anew(make_site: MakeSite, tmp_path: Path) -> None:
+    plan = tiny_plan("training.rounds=4", "pseudo_labels.refresh_every=2", *EAGER)
+    config = load_site_config(make_site())
+    site = Site(config, plan, "run", 1)
+    teacher = new_teacher(new_specialist(plan))
+    looked: list[int] = []
+
+    def labels(round_number: int) -> dict[str, object]:
+        labeler = Labeler(config, plan, tmp_path / "run", torch.device("cpu"), Progress(tmp_path / "p", round_number))
+        unlabeled = [(case, load) for case, load in _cases(site)]
+        return dict(labeler.labels(round_number, teacher, unlabeled, [("case-0", lambda: looked.append(round_number))]))
+
+    assert set(labels(1)) == set(labels(2)) == set(labels(3)) == {"case-1"}
+    assert looked == [1, 3]
+
+
+def _cases(site: Site) -> list[tuple[str, Callable[[], object]]]:
+    from semisam_core.data.cases import Role
+
+    return site._loaders(Role.UNLABELED)
