@@ -192,9 +192,9 @@ class Prompting(StrictModel):
     """
 
     strategy: Strategy = Strategy.UNCERTAINTY_RECTIFIED
-    planes: tuple[Anatomical, ...] = Field(default=("axial",), min_length=1, max_length=3)
-    slice_step_mm: float = Field(default=0.0, ge=0, le=20)
-    margins_mm: tuple[float, ...] = Field(default=(-2.0, 1.5, 5.0), min_length=1, max_length=16)
+    planes: tuple[Anatomical, ...] = Field(default=("axial", "coronal", "sagittal"), min_length=1, max_length=3)
+    slice_step_mm: float = Field(default=5.0, ge=0, le=20)
+    margins_mm: tuple[float, ...] = Field(default=(0.0,), min_length=1, max_length=16)
     smooth_slices: int = Field(default=5, ge=1, le=31)
     clicks: int = Field(default=5, ge=1, le=64)
     scribble_points: int = Field(default=8, ge=1, le=64)
@@ -255,7 +255,7 @@ class PseudoLabels(StrictModel):
     refresh_every: int = Field(default=1, ge=1)
     target: Literal["generalist", "fused"] = "fused"
     generalist_share: Fraction = 0.5
-    share_gain: Fraction = 0.25
+    share_gain: Fraction = 1.0
     smooth_sigma_slices: float = Field(default=1.0, ge=0, le=10)
     prompting: Prompting = Prompting()
     gates: Gates = Gates()

@@ -32,6 +32,7 @@ TINY_PLAN: dict[str, Any] = {
     "pseudo_labels": {
         "generalists": ["fake"],
         "first_round": 1,
+        "prompting": {"planes": ["axial"], "slice_step_mm": 0.0, "margins_mm": [-2.0, 1.5, 5.0]},
         "gates": {"minimum_volume_ml": 0.05, "maximum_volume_ml": 1000.0, "minimum_agreement": 0.0},
     },
     "aggregation": {"join_deadline_s": 30, "round_deadline_s": 120},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +270,10 @@ def test_an_outline_has_the_tensors_of_the_network_but_no_content(example: Examp
     assert all(value.is_meta for value in outline.state_dict().values())
     described = [{n: (v.shape, v.dtype) for n, v in each.state_dict().items()} for each in (outline, network)]
     assert described[0] == described[1]
+
+
+def test_a_plan_is_read_without_building_what_would_fill_any_machine() -> None:
+    enormous = json.dumps({"channels": [4096] * 10, "strides": [1] * 9, "kernels": [7] * 10})
+    began = time.monotonic()
+    tiny_plan(f"specialist={{name: dynunet, arguments: {enormous}}}")
+    assert time.monotonic() - began < 2

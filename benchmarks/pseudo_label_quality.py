@@ -1,0 +1,223 @@
+"""What each lever adds to pseudo-labels: Dice from true boxes, and from specialists of some strength.
+
+python benchmarks/pseudo_label_quality.py --data la --work quality     hours on two cores; goes on where it was stopped
+
+`la` has images/, labels/ and sites.csv (case, site, split). Specialists are trained on the first scans of all sites in
+turn; labels of the scans that are pseudo-labeled are read for scoring only, and for the column `true boxes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from semisam_core.consultation import Consultation, Opinion, weighted_moments
+from semisam_core.data.cases import Case, Role
+from semisam_core.data.patches import TrainingScan
+from semisam_core.data.scans import Scan, load_scan
+from semisam_core.evaluation import dice_of
+from semisam_core.files import save_tensors, write_json
+from semisam_core.generalists import EmbeddingStore, load_generalist
+from semisam_core.inference import new_specialist, predict
+from semisam_core.plan import Plan, PseudoLabels, load_plan
+from semisam_core.prompting import Refusal, find_region, meaningful_components
+from semisam_core.pseudo_labels import confidence_fused
+from semisam_core.training import new_teacher, train_round
+
+PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "left-atrium" / "plan.yaml"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+COLUMNS = {
+    "true boxes": None,
+    "1 scan, 200 steps": (1, 200),
+    "1 scan": (1, 600),
+    "4 scans": (4, 600),
+    "16 scans": (16, 600),
+}
+UNLABELED = slice(16, 28)
+NAIVE = {"margins_mm": (0.0,), "smooth_slices": 1, "slice_step_mm": 2.5, "planes": ("axial",)}
+SMOOTH_BOXES = NAIVE | {"smooth_slices": 5}
+JITTERED = SMOOTH_BOXES | {"margins_mm": (-2.5, 0.0, 2.5)}
+THREE_PLANES = SMOOTH_BOXES | {"slice_step_mm": 5.0, "planes": ("axial", "coronal", "sagittal")}
+CHOSEN = "three planes, a slice every 5 mm (default)"
+LEVERS: dict[str, tuple[dict[str, object], float]] = {  # prompting, smoothing of answers along the slices
+    "one box a slice": (NAIVE, 0.0),
+    "boxes smoothed along the slices": (SMOOTH_BOXES, 0.0),
+    "answers smoothed as well": (SMOOTH_BOXES, 1.0),
+    "and three margins averaged": (JITTERED, 1.0),
+    CHOSEN: (THREE_PLANES, 1.0),
+}
+
+
+def main() -> None:
+    """Fill the table, a scan and column at a time, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    study = _Study(arguments.data, arguments.work)
+    for column in COLUMNS:
+        for case in study.order[UNLABELED]:
+            study.row(column, case)
+    _print(study)
+
+
+class _Study:
+    """The scans, specialists and results in the work folder."""
+
+    def __init__(self, data: Path, work: Path) -> None:
+        self._data, self._work = data, work
+        self.plan = load_plan(PLAN, ["regularizer.name=none"])
+        sites: dict[str, list[str]] = {}
+        with (data / "sites.csv").open(newline="") as table:
+            for line in csv.DictReader(table):
+                if line["split"] == "train":
+                    sites.setdefault(line["site"], []).append(line["case"])
+        self.order = [case for turn in zip(*(sites[site] for site in sorted(sites)), strict=False) for case in turn]
+        self._store = EmbeddingStore(work / "embeddings", 10**11)
+        self._teachers: dict[str, torch.nn.Module] = {}
+
+    def row(self, column: str, case: str) -> dict[str, float]:
+        """Return what was measured of one scan under one column; measured once, then kept."""
+        path = self._work / "rows" / f"{column.replace(' ', '-').replace(',', '')}-{case}.json"
+        if path.exists():
+            kept: dict[str, float] = json.loads(path.read_text())
+            return kept
+        scan = self.scan(case)
+        if scan.label is None:
+            raise ValueError(f"{case} has no label to be scored against")
+        truth = scan.label > 0
+        teacher = truth.float() if COLUMNS[column] is None else self._predict(column, scan)
+        scores = self._measure(column, scan, truth, teacher)
+        write_json(path, scores)
+        print(f"{column}, {case}: {scores}", flush=True)
+        return scores
+
+    def scan(self, case: str) -> Scan:
+        """Load a labeled scan on the plan's grid."""
+        paths = [self._data / kind / f"{case}.nii.gz" for kind in ("images", "labels")]
+        return load_scan(Case(case, (paths[0],), paths[1], Role.LABELED), self.plan, self._work / "prepared")
+
+    def _predict(self, column: str, scan: Scan) -> Tensor:
+        return predict(self._teacher(column), scan.image, self.plan, DEVICE)[1]
+
+    def _teacher(self, column: str) -> torch.nn.Module:
+        if column in self._teachers:
+            return self._teachers[column]
+        setting = COLUMNS[column]
+        if setting is None:
+            raise ValueError("true boxes need no specialist")
+        labels, steps = setting
+        path = self._work / f"teacher-{labels}-{steps}.safetensors"
+        teacher = new_teacher(new_specialist(self.plan))
+        if path.exists():
+            teacher.load_state_dict(load_file(path))
+        else:
+            self._train(teacher, labels, steps)
+            save_tensors(path, teacher.state_dict())
+        self._teachers[column] = teacher
+        return teacher
+
+    def _train(self, teacher: torch.nn.Module, labels: int, steps: int) -> None:
+        changes = ["pseudo_labels=null", "regularizer.name=none", "training.rounds=1"]
+        plan = load_plan(PLAN, [*changes, f"training.steps_per_round={steps}"])
+        scans = [self.scan(case) for case in self.order[:labels]]
+        loaders: Sequence[Callable[[], TrainingScan]] = [
+            (lambda scan=scan: TrainingScan(scan.image, scan.label)) for scan in scans
+        ]
+        specialist = new_specialist(plan)
+        teacher.to(DEVICE)
+        train_round(plan, specialist, teacher, loaders, [], 1, 0, DEVICE)
+
+    def _measure(self, column: str, scan: Scan, truth: Tensor, teacher: Tensor) -> dict[str, float]:
+        scores = {"specialist": dice_of(teacher > 0.5, truth)}
+        for lever, (prompting, sigma) in LEVERS.items():
+            policy = _policy(self.plan, prompting, sigma)
+            region = find_region(teacher, self.plan.data.spacing_mm, policy.prompting, policy.gates)
+            if isinstance(region, Refusal):
+                continue  # no pseudo-label for this scan; the table says on how many it is based
+            consultation = Consultation(
+                scan.image[0], self.plan.data.spacing_mm, [load_generalist("lite-medsam", DEVICE)], self._store, policy
+            )
+            opinions = consultation.ask(region, teacher)
+            mean, variance = weighted_moments(opinions, {})
+            scores[lever] = dice_of(mean > 0.5, truth)
+            if lever == CHOSEN and COLUMNS[column] is not None:
+                kept = torch.from_numpy(meaningful_components((mean > 0.5).numpy(), policy.prompting.component_share))
+                scores["components judged in 3D"] = dice_of(kept, truth)
+                agreement = dice_of(kept, torch.from_numpy(region.mask))
+                scores |= _fused(teacher, mean, variance, agreement, truth, opinions, self.plan, policy)
+        return scores
+
+
+def _policy(plan: Plan, prompting: Mapping[str, object], sigma: float) -> PseudoLabels:
+    if plan.pseudo_labels is None:
+        raise ValueError("the plan must have pseudo-labels")
+    changed = plan.pseudo_labels.prompting.model_copy(update=dict(prompting))
+    return plan.pseudo_labels.model_copy(update={"prompting": changed, "smooth_sigma_slices": sigma})
+
+
+def _fused(
+    teacher: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    agreement: float,
+    truth: Tensor,
+    opinions: Mapping[str, Opinion],
+    plan: Plan,
+    policy: PseudoLabels,
+) -> dict[str, float]:
+    target, uncertainty = confidence_fused(teacher, mean, variance, agreement, policy)
+    half = policy.model_copy(update={"generalist_share": 0.5, "share_gain": 0.0})
+    plain, _ = confidence_fused(teacher, mean, variance, agreement, half)
+    claimed = truth | (teacher > 0.05) | (mean > 0.05)
+    right = (target > 0.5) == truth
+    trusted = claimed & (torch.exp(-uncertainty) > 0.5)
+    agreed = claimed & (torch.stack([each > 0.5 for each in next(iter(opinions.values())).maps]).float().std(0) == 0)
+    return {
+        "fused, half and half": dice_of(plain > 0.5, truth),
+        "fused by agreement (default)": dice_of(target > 0.5, truth),
+        "voxels right, all": float(right[claimed].float().mean()),
+        "voxels right where planes agree": float(right[agreed].float().mean()),
+        "voxels right where exp(-U) > 0.5": float(right[trusted].float().mean()),
+        "share of voxels with exp(-U) > 0.5": float(trusted.sum() / claimed.sum()),
+    }
+
+
+def _print(study: _Study) -> None:
+    """Print a Markdown table: mean over scans; in brackets, over the scans whose specialist is below 0.7."""
+    rows = {column: [study.row(column, case) for case in study.order[UNLABELED]] for column in COLUMNS}
+    names = list(dict.fromkeys(name for each in rows.values() for row in each for name in row))
+    print("\n| | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
+    for name in names:
+        cells = []
+        for each in rows.values():
+            answered = [row for row in each if len(row) > 1]
+            if any(name not in row for row in answered):
+                cells.append("")
+                continue
+            weak = [row[name] for row in answered if row["specialist"] < 0.7]
+            cells.append(_mean([row[name] for row in answered]) + (f" ({_mean(weak)})" if weak else ""))
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print("| scans (below 0.7) | " + " | ".join(_counts(each) for each in rows.values()) + " |")
+
+
+def _counts(rows: Sequence[Mapping[str, float]]) -> str:
+    answered = [row for row in rows if len(row) > 1]
+    return f"{len(answered)} ({sum(row['specialist'] < 0.7 for row in answered)})"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.3f}"
+
+
+if __name__ == "__main__":
+    main()
