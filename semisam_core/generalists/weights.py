@@ -34,8 +34,8 @@ def load_verified_state(
 ) -> tuple[dict[str, Tensor], str]:
     """Read the tensors of a weights file and its SHA-256.
 
-    Both come from one open file, so that no other can slip between. Only tensors are read (`weights_only=True`);
-    no other object in the file is ever rebuilt.
+    Both come from one open file, so that no other can slip between. Only tensors are read (`weights_only=True`); no
+    other object in the file is ever rebuilt, unless a model's own loader allows a class that holds values and no code.
 
     Args:
         path: the weights file, holding a state dict, bare or under "model", "state_dict" or "model_state_dict".
