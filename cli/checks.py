@@ -9,7 +9,10 @@ from rich.table import Table
 
 from client.site_config import SiteConfig, inventory, load_site_folder, usable_generalists
 from semisam_core.data.cases import Inventory, Role
+from semisam_core.errors import ConfigError
+from semisam_core.generalists import generalist_spec
 from semisam_core.plan import Plan, load_plan
+from semisam_core.specialists import memory_estimate
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,41 @@ def check_study(plan_path: Path, sites_folder: Path, assignments: list[str]) -> 
     checked = []
     for config in load_site_folder(sites_folder):
         config.torch_device()
+        _check_weights(config, plan)
         checked.append((config, inventory(config, plan)))
     return CheckedStudy(plan, tuple(checked))
 
 
+def _check_weights(config: SiteConfig, plan: Plan) -> None:
+    """Check that the generalists to be used could be loaded; hashes are checked when they are."""
+    for name in usable_generalists(config, plan):
+        spec, entry = generalist_spec(name), config.generalists[name]
+        key = f"site {config.site}: generalists.{name}"
+        if not spec.installed:
+            raise ConfigError(f"{key}: the Python package {spec.module} is missing; install fedsemisam[{spec.extra}].")
+        published = f"Published as: {spec.card.source}. Licence: {spec.card.licence}."
+        if entry.weights == "packaged" and not spec.packaged:
+            raise ConfigError(f"{key}.weights = 'packaged': no package ships these weights; give a file. {published}")
+        if entry.weights != "packaged" and not Path(entry.weights).is_file():
+            raise ConfigError(f"{key}.weights = {str(entry.weights)!r}: there is no such file. {published}")
+
+
 def study_table(study: CheckedStudy) -> Table:
     """Return a table of what each site would use."""
-    table = Table(title=f"Study {study.plan.task.name}: {', '.join(study.plan.class_names)}")
+    plan = study.plan
+    batch = plan.training.labeled_batch + (plan.training.unlabeled_batch if plan.uses_unlabeled else 0)
+    step = memory_estimate(
+        plan.specialist.name,
+        plan.specialist.arguments,
+        len(plan.task.channels),
+        len(plan.class_names),
+        plan.data.patch,
+        batch,
+    )
+    table = Table(
+        title=f"Study {plan.task.name}: {', '.join(plan.class_names)}",
+        caption=f"Specialist {plan.specialist.name}: about {step / 2**30:.2f} GiB for a training step.",
+    )
     for column in ("site", "labeled", "unlabeled", "validation", "left out", "generalists", "device"):
         table.add_column(column)
     for config, found in study.sites:

@@ -148,3 +148,47 @@ def test_phantom_hospitals_are_written_once(tmp_path: Path) -> None:
     assert len(files) == 12
     assert files[0] == "east/images/east-00.nii.gz"
     assert "already" in _call("phantom", "--out", tmp_path / "data", "--cases", "2")[1]
+
+
+def test_check_says_what_a_training_step_takes(study: tuple[Path, Path]) -> None:
+    code, output = _call("check", "--plan", study[0], "--sites", study[1])
+    assert code == 0
+    assert "Specialist unet: about" in output
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (
+            {"weights": "gone.pth", "sha256": "a" * 64},
+            "gone.pth': there is no such file. Published as: medsam_vit_b.pth",
+        ),
+        ({"weights": "packaged"}, "no package ships these weights; give a file. Published as: medsam_vit_b.pth"),
+    ],
+)
+def test_check_names_weights_that_are_not_in_place_and_where_they_are_published(
+    make_site: MakeSite, tmp_path: Path, entry: dict[str, str], says: str
+) -> None:
+    make_site("gamma", generalists={"medsam": entry})
+    plan = tmp_path / "medsam.yaml"
+    plan.write_text(yaml.safe_dump(TINY_PLAN | {"pseudo_labels": {"generalists": ["medsam"]}}))
+    code, output = _call("check", "--plan", plan, "--sites", tmp_path / "sites")
+    assert code == 2
+    assert "site gamma: generalists.medsam" in output
+    assert says.split(".pth': ")[-1][:40] in output
+    assert "Licence: Apache-2.0" in output
+
+
+def test_check_names_the_extra_that_a_generalist_needs(
+    make_site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "sam2" else found(name, *rest))
+    make_site("gamma", generalists={"sam2": {"weights": "sam2.pt", "sha256": "a" * 64}})
+    plan = tmp_path / "sam2.yaml"
+    plan.write_text(yaml.safe_dump(TINY_PLAN | {"pseudo_labels": {"generalists": ["sam2"]}}))
+    code, output = _call("check", "--plan", plan, "--sites", tmp_path / "sites")
+    assert code == 2
+    assert "install fedsemisam[sam2]" in output
