@@ -38,6 +38,9 @@ def study(make_site: MakeSite, tmp_path: Path) -> tuple[Path, Path]:
         "pseudo_labels.prompting.threshold=0.3",
         "pseudo_labels.gates.minimum_volume_ml=0.0",
         "training.steps_per_round=3",
+        # Starting Flower's processes takes long where other work goes on beside.
+        "aggregation.join_deadline_s=300",
+        "aggregation.round_deadline_s=300",
     )
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(plan.model_dump(mode="json")))
