@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -45,6 +46,7 @@ NAIVE = {"margins_mm": (0.0,), "smooth_slices": 1, "slice_step_mm": 2.5, "planes
 SMOOTH_BOXES = NAIVE | {"smooth_slices": 5}
 JITTERED = SMOOTH_BOXES | {"margins_mm": (-2.5, 0.0, 2.5)}
 THREE_PLANES = SMOOTH_BOXES | {"slice_step_mm": 5.0, "planes": ("axial", "coronal", "sagittal")}
+FACTOR = 1.5
 CHOSEN = "three planes, a slice every 5 mm (default)"
 LEVERS: dict[str, tuple[dict[str, object], float]] = {  # prompting, smoothing of answers along the slices
     "one box a slice": (NAIVE, 0.0),
@@ -106,6 +108,11 @@ class _Study:
         paths = [self._data / kind / f"{case}.nii.gz" for kind in ("images", "labels")]
         return load_scan(Case(case, (paths[0],), paths[1], Role.LABELED), self.plan, self._work / "prepared")
 
+    def volume_ml(self, case: str) -> float:
+        """Return the volume of a scan's expert mask."""
+        label = self.scan(case).label
+        return 0.0 if label is None else float((label > 0).sum() * math.prod(self.plan.data.spacing_mm) / 1000)
+
     def _predict(self, column: str, scan: Scan) -> Tensor:
         return predict(self._teacher(column), scan.image, self.plan, DEVICE)[1]
 
@@ -155,6 +162,7 @@ class _Study:
                 scores["components judged in 3D"] = dice_of(kept, truth)
                 agreement = dice_of(kept, torch.from_numpy(region.mask))
                 scores |= _fused(teacher, mean, variance, agreement, truth, opinions, self.plan, policy)
+                scores["volume"] = float(kept.sum() * math.prod(self.plan.data.spacing_mm) / 1000)
         return scores
 
 
@@ -195,7 +203,9 @@ def _fused(
 def _print(study: _Study) -> None:
     """Print a Markdown table: mean over scans; in brackets, over the scans whose specialist is below 0.7."""
     rows = {column: [study.row(column, case) for case in study.order[UNLABELED]] for column in COLUMNS}
-    names = list(dict.fromkeys(name for each in rows.values() for row in each for name in row))
+    names = [
+        name for name in dict.fromkeys(n for each in rows.values() for row in each for n in row) if name != "volume"
+    ]
     print("\n| | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
     for name in names:
         cells = []
@@ -207,7 +217,27 @@ def _print(study: _Study) -> None:
             weak = [row[name] for row in answered if row["specialist"] < 0.7]
             cells.append(_mean([row[name] for row in answered]) + (f" ({_mean(weak)})" if weak else ""))
         print(f"| {name} | " + " | ".join(cells) + " |")
+    print(
+        f"| the default, kept by volume_factor {FACTOR:g} | "
+        + " | ".join(_kept(study, column) for column in COLUMNS)
+        + " |"
+    )
     print("| scans (below 0.7) | " + " | ".join(_counts(each) for each in rows.values()) + " |")
+
+
+def _kept(study: _Study, column: str) -> str:
+    """Return the mean Dice of fused targets whose volume is plausible beside the labeled scans, and of the others."""
+    setting = COLUMNS[column]
+    if setting is None:
+        return ""
+    seen = [study.volume_ml(case) for case in study.order[: setting[0]]]
+    rows = [row for row in (study.row(column, case) for case in study.order[UNLABELED]) if "volume" in row]
+    plausible = [min(seen) / FACTOR <= row["volume"] <= max(seen) * FACTOR for row in rows]
+    kept, gone = (
+        [row["fused by agreement (default)"] for row, keep in zip(rows, plausible, strict=True) if keep is wanted]
+        for wanted in (True, False)
+    )
+    return f"{_mean(kept)} of {len(kept)}" + (f", {_mean(gone)} of {len(gone)} gated" if gone else "")
 
 
 def _counts(rows: Sequence[Mapping[str, float]]) -> str:
