@@ -55,6 +55,15 @@ LEVERS: dict[str, tuple[dict[str, object], float]] = {  # prompting, smoothing o
     "and three margins averaged": (JITTERED, 1.0),
     CHOSEN: (THREE_PLANES, 1.0),
 }
+FUSED = (
+    "components judged in 3D",
+    "fused, half and half",
+    "fused by agreement (default)",
+    "voxels right, all",
+    "voxels right where planes agree",
+    "voxels right where exp(-U) > 0.5",
+    "share of voxels with exp(-U) > 0.5",
+)
 
 
 def main() -> None:
@@ -203,9 +212,8 @@ def _fused(
 def _print(study: _Study) -> None:
     """Print a Markdown table: mean over scans; in brackets, over the scans whose specialist is below 0.7."""
     rows = {column: [study.row(column, case) for case in study.order[UNLABELED]] for column in COLUMNS}
-    names = [
-        name for name in dict.fromkeys(n for each in rows.values() for row in each for n in row) if name != "volume"
-    ]
+    measured = {name for each in rows.values() for row in each for name in row}
+    names = [name for name in ("specialist", *LEVERS, *FUSED) if name in measured]
     print("\n| | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
     for name in names:
         cells = []
