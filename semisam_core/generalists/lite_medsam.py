@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from semisam_core.generalists.base import GeneralistCard, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.cards import LITE_MEDSAM
 from semisam_core.generalists.fuse import fuse_batch_norm
-from semisam_core.generalists.slices import Framing, check_slices, chunks, intensity_limits, stretch
+from semisam_core.generalists.slices import Framing, chunks, encode_slices, stretch
 from semisam_core.generalists.weights import load_into, load_verified_state
 
 FRAMING = Framing(256)
@@ -44,7 +44,8 @@ class LiteMedSAM:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.network: Any = network
-        self._sha256 = weights_sha256
+        self.card = LITE_MEDSAM
+        self.weights_sha256 = weights_sha256
         self._device = device
         self._batch_size = batch_size
 
@@ -80,16 +81,6 @@ class LiteMedSAM:
             batch_size = 8 if device.type == "cuda" else 1
         return cls(network, found, device, batch_size)
 
-    @property
-    def card(self) -> GeneralistCard:
-        """Name, licence, accepted prompts and training data."""
-        return LITE_MEDSAM
-
-    @property
-    def weights_sha256(self) -> str:
-        """SHA-256 of the weights file, in hexadecimal."""
-        return self._sha256
-
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the slices that have a box, ascending, each once."""
         return tuple(sorted({box.index for box in prompts.boxes}))
@@ -108,14 +99,9 @@ class LiteMedSAM:
         Raises:
             ValueError: the scan is not 3D, a slice lies outside it, or its intensities are not finite.
         """
-        check_slices(volume, units)
-        limits = intensity_limits(volume)
-        embeddings: dict[int, Tensor] = {}
-        for chunk in chunks(units, self._batch_size):
-            for unit, embedding in zip(chunk, self._encode(to_frames(volume, chunk, limits)), strict=True):
-                # Cloned out of inference mode: an ordinary tensor, which keeps no other alive.
-                embeddings[unit] = embedding.clone(memory_format=torch.contiguous_format)
-        return embeddings
+        return encode_slices(
+            volume, units, self._batch_size, lambda chunk, limits: self._encode(to_frames(volume, chunk, limits))
+        )
 
     def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
         """Segment what the boxes surround. Several boxes on one slice are joined by the higher probability.
