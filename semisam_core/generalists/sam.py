@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from semisam_core.errors import WeightsError
-from semisam_core.generalists.base import GeneralistCard, PromptKind, Prompts, Segmentation, VolumeGrid
+from semisam_core.generalists.base import GeneralistCard, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.cards import MEDSAM, SAM
 from semisam_core.generalists.sam_network import build_network
 from semisam_core.generalists.sam_queries import Query, answered_slices, make_queries
-from semisam_core.generalists.slices import Framing, check_slices, chunks, intensity_limits, stretch
+from semisam_core.generalists.slices import Framing, chunks, encode_slices, stretch
 from semisam_core.generalists.weights import load_verified_state
 
 _PIXEL_MEAN = (123.675, 116.28, 103.53)  # of SAM's training pictures, red, green, blue, in 0..255
@@ -85,8 +85,8 @@ class Sam:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.network = network
-        self._card = card
-        self._sha256 = weights_sha256
+        self.card = card
+        self.weights_sha256 = weights_sha256
         self._device = device
         self._batch_size = batch_size
         self._preparation = PREPARATIONS[card.name]
@@ -123,23 +123,13 @@ class Sam:
             batch_size = 8 if device.type == "cuda" else 1
         return cls(card, network, found, device, batch_size)
 
-    @property
-    def card(self) -> GeneralistCard:
-        """Name, licence, accepted prompts and training data."""
-        return self._card
-
-    @property
-    def weights_sha256(self) -> str:
-        """SHA-256 of the weights file, in hexadecimal."""
-        return self._sha256
-
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the slices that have a box, a positive point or mask foreground; ascending, each once.
 
         Raises:
             ValueError: as `segment`.
         """
-        self._check_kinds(prompts)
+        prompts.refuse_kinds_beyond(self.card)
         return answered_slices(prompts, grid, self.framing)
 
     def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
@@ -156,14 +146,9 @@ class Sam:
         Raises:
             ValueError: the scan is not 3D, a slice lies outside it, or its intensities are not finite.
         """
-        check_slices(volume, units)
-        limits = intensity_limits(volume)
-        embeddings: dict[int, Tensor] = {}
-        for chunk in chunks(units, self._batch_size):
-            for unit, embedding in zip(chunk, self._encode(self.frames(volume, chunk, limits)), strict=True):
-                # Cloned out of inference mode: an ordinary tensor, which keeps no other alive.
-                embeddings[unit] = embedding.clone(memory_format=torch.contiguous_format)
-        return embeddings
+        return encode_slices(
+            volume, units, self._batch_size, lambda chunk, limits: self._encode(self.frames(volume, chunk, limits))
+        )
 
     def frames(self, volume: Tensor, units: Sequence[int], limits: tuple[float, float]) -> Tensor:
         """Prepare slices of a scan as the encoder was trained.
@@ -197,7 +182,7 @@ class Sam:
             ValueError: a prompt is of another kind, outside the scan, empty, not finite or not on a slice, the mask is
                 no probability of the scan's shape, or a prompted slice has no embedding.
         """
-        self._check_kinds(prompts)
+        prompts.refuse_kinds_beyond(self.card)
         queries = make_queries(prompts, grid, self.framing, self.network.prompt_encoder.mask_input_size[0])
         if missing := sorted({query.index for query in queries} - set(embeddings)):
             raise ValueError(f"no embedding for the prompted slices {missing}; embed units(prompts) first")
@@ -211,17 +196,6 @@ class Sam:
                 overlaps.setdefault(query.index, []).append(min(max(overlap, 0.0), 1.0))
         quality = {index: sum(each) / len(each) for index, each in sorted(overlaps.items())}
         return Segmentation(probability, quality)
-
-    def _check_kinds(self, prompts: Prompts) -> None:
-        given = {
-            PromptKind.BOX_2D: bool(prompts.boxes),
-            PromptKind.POINTS_2D: bool(prompts.points),
-            PromptKind.MASK_2D: prompts.mask is not None,
-            PromptKind.PROPAGATED: prompts.span is not None,
-        }
-        if refused := [kind.value for kind, there in given.items() if there and kind not in self._card.prompt_kinds]:
-            accepted = ", ".join(sorted(self._card.prompt_kinds))
-            raise ValueError(f"{self._card.name} takes no prompts of kind {', '.join(refused)}; accepted: {accepted}")
 
     def _batches(self, queries: Sequence[Query]) -> list[list[Query]]:
         """Split queries into batches, each of one structure."""

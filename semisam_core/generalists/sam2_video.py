@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from semisam_core.errors import WeightsError
-from semisam_core.generalists.base import GeneralistCard, PromptKind, Prompts, Segmentation, VolumeGrid
+from semisam_core.generalists.base import GeneralistCard, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.cards import MEDSAM2, SAM2
 from semisam_core.generalists.sam2_network import STRIDE, build_network, published_config
 from semisam_core.generalists.sam2_track import Answer, Features, Track
 from semisam_core.generalists.sam_queries import Query, answered_slices, make_queries
-from semisam_core.generalists.slices import Framing, check_slices, chunks, intensity_limits
+from semisam_core.generalists.slices import Framing, encode_slices
 from semisam_core.generalists.weights import load_into, load_verified_state
 
 SIDES = {SAM2.name: 1024, MEDSAM2.name: 512}  # pixels along each side of the input that each was trained with
@@ -51,8 +51,8 @@ class Sam2:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.network = network
         self.framing = Framing(network.image_size, stretched=True)
-        self._card = card
-        self._sha256 = weights_sha256
+        self.card = card
+        self.weights_sha256 = weights_sha256
         self._device = device
         self._batch_size = batch_size
         width, tokens = network.hidden_dim, network.image_size // STRIDE
@@ -102,16 +102,6 @@ class Sam2:
             batch_size = 4 if device.type == "cuda" else 1
         return cls(card, network, found, device, batch_size)
 
-    @property
-    def card(self) -> GeneralistCard:
-        """Name, licence, accepted prompts and training data."""
-        return self._card
-
-    @property
-    def weights_sha256(self) -> str:
-        """SHA-256 of the weights file, in hexadecimal."""
-        return self._sha256
-
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the slices that have a box, a positive point or mask foreground, and, if any has, all of the span.
 
@@ -139,13 +129,9 @@ class Sam2:
         Raises:
             ValueError: the scan is not 3D, a slice lies outside it, or its intensities are not finite.
         """
-        check_slices(volume, units)
-        limits = intensity_limits(volume)
-        embeddings: dict[int, Tensor] = {}
-        for chunk in chunks(units, self._batch_size):
-            for unit, embedding in zip(chunk, self._encode(self.frames(volume, chunk, limits)), strict=True):
-                embeddings[unit] = embedding.clone()  # out of inference mode, and keeping no other alive
-        return embeddings
+        return encode_slices(
+            volume, units, self._batch_size, lambda chunk, limits: self._encode(self.frames(volume, chunk, limits))
+        )
 
     def frames(self, volume: Tensor, units: Sequence[int], limits: tuple[float, float]) -> Tensor:
         """Prepare slices of a scan as frames of one video: all by the same scale.
@@ -258,14 +244,7 @@ class Sam2:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=brain)
 
     def _check(self, prompts: Prompts, grid: VolumeGrid) -> None:
-        given = {
-            PromptKind.BOX_2D: bool(prompts.boxes),
-            PromptKind.POINTS_2D: bool(prompts.points),
-            PromptKind.MASK_2D: prompts.mask is not None,
-        }
-        if refused := [kind.value for kind, there in given.items() if there and kind not in self._card.prompt_kinds]:
-            accepted = ", ".join(sorted(self._card.prompt_kinds))
-            raise ValueError(f"{self._card.name} takes no prompts of kind {', '.join(refused)}; accepted: {accepted}")
+        prompts.refuse_kinds_beyond(self.card)
         depth = grid.shape[2]
         if prompts.span is not None and not 0 <= prompts.span[0] <= prompts.span[1] < depth:
             raise ValueError(

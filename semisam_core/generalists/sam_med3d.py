@@ -39,8 +39,8 @@ class SamMed3D:
             device: where the network is.
         """
         self.network = network
-        self._card = card
-        self._sha256 = weights_sha256
+        self.card = card
+        self.weights_sha256 = weights_sha256
         self._device = device
         self._side = int(network.image_encoder.img_size)
 
@@ -66,16 +66,6 @@ class SamMed3D:
         network.eval().requires_grad_(False)
         network.to(device)
         return cls(card, network, found, device)
-
-    @property
-    def card(self) -> GeneralistCard:
-        """Name, licence, accepted prompts and training data."""
-        return self._card
-
-    @property
-    def weights_sha256(self) -> str:
-        """SHA-256 of the weights file, in hexadecimal."""
-        return self._sha256
 
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the cubes that cover the clicks and the mask's foreground; see `crop_prompts`.

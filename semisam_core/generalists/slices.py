@@ -7,7 +7,7 @@ encoders add half a pixel to whatever they are given: hand them these coordinate
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,6 +145,35 @@ def check_slices(volume: Tensor, units: Sequence[int]) -> None:
         raise ValueError(f"a scan must have shape (H, W, D), none of them 0, not {tuple(volume.shape)}")
     if outside := [unit for unit in units if not 0 <= unit < volume.shape[2]]:
         raise ValueError(f"slices {outside} are outside the scan, which has slices 0 to {volume.shape[2] - 1}")
+
+
+def encode_slices(
+    volume: Tensor,
+    units: Sequence[int],
+    batch_size: int,
+    encode: Callable[[Sequence[int], tuple[float, float]], Tensor],
+) -> dict[int, Tensor]:
+    """Encode slices of a scan, a batch at a time.
+
+    Args:
+        volume: (H, W, D), in any intensity unit.
+        units: slice numbers in 0..D-1.
+        batch_size: slices at a time.
+        encode: (slice numbers, the scan's `intensity_limits`) -> their embeddings, one a row.
+
+    Returns:
+        slice -> embedding: an ordinary tensor outside of inference mode, which keeps no other alive.
+
+    Raises:
+        ValueError: the scan is not 3D, a slice lies outside it, or its intensities are not finite.
+    """
+    check_slices(volume, units)
+    limits = intensity_limits(volume)
+    return {
+        unit: embedding.clone(memory_format=torch.contiguous_format)
+        for chunk in chunks(units, batch_size)
+        for unit, embedding in zip(chunk, encode(chunk, limits), strict=True)
+    }
 
 
 def intensity_limits(volume: Tensor) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from monai.networks.nets.vista3d import ClassMappingClassify, PointMappingSAM
 from torch import Tensor, nn
 
 from semisam_core.errors import WeightsError
-from semisam_core.generalists.base import GeneralistCard, PromptKind, Prompts, Segmentation, VolumeGrid
+from semisam_core.generalists.base import GeneralistCard, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.cards import VISTA3D
 from semisam_core.generalists.crops import CropLattice, CropPrompts, crop_prompts
 from semisam_core.generalists.slices import intensity_limits
@@ -117,7 +117,8 @@ class Vista3D:
         if side < 1 or side % network.divisor:
             raise ValueError(f"cubes must have a side divisible by {network.divisor}, not {side}")
         self.network = network
-        self._sha256 = weights_sha256
+        self.card = VISTA3D
+        self.weights_sha256 = weights_sha256
         self._device = device
         self._side = side
 
@@ -141,23 +142,13 @@ class Vista3D:
         network.eval().requires_grad_(False).to(device)
         return cls(network, found, device, side)
 
-    @property
-    def card(self) -> GeneralistCard:
-        """Name, licence, accepted prompts and training data."""
-        return VISTA3D
-
-    @property
-    def weights_sha256(self) -> str:
-        """SHA-256 of the weights file, in hexadecimal."""
-        return self._sha256
-
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the crops that answer these clicks, ascending, each once; none without a positive click.
 
         Raises:
             ValueError: as `segment`.
         """
-        check_clicks_only(prompts)
+        prompts.refuse_kinds_beyond(self.card)
         return tuple(crop_prompts(self._lattice(grid), prompts))
 
     def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
@@ -198,7 +189,7 @@ class Vista3D:
         Raises:
             ValueError: a prompt is no click or outside the scan, or a prompted crop has no embedding.
         """
-        check_clicks_only(prompts)
+        prompts.refuse_kinds_beyond(self.card)
         lattice = self._lattice(grid)
         clicks = crop_prompts(lattice, prompts)
         if missing := sorted(set(clicks) - set(embeddings)):
@@ -287,22 +278,6 @@ def build_network(state: dict[str, Tensor], path: Path) -> nn.Module:
         )
     load_into(network, state, path, PUBLISHED)
     return network
-
-
-def check_clicks_only(prompts: Prompts) -> None:
-    """Check that a prompt set holds nothing but clicks.
-
-    Raises:
-        ValueError: it does.
-    """
-    given = {
-        PromptKind.BOX_2D: bool(prompts.boxes),
-        PromptKind.MASK_3D: prompts.mask is not None,
-        PromptKind.PROPAGATED: prompts.span is not None,
-    }
-    if refused := [kind.value for kind, there in given.items() if there]:
-        accepted = ", ".join(sorted(VISTA3D.prompt_kinds))
-        raise ValueError(f"{VISTA3D.name} takes no prompts of kind {', '.join(refused)}; accepted: {accepted}")
 
 
 def stretch_between(volume: Tensor, limits: tuple[float, float]) -> Tensor:
