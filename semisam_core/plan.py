@@ -10,23 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from semisam_core.configuration import StrictModel, override, parse, read_yaml
+from semisam_core.configuration import Name, StrictModel, override, parse, read_yaml
 from semisam_core.errors import ConfigError
 from semisam_core.generalists.base import PromptKind
 from semisam_core.generalists.registry import accepted_prompts
 from semisam_core.regularizers import NONE, check_regularizer
 from semisam_core.specialists import check_specialist, check_statistics
+from semisam_core.target_class import TargetClass
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
-
-
-class TargetClass(StrictModel):
-    """One structure to segment, and the value that marks it in label files."""
-
-    name: Name
-    value: int = Field(ge=1, le=255)
 
 
 class Task(StrictModel):
@@ -40,7 +33,7 @@ class Task(StrictModel):
     def _distinct(self) -> Task:
         for what, values in (
             ("name", [c.name for c in self.classes]),
-            ("value", [c.value for c in self.classes]),
+            ("value", [value for c in self.classes for value in c.label_values]),
             ("channel", list(self.channels)),
         ):
             if len(set(values)) < len(values):

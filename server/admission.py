@@ -23,7 +23,8 @@ from semisam_core.agreement import (
     disagreement,
     evaluation_scalars,
 )
-from semisam_core.plan import Name, Plan
+from semisam_core.configuration import Name
+from semisam_core.plan import Plan
 
 REQUIRED: Mapping[str, Sequence[str]] = {
     MessageType.QUERY: ("labeled", "unlabeled", "validation", "quarantined"),
