@@ -275,11 +275,12 @@ class Aggregation(StrictModel):
     """How updates are weighed and combined, and how long anybody is waited for.
 
     `samples`: scans used in training. `equal`: one site, one vote. `evidence`: labeled scans plus
-    `unlabeled_share` of the accepted pseudo-labels, the latter ramped up over the study.
+    `unlabeled_share` of the accepted pseudo-labels, the latter ramped up over the study. `confidence`: likewise, but
+    each accepted pseudo-label counts its mean confidence exp(-U) within the target.
     """
 
     rule: Literal["weighted-mean"] = "weighted-mean"
-    weights: Literal["samples", "equal", "evidence"] = "samples"
+    weights: Literal["samples", "equal", "evidence", "confidence"] = "samples"
     unlabeled_share: Fraction = 0.2
     minimum_sites: int = Field(default=1, ge=1)
     join_deadline_s: float = Field(default=600, gt=0)
