@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -321,11 +322,13 @@ def _accepted(label: PseudoLabel | None) -> bool:
 
 
 def _count_gates(labels: Mapping[str, PseudoLabel]) -> dict[str, float | int]:
-    """Count accepted and refused (scan, class) pairs, the latter by reason."""
+    """Count accepted and refused (scan, class) pairs, the latter by reason, with the mean confidence of the former."""
     refusals = [refusal for label in labels.values() for refusal in label.refusals]
+    confidences = [confidence for label in labels.values() for confidence in label.confidences()]
     counts: dict[str, float | int] = {
         "accepted": sum(refusal is None for refusal in refusals),
         "gated": sum(refusal is not None for refusal in refusals),
+        "confidence": fmean(confidences) if confidences else 0.0,
     }
     for refusal in refusals:
         if refusal is not None:

@@ -6,6 +6,7 @@ Both sides check against these lists; whatever is not in them does not leave a s
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,6 +31,7 @@ TRAIN_SCALARS = (
     "accepted",
     "gated",
     *(f"gated.{refusal.value}" for refusal in Refusal),
+    "confidence",
     "steps",
     "loss.supervised",
     "loss.consistency",
@@ -37,6 +39,10 @@ TRAIN_SCALARS = (
     "seconds",
 )
 CLASS_SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm", "surface_dice", "cases", "missing_distances")
+# What values a scalar may have, by its name up to the first dot. Others are any number that is not negative.
+COUNTS = frozenset({*JOIN_SCALARS, "accepted", "gated", "steps", "cases", "missing_distances"})
+SHARES = frozenset({"confidence", "dice", "jaccard", "surface_dice"})
+ANY_SIGN = frozenset({"loss"})
 
 
 class RefusalRule(StrEnum):
@@ -60,6 +66,20 @@ class RefusalRule(StrEnum):
 def evaluation_scalars(plan: Plan) -> tuple[str, ...]:
     """Return the names of the scalars of an evaluation: ``dice.<class>`` and so on, and ``validation``."""
     return ("validation", *(f"{score}.{name}" for name in plan.class_names for score in CLASS_SCORES))
+
+
+def scalar_mistake(name: str, value: object) -> str | None:
+    """Return a sentence on a scalar whose value is none that its name allows, or None."""
+    kind = name.partition(".")[0]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return f"the scalar {name} is not a finite number"
+    if value < 0 and kind not in ANY_SIGN:
+        return f"the scalar {name} is negative"
+    if kind in COUNTS and not isinstance(value, int):
+        return f"the scalar {name} is a count and not a whole number"
+    if kind in SHARES and value > 1:
+        return f"the scalar {name} is a share and above 1"
+    return None
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from semisam_core.configuration import StrictModel, override, parse, read_yaml
+from semisam_core.configuration import Name, StrictModel, override, parse, read_yaml
 from semisam_core.errors import ConfigError
 from semisam_core.generalists.base import PromptKind
 from semisam_core.generalists.registry import accepted_prompts
 from semisam_core.regularizers import NONE, check_regularizer
 from semisam_core.specialists import check_specialist, check_statistics
+from semisam_core.target_class import TargetClass
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
-
-
-class TargetClass(StrictModel):
-    """One structure to segment, and the value that marks it in label files."""
-
-    name: Name
-    value: int = Field(ge=1, le=255)
 
 
 class Task(StrictModel):
@@ -40,7 +33,7 @@ class Task(StrictModel):
     def _distinct(self) -> Task:
         for what, values in (
             ("name", [c.name for c in self.classes]),
-            ("value", [c.value for c in self.classes]),
+            ("value", [value for c in self.classes for value in c.label_values]),
             ("channel", list(self.channels)),
         ):
             if len(set(values)) < len(values):
@@ -282,11 +275,12 @@ class Aggregation(StrictModel):
     """How updates are weighed and combined, and how long anybody is waited for.
 
     `samples`: scans used in training. `equal`: one site, one vote. `evidence`: labeled scans plus
-    `unlabeled_share` of the accepted pseudo-labels, the latter ramped up over the study.
+    `unlabeled_share` of the accepted pseudo-labels, the latter ramped up over the study. `confidence`: likewise, but
+    each accepted pseudo-label counts its mean confidence exp(-U) within the target.
     """
 
     rule: Literal["weighted-mean"] = "weighted-mean"
-    weights: Literal["samples", "equal", "evidence"] = "samples"
+    weights: Literal["samples", "equal", "evidence", "confidence"] = "samples"
     unlabeled_share: Fraction = 0.2
     minimum_sites: int = Field(default=1, ge=1)
     join_deadline_s: float = Field(default=600, gt=0)

@@ -38,6 +38,15 @@ class PseudoLabel:
     refusals: tuple[Refusal | None, ...]
     generalist: Tensor
 
+    def confidences(self) -> list[float]:
+        """Return, for each accepted class, the mean of exp(-U) over the voxels that its target calls foreground.
+
+        A target that calls none so vouches for nothing: its confidence is 0.
+        """
+        accepted = [k for k, accepted in enumerate(self.valid.tolist()) if accepted]
+        weights = [torch.exp(-self.uncertainty[k].double())[self.target[k] > 0.5] for k in accepted]
+        return [min(1.0, float(inside.mean())) if inside.numel() else 0.0 for inside in weights]
+
 
 @dataclass(frozen=True)
 class Experience:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,15 +21,16 @@ from semisam_core.agreement import (
     TensorSpec,
     disagreement,
     evaluation_scalars,
+    scalar_mistake,
 )
-from semisam_core.plan import Name, Plan
+from semisam_core.configuration import Name
+from semisam_core.plan import Plan
 
 REQUIRED: Mapping[str, Sequence[str]] = {
     MessageType.QUERY: ("labeled", "unlabeled", "validation", "quarantined"),
-    MessageType.TRAIN: ("labeled", "unlabeled", "accepted", "steps"),
+    MessageType.TRAIN: ("labeled", "unlabeled", "accepted", "confidence", "steps"),
     MessageType.EVALUATE: ("validation",),
 }
-MAYBE_NEGATIVE = ("loss.",)
 _NAME = TypeAdapter(Name)
 
 
@@ -113,9 +113,4 @@ def _scalar_mistake(scalars: Mapping[str, object], kind: str, plan: Plan) -> str
         return f"the scalars {foreign[:5]} are not on the agreed list"
     if missing := sorted(set(REQUIRED[kind]) - set(scalars)):
         return f"the scalars {missing} are missing"
-    for name, value in scalars.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return f"the scalar {name} is not a finite number"
-        if value < 0 and not name.startswith(MAYBE_NEGATIVE):
-            return f"the scalar {name} is negative"
-    return None
+    return next(filter(None, (scalar_mistake(name, value) for name, value in scalars.items())), None)

@@ -35,7 +35,8 @@ def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: f
     Args:
         updates: admitted updates.
         policy: `samples`: labeled and unlabeled scans; `equal`; `evidence`: labeled scans plus unlabeled_share *
-            exp(-5 (1 - progress)^2) * accepted pseudo-labels.
+            exp(-5 (1 - progress)^2) * accepted pseudo-labels; `confidence`: likewise, with the sum of their mean
+            confidences in place of their number.
         progress: share of the study's rounds that are done, in [0, 1].
 
     Raises:
@@ -54,7 +55,10 @@ def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float
     if policy.weights == "samples":
         return float(scalars["labeled"] + scalars["unlabeled"])
     ramp = math.exp(-5 * (1 - progress) ** 2)
-    return float(scalars["labeled"] + policy.unlabeled_share * ramp * scalars["accepted"])
+    pseudo_labels = scalars["accepted"]
+    if policy.weights == "confidence":
+        pseudo_labels *= scalars["confidence"]
+    return float(scalars["labeled"] + policy.unlabeled_share * ramp * pseudo_labels)
 
 
 def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -156,7 +156,8 @@ def _check_same_grid(case_id: str, what: str, expected: Geometry, found: Geometr
 
 
 def _class_indices(array: NDArray[np.float32], plan: Plan, case_id: str) -> Tensor:
-    accepted = {0: 0} | {target.value: k for k, target in enumerate(plan.task.classes, start=1)}
+    classes = enumerate(plan.task.classes, start=1)
+    accepted = {0: 0} | {value: k for k, target in classes for value in target.label_values}
     values = np.unique(array)
     foreign = [float(value) for value in values if float(value) not in accepted]
     if foreign:
@@ -196,7 +197,7 @@ def _shape(array: NDArray[np.float32] | Tensor) -> tuple[int, int, int]:
 def _prepared_key(case: Case, plan: Plan) -> str:
     digest = hashlib.sha256()
     grid = plan.data.model_dump_json(include={"spacing_mm", "intensity"})
-    classes = [c.value for c in plan.task.classes]
+    classes = [c.label_values for c in plan.task.classes]
     digest.update(f"{PREPARED_VERSION}|{grid}|{classes}|{len(plan.task.channels)}".encode())
     for path in (*case.images, *((case.label,) if case.label is not None else ())):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -266,3 +267,40 @@ def test_a_damaged_pseudo_label_counts_as_absent(tmp_path: Path) -> None:
     (tmp_path / f"{'a' * 64}.safetensors").write_bytes(b"torn")
     assert store.load("a" * 64) is None
     assert store.load("b" * 64) is None
+
+
+def _with_uncertainty(uncertainty: Tensor, target: Tensor, *valid: bool) -> PseudoLabel:
+    refusals = tuple(None if accepted else Refusal.EMPTY for accepted in valid)
+    return PseudoLabel(target, uncertainty, torch.tensor(valid), refusals, target)
+
+
+def test_confidence_is_the_mean_weight_within_the_target_of_each_accepted_class() -> None:
+    target, uncertainty = torch.zeros(3, 4, 4, 4), torch.full((3, 4, 4, 4), 9.0)
+    target[0, :2], uncertainty[0, 0], uncertainty[0, 1] = 0.9, 0.0, 1.0
+    target[2, 3], uncertainty[2, 3] = 0.6, 2.0
+    confidences = _with_uncertainty(uncertainty, target, True, False, True).confidences()
+    assert confidences == pytest.approx([(1 + math.exp(-1)) / 2, math.exp(-2)])
+
+
+def test_a_target_without_foreground_vouches_for_nothing() -> None:
+    blank = torch.zeros(1, 4, 4, 4)
+    assert _with_uncertainty(blank, blank + 0.5, True).confidences() == [0.0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([0.0, 1e-8, 0.1, 1.0, 1e6]))
+def test_confidence_lies_between_zero_and_one(seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    target, uncertainty = (torch.rand(2, 5, 5, 5, generator=generator) for _ in range(2))
+    assert all(0 <= each <= 1 for each in _with_uncertainty(scale * uncertainty, target, True, True).confidences())
+
+
+def test_a_kept_pseudo_label_keeps_its_confidence(tmp_path: Path, plan: Plan) -> None:
+    image, truth = _scan()
+    made = _ask(tmp_path, plan, image, _teacher(truth))
+    store = PseudoLabelStore(tmp_path / "labels")
+    store.save("scan", made)
+    kept = store.load("scan")
+    assert kept is not None
+    assert 0 < made.confidences()[0] < 1
+    assert kept.confidences() == pytest.approx(made.confidences(), abs=1e-2)

@@ -14,7 +14,7 @@ from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from server.admission import Admitted, Rejected, admit
 
-SCALARS = {"labeled": 1, "unlabeled": 2, "accepted": 0, "steps": 2, "loss.supervised": -0.5}
+SCALARS = {"labeled": 1, "unlabeled": 2, "accepted": 0, "confidence": 0.5, "steps": 2, "loss.supervised": -0.5}
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +67,13 @@ def test_an_error_reply_is_rejected_without_its_text(plan: Plan) -> None:
         ({"metrics": MetricRecord(SCALARS | {"seconds": float("nan")})}, "seconds is not a finite number"),
         ({"metrics": MetricRecord(SCALARS | {"labeled": [1, 2]})}, "labeled is not a finite number"),
         ({"metrics": MetricRecord(SCALARS | {"labeled": -1})}, "labeled is negative"),
+        ({"metrics": MetricRecord(SCALARS | {"accepted": 1.5})}, "accepted is a count and not a whole number"),
+        ({"metrics": MetricRecord(SCALARS | {"labeled": 1e300})}, "labeled is a count and not a whole number"),
+        ({"metrics": MetricRecord(SCALARS | {"gated.empty": 0.5})}, "gated.empty is a count and not a whole number"),
+        ({"metrics": MetricRecord(SCALARS | {"confidence": 1.01})}, "confidence is a share and above 1"),
+        ({"metrics": MetricRecord(SCALARS | {"confidence": -0.01})}, "confidence is negative"),
+        ({"metrics": MetricRecord(SCALARS | {"confidence": float("nan")})}, "confidence is not a finite number"),
+        ({"metrics": MetricRecord({k: v for k, v in SCALARS.items() if k != "confidence"})}, "are missing"),
         ({"specialist": None}, "no specialist"),
         ({"specialist": ArrayRecord({"x": Array(torch.ones(2).numpy())})}, "agreed tensors are missing"),
     ],
@@ -78,6 +85,39 @@ def test_a_reply_that_is_not_as_agreed_is_rejected_with_the_reason(
     answer = _admit(plan, records)
     assert isinstance(answer, Rejected)
     assert says in answer.reason
+
+
+@pytest.mark.parametrize("confidence", [0, 0.0, 1, 1.0])
+def test_a_confidence_at_either_end_is_admitted(plan: Plan, confidence: float) -> None:
+    answer = _admit(plan, _records(plan) | {"metrics": MetricRecord(SCALARS | {"confidence": confidence})})
+    assert isinstance(answer, Admitted)
+    assert answer.scalars["confidence"] == confidence
+
+
+@pytest.mark.parametrize(
+    ("scalars", "says"),
+    [
+        ({"dice.blob": 1.5}, "dice.blob is a share and above 1"),
+        ({"surface_dice.blob": 100.0}, "surface_dice.blob is a share and above 1"),
+        ({"cases.blob": 0.5}, "cases.blob is a count and not a whole number"),
+        ({"hd95_mm.blob": -1.0}, "hd95_mm.blob is negative"),
+    ],
+)
+def test_a_score_that_cannot_be_is_rejected(plan: Plan, scalars: dict[str, float], says: str) -> None:
+    reply = Message(
+        RecordDict(_records(plan) | {"metrics": MetricRecord({"validation": 1} | scalars)}),
+        reply_to=Message(RecordDict(), 7, MessageType.EVALUATE),
+    )
+    answer = admit(reply, MessageType.EVALUATE, 1, plan, None)
+    assert isinstance(answer, Rejected)
+    assert says in answer.reason
+
+
+def test_a_distance_may_exceed_one(plan: Plan) -> None:
+    metrics = MetricRecord({"validation": 1, "cases.blob": 1, "dice.blob": 1.0, "hd95_mm.blob": 17.5})
+    asked = Message(RecordDict(), 7, MessageType.EVALUATE)
+    reply = Message(RecordDict(_records(plan) | {"metrics": metrics}), reply_to=asked)
+    assert isinstance(admit(reply, MessageType.EVALUATE, 1, plan, None), Admitted)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from server.aggregation import Update, evidence_weights, weighted_mean
 
 
 def _update(site: str, value: float, **scalars: float) -> Update:
-    counts = {"labeled": 1.0, "unlabeled": 0.0, "accepted": 0.0, "steps": 1.0} | scalars
+    counts = {"labeled": 1.0, "unlabeled": 0.0, "accepted": 0.0, "confidence": 1.0, "steps": 1.0} | scalars
     return Update(site, {"w": torch.full((2, 2), value)}, counts)
 
 
@@ -60,7 +60,7 @@ def test_evidence_does_not_let_pseudo_labels_drown_expert_masks() -> None:
 @settings(deadline=None, max_examples=50)
 @given(
     counts=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 500)), min_size=1, max_size=6),
-    rule=st.sampled_from(["samples", "equal", "evidence"]),
+    rule=st.sampled_from(["samples", "equal", "evidence", "confidence"]),
     progress=st.floats(0.01, 1),
 )
 def test_shares_are_positive_and_sum_to_one_or_the_reason_is_said(
@@ -77,7 +77,7 @@ def test_shares_are_positive_and_sum_to_one_or_the_reason_is_said(
     assert all(share >= 0 for share in shares)
 
 
-@pytest.mark.parametrize("rule", ["samples", "equal", "evidence"])
+@pytest.mark.parametrize("rule", ["samples", "equal", "evidence", "confidence"])
 def test_a_site_that_took_no_step_weighs_nothing(rule: str) -> None:
     updates = [_update("a", 0), _update("b", 0, steps=0)]
     assert evidence_weights(updates, Aggregation.model_validate({"weights": rule}), 1.0) == [1.0, 0.0]
@@ -86,3 +86,79 @@ def test_a_site_that_took_no_step_weighs_nothing(rule: str) -> None:
 def test_no_evidence_at_all_is_an_error_and_no_division() -> None:
     with pytest.raises(ValueError, match="anything to learn"):
         evidence_weights([_update("a", 0, steps=0)], Aggregation(), 1.0)
+
+
+CONFIDENCE = Aggregation(weights="confidence")
+SITES = st.lists(
+    st.tuples(st.integers(0, 50), st.integers(0, 5000), st.floats(0, 1)).filter(lambda site: site[0] > 0),
+    min_size=1,
+    max_size=6,
+)
+
+
+def _sites(sites: list[tuple[int, int, float]]) -> list[Update]:
+    return [
+        _update(f"s{k}", 0, labeled=labeled, unlabeled=accepted, accepted=accepted, confidence=confidence)
+        for k, (labeled, accepted, confidence) in enumerate(sites)
+    ]
+
+
+@settings(deadline=None, max_examples=100)
+@given(sites=SITES, progress=st.floats(0, 1))
+def test_confident_shares_are_not_negative_and_sum_to_one(sites: list[tuple[int, int, float]], progress: float) -> None:
+    shares = evidence_weights(_sites(sites), CONFIDENCE, progress)
+    assert sum(shares) == pytest.approx(1)
+    assert all(share >= 0 for share in shares)
+
+
+@settings(deadline=None, max_examples=100)
+@given(sites=SITES, progress=st.floats(0, 1), more=st.floats(0, 1))
+def test_a_site_that_grows_more_confident_weighs_no_less_and_the_others_no_more(
+    sites: list[tuple[int, int, float]], progress: float, more: float
+) -> None:
+    labeled, accepted, confidence = sites[0]
+    surer = [(labeled, accepted, max(confidence, more)), *sites[1:]]
+    before, after = (evidence_weights(_sites(each), CONFIDENCE, progress) for each in (sites, surer))
+    assert after[0] >= before[0] - 1e-12
+    assert all(late <= early + 1e-12 for early, late in zip(before[1:], after[1:], strict=True))
+
+
+@settings(deadline=None, max_examples=50)
+@given(accepted=st.integers(0, 100_000), progress=st.floats(0, 1), unlabeled_share=st.floats(0, 1))
+def test_an_unlabeled_site_without_confidence_weighs_nothing(
+    accepted: int, progress: float, unlabeled_share: float
+) -> None:
+    policy = Aggregation(weights="confidence", unlabeled_share=unlabeled_share)
+    assert evidence_weights(_sites([(1, 0, 0.0), (0, accepted, 0.0)]), policy, progress) == [1.0, 0.0]
+
+
+def test_sites_that_are_all_without_label_and_confidence_are_an_error_and_no_division() -> None:
+    with pytest.raises(ValueError, match="anything to learn"):
+        evidence_weights(_sites([(0, 50, 0.0), (0, 9, 0.0)]), CONFIDENCE, 1.0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    labeled=st.integers(3, 20),
+    accepted=st.integers(1000, 5000),
+    confidence=st.floats(0, 0.25),
+    progress=st.floats(0, 0.05),
+)
+def test_thousands_of_unsure_pseudo_labels_do_not_drown_a_few_expert_masks_early(
+    labeled: int, accepted: int, confidence: float, progress: float
+) -> None:
+    experts, crowd = evidence_weights(_sites([(labeled, 0, 0.0), (0, accepted, confidence)]), CONFIDENCE, progress)
+    assert experts > crowd
+
+
+@settings(deadline=None, max_examples=50)
+@given(sites=SITES, progress=st.floats(0, 1))
+def test_full_confidence_is_evidence_and_less_lies_below(sites: list[tuple[int, int, float]], progress: float) -> None:
+    evidence = Aggregation(weights="evidence")
+    certain = [(labeled, accepted, 1.0) for labeled, accepted, _ in sites]
+    assert evidence_weights(_sites(certain), CONFIDENCE, progress) == evidence_weights(
+        _sites(sites), evidence, progress
+    )
+    crowd = [(1, 0, 0.0), (0, sites[0][1], sites[0][2])]
+    sure, counted = (evidence_weights(_sites(crowd), policy, progress)[1] for policy in (CONFIDENCE, evidence))
+    assert sure <= counted + 1e-12

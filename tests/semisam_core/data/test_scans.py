@@ -82,6 +82,43 @@ def test_label_values_become_class_indices(tmp_path: Path) -> None:
     assert indices[12, 0, 0] == 2
 
 
+UNION = "task.classes=[{name: whole, values: [4, 1, 2]}, {name: other, value: 3}]"
+
+
+def _with_parts() -> Any:
+    label = np.zeros((24, 24, 16), np.uint8)
+    label[:4], label[4:8], label[8:12], label[12:16] = 1, 2, 4, 3
+    return label
+
+
+def test_the_values_of_a_union_become_one_class(tmp_path: Path) -> None:
+    plan = tiny_plan(UNION)
+    case = _case(tmp_path, label=_with_parts())
+    expected = np.zeros((24, 24, 16), np.uint8)
+    expected[:12], expected[12:16] = 1, 2
+    assert np.array_equal(load_original_label(case, plan)[0].numpy(), expected)
+    scan = load_scan(case, plan)
+    assert scan.label is not None
+    assert np.array_equal(scan.label.numpy(), expected)
+
+
+def test_a_value_beside_a_union_is_foreign(tmp_path: Path) -> None:
+    plan = tiny_plan("task.classes=[{name: whole, values: [1, 2, 4]}]")
+    with pytest.raises(CaseError, match=r"the label has the values 3; the plan's classes accept \[0, 1, 2, 4\]"):
+        load_scan(_case(tmp_path, label=_with_parts()), plan)
+
+
+def test_a_scan_is_prepared_anew_for_a_plan_that_unites_other_values(tmp_path: Path) -> None:
+    case = _case(tmp_path, label=_with_parts())
+    plans = (
+        tiny_plan(f"task.classes=[{classes}]")
+        for classes in ("{name: a, values: [1, 2]}, {name: b, values: [3, 4]}", "{name: a, values: [1, 2, 3, 4]}")
+    )
+    labels = [load_scan(case, plan, tmp_path / "prepared").label for plan in plans]
+    assert [int(label.max()) for label in labels if label is not None] == [2, 1]
+    assert len(list((tmp_path / "prepared").iterdir())) == 2
+
+
 def test_a_windowed_scan_lies_between_zero_and_one(tmp_path: Path) -> None:
     plan = tiny_plan("data.intensity={kind: window, lower: 0, upper: 50}")
     scan = load_scan(_case(tmp_path), plan)
