@@ -81,6 +81,15 @@ class LiteMedSAM:
         return cls(network, found, device, batch_size)
 
     @property
+    def framing(self) -> Framing:
+        """Where slices lie in the encoder's input."""
+        return FRAMING
+
+    def feature_map(self, embedding: Tensor) -> Tensor:
+        """Return the features of one slice, (256, 64, 64)."""
+        return embedding
+
+    @property
     def card(self) -> GeneralistCard:
         """Name, licence, accepted prompts and training data."""
         return LITE_MEDSAM

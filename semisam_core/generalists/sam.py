@@ -123,6 +123,10 @@ class Sam:
             batch_size = 8 if device.type == "cuda" else 1
         return cls(card, network, found, device, batch_size)
 
+    def feature_map(self, embedding: Tensor) -> Tensor:
+        """Return the features of one slice, (256, 64, 64) in the published sizes."""
+        return embedding
+
     @property
     def card(self) -> GeneralistCard:
         """Name, licence, accepted prompts and training data."""
