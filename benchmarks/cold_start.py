@@ -1,6 +1,6 @@
 """How good masks from prototypes are before anything was learned: one labeled scan, LiteMedSAM, left atrium.
 
-python benchmarks/cold_start.py --data la --work cold     about 15 minutes on one core, 11 slices a scan to encode
+python benchmarks/cold_start.py --data la --work cold     minutes on one core; encodes 11 slices of each scan
 
 `la` has images/ and labels/. Each of the scans is the labeled one in turn; the labels of the others are read for
 scoring only. Embeddings are kept in <work>/embeddings.
