@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from client.progress import Progress
 from client.site_config import SiteConfig, usable_generalists
 from semisam_core.calibration import LabeledExample, learn
+from semisam_core.cold_start import ColdStarter, Prototypes, background_only, cold_start_of
 from semisam_core.data.scans import Scan
 from semisam_core.errors import WeightsError
 from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist, scan_key
 from semisam_core.inference import predict
 from semisam_core.plan import Plan
-from semisam_core.pseudo_labels import Experience, PseudoLabel, PseudoLabelStore, make_pseudo_label
+from semisam_core.pseudo_labels import Experience, PseudoLabel, PseudoLabelStore, make_pseudo_label, policy_of
 
 logger = logging.getLogger(__name__)
 CALIBRATION_SCANS = 8
 
 Scans = Iterable[tuple[str, Callable[[], Scan | None]]]
+Predict = Callable[[Scan], Tensor]
 
 
 class Labeler:
@@ -40,6 +42,7 @@ class Labeler:
     def __init__(self, config: SiteConfig, plan: Plan, folder: Path, device: torch.device, progress: Progress) -> None:
         self._config, self._plan, self._device, self._progress = config, plan, device, progress
         self._kept = PseudoLabelStore(folder / "pseudo_labels")
+        self._kept_cold = PseudoLabelStore(folder / "pseudo_labels_cold")
         limit = int(config.storage.embeddings_gb * 1e9)
         self._embeddings = EmbeddingStore(config.storage.folder / "embeddings", limit)
 
@@ -73,15 +76,33 @@ class Labeler:
     def labels(self, round_number: int, teacher: nn.Module, unlabeled: Scans, labeled: Scans) -> dict[str, PseudoLabel]:
         """Return each unlabeled case's pseudo-label, made anew where the plan says so, else as it was kept.
 
+        Where nothing is labeled, a cold start does nothing: before `first_round` every class of every scan is refused
+        as empty, afterwards the teacher prompts as ever.
+
         Args:
             round_number: counts from 1.
-            teacher: whose predictions become prompts.
+            teacher: whose predictions become prompts, unless prototypes do in a cold start.
             unlabeled: (case, loader) of what is to be labeled; a loader gives None for a case that became unusable.
             labeled: likewise, what generalists and volumes are judged by.
         """
         policy = self._plan.pseudo_labels
-        if policy is None or not self.active or round_number < policy.first_round:
+        if policy is None or not self.active:
             return {}
+        scans = list(labeled)
+        cold = policy.cold(round_number)
+        if cold and (starter := self._starter(scans)) is not None:
+            # Neither prototypes nor prompts change while the start is cold.
+            return self._label(
+                unlabeled, scans, self._by_prototypes(starter, scans), self._kept_cold, round_number == 1
+            )
+        if round_number >= policy.first_round:
+            predict_by = partial(self._predict, teacher)
+            return self._label(unlabeled, scans, predict_by, self._kept, policy.due(round_number))
+        return self._label(unlabeled, (), self._nothing, self._kept_cold, True) if cold else {}
+
+    def _label(
+        self, unlabeled: Scans, labeled: Scans, predict_by: Predict, kept: PseudoLabelStore, anew: bool
+    ) -> dict[str, PseudoLabel]:
         experience: Experience | None = None
         found: dict[str, PseudoLabel] = {}
         cases = list(unlabeled)
@@ -91,36 +112,68 @@ class Labeler:
             if scan is None:
                 continue
             key = scan_key(scan.image)
-            label = None if policy.due(round_number) else self._kept.load(key)
+            label = None if anew else kept.load(key)
             if label is None:
                 if experience is None:
-                    experience = self._experience(teacher, labeled)
-                label = self.ask(scan, teacher, experience)
-                self._kept.save(key, label)
+                    experience = self._experience(predict_by, labeled)
+                label = self._ask(scan, predict_by(scan), experience)
+                kept.save(key, label)
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")
         return found
 
+    def _starter(self, labeled: Scans) -> ColdStarter | None:
+        """Return what starts cold here, or None, and say so, where no scan is labeled or the generalist is missing."""
+        name = cold_start_of(policy_of(self._plan)).generalist
+        generalist = next((each for each in self.generalists if each.card.name == name), None)
+        if generalist is None:
+            logger.warning("Cold start does nothing at this site: it does not have the generalist %s.", name)
+        elif not labeled:
+            logger.warning("Cold start does nothing at this site: it has no labeled scan to take prototypes from.")
+        else:
+            return ColdStarter(generalist, self._embeddings, self._plan, self._embedded)
+        return None
+
+    def _by_prototypes(self, starter: ColdStarter, labeled: Scans) -> Predict:
+        learned: list[Prototypes] = []  # when the first scan needs them: mostly pseudo-labels are there already
+
+        def predict_by(scan: Scan) -> Tensor:
+            try:
+                if not learned:
+                    learned.append(starter.learn((each.image, label) for each, label in _labeled(labeled)))
+                return starter.rough(scan.image, learned[0])
+            except (RuntimeError, ValueError) as error:  # as when it is asked: one scan does not stop the others
+                logger.warning("The generalist failed on a scan in a cold start: %s", error)
+                return self._nothing(scan)
+
+        return predict_by
+
+    def _nothing(self, scan: Scan) -> Tensor:
+        return background_only(scan.image, len(self._plan.task.classes))
+
+    def _embedded(self, done: int, total: int) -> None:
+        self._progress("embed", done, total, "slices")
+
     def ask(self, scan: Scan, network: nn.Module, experience: Experience | None = None) -> PseudoLabel:
         """Ask this site's generalists about one scan, prompted by a network."""
+        return self._ask(scan, self._predict(network, scan), experience)
+
+    def _ask(self, scan: Scan, prediction: Tensor, experience: Experience | None) -> PseudoLabel:
         return make_pseudo_label(
-            scan.image,
-            self._predict(network, scan),
-            self.generalists,
-            self._embeddings,
-            self._plan,
-            experience,
-            lambda done, total: self._progress("embed", done, total, "slices"),
+            scan.image, prediction, self.generalists, self._embeddings, self._plan, experience, self._embedded
         )
 
-    def _experience(self, teacher: nn.Module, labeled: Scans) -> Experience:
-        def examples() -> Iterator[LabeledExample]:
-            for _, load in list(labeled)[:CALIBRATION_SCANS]:
-                scan = load()
-                if scan is not None and scan.label is not None:
-                    yield LabeledExample(scan.image, scan.label, self._predict(teacher, scan))
-
-        return learn(examples(), self.generalists, self._embeddings, self._plan)
+    def _experience(self, predict_by: Predict, labeled: Scans) -> Experience:
+        examples = (LabeledExample(scan.image, label, predict_by(scan)) for scan, label in _labeled(labeled))
+        return learn(examples, self.generalists, self._embeddings, self._plan)
 
     def _predict(self, network: nn.Module, scan: Scan) -> Tensor:
         return predict(network, scan.image, self._plan, self._device)
+
+
+def _labeled(scans: Scans) -> Iterator[tuple[Scan, Tensor]]:
+    """Yield the first labeled scans with their labels."""
+    for _, load in list(scans)[:CALIBRATION_SCANS]:
+        scan = load()
+        if scan is not None and scan.label is not None:
+            yield scan, scan.label

@@ -58,7 +58,7 @@ class Consultation:
     ) -> None:
         self._generalists, self._store, self._policy, self._progress = generalists, store, policy, progress
         self._views = {
-            axis: _View(volume, spacing_mm, axis) for axis in {AXES[plane] for plane in policy.prompting.planes} | {2}
+            axis: View(volume, spacing_mm, axis) for axis in {AXES[plane] for plane in policy.prompting.planes} | {2}
         }
 
     def ask(self, region: Region, probability: Tensor) -> dict[str, Opinion]:
@@ -97,7 +97,7 @@ class Consultation:
                 qualities.extend(answer.quality.values())
         return Opinion(torch.stack(maps), sum(qualities) / len(qualities) if qualities else 0.0)
 
-    def _asker(self, generalist: Generalist, view: _View) -> Callable[[Prompts], Segmentation]:
+    def _asker(self, generalist: Generalist, view: View) -> Callable[[Prompts], Segmentation]:
         held: dict[int, Tensor] = {}  # several prompt sets need the same embeddings
 
         def ask(prompts: Prompts) -> Segmentation:
@@ -109,8 +109,14 @@ class Consultation:
         return ask
 
 
-class _View:
-    """A scan with one of its axes turned to the last place, along which slice-wise models cut it."""
+class View:
+    """A scan with one of its axes turned to the last place, along which slice-wise models cut it.
+
+    Args:
+        volume: the scan's first channel (H, W, D), RAS.
+        spacing_mm: voxel size.
+        axis: the axis that becomes the last one; see `AXES`.
+    """
 
     def __init__(self, volume: Tensor, spacing_mm: tuple[float, float, float], axis: int) -> None:
         self._axis = axis
@@ -121,6 +127,7 @@ class _View:
 
     @cached_property
     def key(self) -> str:
+        """The scan's key in the embedding store."""
         return scan_key(self.volume)
 
     def step(self, step_mm: float) -> int:
@@ -128,12 +135,15 @@ class _View:
         return max(1, round(step_mm / self.grid.spacing_mm[2]))
 
     def turn(self, volume: Tensor) -> Tensor:
+        """Turn a volume (H, W, D) as the scan is turned."""
         return volume.movedim(self._axis, -1).contiguous()
 
     def turn_back(self, volume: Tensor) -> Tensor:
+        """Undo `turn`."""
         return volume.movedim(-1, self._axis).contiguous()
 
     def turn_region(self, region: Region) -> Region:
+        """Turn what generalists are prompted with as the scan is turned."""
         mask, others = (self.turn(torch.from_numpy(each)).numpy() for each in (region.mask, region.others))
         return Region(mask, others, self.grid.spacing_mm)
 

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from semisam_core.configuration import Name, StrictModel, override, parse, read_yaml
 from semisam_core.errors import ConfigError
 from semisam_core.generalists.base import PromptKind
-from semisam_core.generalists.registry import accepted_prompts
+from semisam_core.generalists.registry import accepted_prompts, generalist_names, generalist_spec
 from semisam_core.regularizers import NONE, check_regularizer
 from semisam_core.specialists import check_specialist, check_statistics
 from semisam_core.target_class import TargetClass
@@ -234,6 +234,31 @@ class Uncertainty(StrictModel):
     specialist: float = Field(default=4.0, ge=0)
 
 
+class ColdStart(StrictModel):
+    """Rough masks before the specialist has learned anything, from prototypes of each class; see `cold_start.py`.
+
+    In rounds up to `until_round`, even before `first_round`, they take the teacher's place at sites with labeled scans.
+    """
+
+    until_round: int = Field(ge=1)
+    generalist: str
+    plane: Anatomical = "axial"
+    foreground_prototypes: int = Field(default=8, ge=1, le=256)
+    background_prototypes: int = Field(default=32, ge=1, le=1024)
+    position_weight: float = Field(default=0.6, ge=0, le=100)
+    temperature: float = Field(default=0.1, gt=0, le=10)
+
+    @field_validator("generalist")
+    @classmethod
+    def _has_feature_maps(cls, value: str) -> str:
+        if not generalist_spec(value).card.feature_maps:
+            able = [name for name in generalist_names() if generalist_spec(name).card.feature_maps]
+            raise ValueError(
+                f"prototypes cannot be taken from the embeddings of {value}; accepted are {', '.join(able)}"
+            )
+        return value
+
+
 class PseudoLabels(StrictModel):
     """L_sam: who labels, how often, what is trusted; lambda_s(t) = weight * exp(-5 (t/T)^2) when decaying.
 
@@ -253,6 +278,22 @@ class PseudoLabels(StrictModel):
     prompting: Prompting = Prompting()
     gates: Gates = Gates()
     uncertainty: Uncertainty = Uncertainty()
+    cold_start: ColdStart | None = None
+
+    @model_validator(mode="after")
+    def _cold_start_fits(self) -> PseudoLabels:
+        cold = self.cold_start
+        if cold is not None and cold.generalist not in self.generalists:
+            raise ValueError(
+                f"cold_start.generalist {cold.generalist} is not one of pseudo_labels.generalists, "
+                f"which are {', '.join(self.generalists)}"
+            )
+        if cold is not None and cold.until_round < self.first_round - 1:
+            raise ValueError(
+                f"cold_start.until_round ({cold.until_round}) leaves rounds without pseudo-labels before first_round "
+                f"({self.first_round}); it must be at least {self.first_round - 1}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _prompts_accepted(self) -> PseudoLabels:
@@ -267,8 +308,14 @@ class PseudoLabels(StrictModel):
         return self
 
     def due(self, round_number: int) -> bool:
-        """Whether pseudo-labels are made anew in this round (rounds count from 1)."""
-        return round_number >= self.first_round and (round_number - self.first_round) % self.refresh_every == 0
+        """Whether the teacher's pseudo-labels are made anew in this round (rounds count from 1)."""
+        after_cold_start = self.cold_start is not None and round_number == self.cold_start.until_round + 1
+        on_schedule = (round_number - self.first_round) % self.refresh_every == 0
+        return round_number >= self.first_round and (after_cold_start or on_schedule)
+
+    def cold(self, round_number: int) -> bool:
+        """Whether prototypes prompt in this round, where a site has any, instead of the teacher."""
+        return self.cold_start is not None and round_number <= self.cold_start.until_round
 
 
 class Aggregation(StrictModel):

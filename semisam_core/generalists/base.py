@@ -137,6 +137,8 @@ class GeneralistCard:
         source: where the weights are published, by name.
         training_data: what it was trained on, as far as published.
         overlaps: common benchmarks whose scans its training data names or may hold.
+        feature_maps: whether its embeddings are maps of features over a slice, from which prototypes of a class can be
+            taken: the model is a `slices.FeatureMaps`.
     """
 
     name: str
@@ -146,6 +148,7 @@ class GeneralistCard:
     source: str
     training_data: tuple[str, ...]
     overlaps: tuple[str, ...] = ()
+    feature_maps: bool = False
 
 
 class Generalist(Protocol):

@@ -20,6 +20,7 @@ LITE_MEDSAM = GeneralistCard(
         "scan is published.",
     ),
     overlaps=("any public challenge scan may be among them",),
+    feature_maps=True,
 )
 
 SAM = GeneralistCard(
@@ -41,6 +42,7 @@ SAM = GeneralistCard(
         "SA-1B: 11 million licensed photographs with 1.1 billion masks (Kirillov et al., ICCV 2023). No medical "
         "collection is named.",
     ),
+    feature_maps=True,
 )
 
 MEDSAM = GeneralistCard(
@@ -89,6 +91,7 @@ MEDSAM = GeneralistCard(
         "TotalSegmentator",
         "WMH",
     ),
+    feature_maps=True,
 )
 
 _CUBES = (

@@ -82,6 +82,15 @@ class LiteMedSAM:
             batch_size = 8 if device.type == "cuda" else 1
         return cls(network, found, device, batch_size)
 
+    @property
+    def framing(self) -> Framing:
+        """Where slices lie in the encoder's input."""
+        return FRAMING
+
+    def feature_map(self, embedding: Tensor) -> Tensor:
+        """Return the features of one slice, (256, 64, 64)."""
+        return embedding
+
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the slices that have a box, ascending, each once."""
         return tuple(sorted({box.index for box in prompts.boxes}))

@@ -123,6 +123,10 @@ class Sam:
             batch_size = 8 if device.type == "cuda" else 1
         return cls(card, network, found, device, batch_size)
 
+    def feature_map(self, embedding: Tensor) -> Tensor:
+        """Return the features of one slice, (256, 64, 64) in the published sizes."""
+        return embedding
+
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the slices that have a box, a positive point or mask foreground; ascending, each once.
 

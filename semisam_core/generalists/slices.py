@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -119,6 +120,37 @@ class Framing:
         rows, columns = self.size(plane)
         maps = maps[:, None, :rows, :columns]
         return F.interpolate(maps, size=plane, mode="bilinear", align_corners=False)[:, 0]
+
+    def shares(self, masks: Tensor, side: int) -> Tensor:
+        """Map slices of a mask (N, H, W) to the share of each feature's part of the frame that it covers.
+
+        Args:
+            masks: values in [0, 1].
+            side: features along each side of the frame, a divisor of the frame's pixels.
+
+        Returns:
+            (N, side, side) in [0, 1]; the padding is not covered by anything.
+        """
+        return F.adaptive_avg_pool2d(self.pad(self.frames(masks))[:, None], side)[:, 0]
+
+    def spread(self, maps: Tensor, plane: Plane) -> Tensor:
+        """Map a value for each feature (N, S, S) onto slices (N, H, W); those of padding alone reach no voxel."""
+        side = maps.shape[-1]
+        rows, columns = (math.ceil(pixels * side / self.side) for pixels in self.size(plane))
+        inside = maps[:, None, :rows, :columns]
+        return self.unframe(F.pad(inside, (0, side - columns, 0, side - rows), mode="replicate")[:, 0], plane)
+
+
+@runtime_checkable
+class FeatureMaps(Protocol):
+    """What a slice-wise generalist offers besides, if its card says `feature_maps`: where each feature lies."""
+
+    @property
+    def framing(self) -> Framing:
+        """How slices fill the frame over which the features lie."""
+
+    def feature_map(self, embedding: Tensor) -> Tensor:
+        """Return the features (C, S, S) of one slice's embedding, over the whole frame, padding included."""
 
 
 def check_point(point: Point, shape: Shape) -> None:

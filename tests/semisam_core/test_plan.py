@@ -80,6 +80,16 @@ def test_a_plan_survives_the_wire(rounds: int, share: float) -> None:
         ("pseudo_labels.gates.volume_factor=1.0", "greater than 1"),
         ("pseudo_labels.prompting.smooth_slices=4", "must be odd"),
         ("pseudo_labels.gates.maximum_volume_ml=0.01", "must be below maximum_volume_ml"),
+        (
+            "pseudo_labels.cold_start={until_round: 1, generalist: vista3d}",
+            "prototypes cannot be taken from the embeddings of vista3d; accepted are fake, lite-medsam, medsam, sam",
+        ),
+        (
+            "pseudo_labels.cold_start={until_round: 1, generalist: lite-medsam}",
+            "cold_start.generalist lite-medsam is not one of pseudo_labels.generalists, which are fake",
+        ),
+        ("pseudo_labels.cold_start={until_round: 1, generalist: sam-9}", "no generalist is named 'sam-9'"),
+        ("pseudo_labels.cold_start={until_round: 0, generalist: fake}", "greater than or equal to 1"),
         ("aggregation.rule=krum", "aggregation.rule = 'krum': .*weighted-mean"),
         ("seed=-1", "seed = -1"),
     ],
@@ -131,3 +141,17 @@ def test_pseudo_labels_are_due_on_their_schedule() -> None:
     policy = tiny_plan("pseudo_labels.first_round=3", "pseudo_labels.refresh_every=2").pseudo_labels
     assert policy is not None
     assert [number for number in range(1, 9) if policy.due(number)] == [3, 5, 7]
+
+
+def test_a_cold_start_that_leaves_rounds_without_pseudo_labels_is_refused() -> None:
+    changes = ("pseudo_labels.first_round=4", "pseudo_labels.cold_start={until_round: 2, generalist: fake}")
+    with pytest.raises(ValueError, match=r"until_round \(2\) leaves rounds without .* first_round \(4\).* at least 3"):
+        tiny_plan(*changes)
+
+
+def test_the_teacher_labels_anew_right_after_a_cold_start() -> None:
+    cold = "pseudo_labels.cold_start={until_round: 3, generalist: fake}"
+    policy = tiny_plan("pseudo_labels.first_round=3", "pseudo_labels.refresh_every=3", cold).pseudo_labels
+    assert policy is not None
+    assert [number for number in range(1, 10) if policy.cold(number)] == [1, 2, 3]
+    assert [number for number in range(4, 10) if policy.due(number)] == [4, 6, 9]

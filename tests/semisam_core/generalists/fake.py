@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from semisam_core.generalists.base import GeneralistCard, PromptKind, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.registry import GeneralistSpec, generalist_names, register
+from semisam_core.generalists.slices import Framing
 
 CARD = GeneralistCard(
     name="fake",
@@ -18,7 +20,9 @@ CARD = GeneralistCard(
     licence="none",
     source="tests",
     training_data=(),
+    feature_maps=True,
 )
+SIDE, FEATURES = 64, 32
 
 
 class FakeGeneralist:
@@ -29,6 +33,7 @@ class FakeGeneralist:
         self.weights_sha256 = sha256
         self.embedded: list[int] = []
         self.prompts: list[Prompts] = []
+        self.framing = Framing(SIDE)
 
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         return tuple(sorted({box.index for box in prompts.boxes}))
@@ -36,6 +41,12 @@ class FakeGeneralist:
     def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
         self.embedded += list(units)
         return {unit: volume[:, :, unit].clone() for unit in units}
+
+    def feature_map(self, embedding: Tensor) -> Tensor:
+        """Return dark and bright as two features that exclude each other, (2, 32, 32)."""
+        framed = self.framing.pad(self.framing.frames(embedding[None]), float(embedding.min()))
+        bright = torch.sigmoid(6 * functional.adaptive_avg_pool2d(framed[None], FEATURES)[0, 0])
+        return torch.stack([1 - bright, bright])
 
     def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
         self.prompts.append(prompts)

@@ -13,6 +13,7 @@ from semisam_core.errors import WeightsError
 from semisam_core.generalists import Point, PromptKind, Prompts, SliceBox, cards, load_generalist
 from semisam_core.generalists.base import GeneralistCard
 from semisam_core.generalists.sam import Sam, load
+from semisam_core.generalists.slices import FeatureMaps
 from tests.semisam_core.generalists.tiny_sam import GRID, PROMPT_WIDTH, SHAPE, VOXELS, loaded, save, scene, tiny_sam
 
 CPU = torch.device("cpu")
@@ -243,3 +244,15 @@ def test_a_box_outside_the_scan_is_refused_and_one_beyond_the_border_is_cut_ther
     beyond, within = SliceBox(2, (-30, -5.5, 50, 300)), SliceBox(2, (0, 0, 50, 47))
     answers = [sam.segment(embeddings, Prompts((box,)), VOXELS).probability for box in (beyond, within)]
     assert torch.equal(*answers)
+
+
+@both
+def test_the_features_of_a_slice_lie_over_the_whole_frame(card: GeneralistCard) -> None:
+    model = loaded(card, tiny_sam())
+    assert card.feature_maps
+    assert isinstance(model, FeatureMaps)
+    embedding = model.embed(torch.rand(SHAPE), GRID, [1])[1]
+    features = model.feature_map(embedding)
+    assert features.ndim == 3
+    assert features.shape[1] == features.shape[2]
+    assert model.framing.side % features.shape[1] == 0
