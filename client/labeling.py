@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from client.progress import Progress
-from client.site_config import SiteConfig, usable_generalists
+from client.site_config import SiteConfig, annotated_classes, usable_generalists
 from semisam_core.calibration import LabeledExample, learn
 from semisam_core.data.scans import Scan
 from semisam_core.errors import WeightsError
@@ -120,7 +120,8 @@ class Labeler:
                 if scan is not None and scan.label is not None:
                     yield LabeledExample(scan.image, scan.label, self._predict(teacher, scan))
 
-        return learn(examples(), self.generalists, self._embeddings, self._plan)
+        annotated = annotated_classes(self._config, self._plan)
+        return learn(examples(), self.generalists, self._embeddings, self._plan, annotated)
 
     def _predict(self, network: nn.Module, scan: Scan) -> Tensor:
         return predict(network, scan.image, self._plan, self._device)

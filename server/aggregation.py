@@ -27,7 +27,7 @@ class Update:
     scalars: Mapping[str, float]
 
 
-def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float) -> list[float]:
+def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float, classes: int = 1) -> list[float]:
     """Return what each update weighs, summing to one.
 
     An update of a site that took no step carries nothing new and weighs 0.
@@ -35,26 +35,31 @@ def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: f
     Args:
         updates: admitted updates.
         policy: `samples`: labeled and unlabeled scans; `equal`; `evidence`: labeled scans plus unlabeled_share *
-            exp(-5 (1 - progress)^2) * accepted pseudo-labels.
+            exp(-5 (1 - progress)^2) * accepted pseudo-labels, of which a scan has one a class, so that they are divided
+            by the number of classes.
         progress: share of the study's rounds that are done, in [0, 1].
+        classes: the plan's number of foreground classes.
 
     Raises:
         ValueError: no update weighs anything.
     """
-    raw = [_evidence(update.scalars, policy, progress) if update.scalars["steps"] > 0 else 0.0 for update in updates]
+    raw = [
+        _evidence(update.scalars, policy, progress, classes) if update.scalars["steps"] > 0 else 0.0
+        for update in updates
+    ]
     total = sum(raw)
     if total <= 0:
         raise ValueError("no site brought anything to learn from in this round")
     return [value / total for value in raw]
 
 
-def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float) -> float:
+def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float, classes: int) -> float:
     if policy.weights == "equal":
         return 1.0
     if policy.weights == "samples":
         return float(scalars["labeled"] + scalars["unlabeled"])
     ramp = math.exp(-5 * (1 - progress) ** 2)
-    return float(scalars["labeled"] + policy.unlabeled_share * ramp * scalars["accepted"])
+    return float(scalars["labeled"] + policy.unlabeled_share * ramp * scalars["accepted"] / classes)
 
 
 def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Tensor]:
