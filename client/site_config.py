@@ -202,7 +202,8 @@ def inventory(config: SiteConfig, plan: Plan) -> Inventory:
     """Find the site's cases and check that the plan leaves it anything to learn from.
 
     Raises:
-        ConfigError: folders, lists or class names are wrong, or the site has no label and none of the plan's generalists.
+        ConfigError: folders, lists or class names are wrong, or the site has no label and none of the plan's
+            generalists.
     """
     annotated_classes(config, plan)
     labeled = None if config.data.labeled == "all" else config.data.labeled

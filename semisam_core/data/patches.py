@@ -125,11 +125,10 @@ class PatchStream:
         """Return where one class of the scan is, (1, H, W, D) bool; nowhere if it has none."""
         shape = scan.image.shape[1:]
         if scan.label is not None:
-            present = [int(k) for k in scan.label.unique() if k > 0]
-            masks = [scan.label == k for k in present]
+            masks = [scan.label == k for k in range(1, 1 + classes)]
         else:
-            target = torch.zeros((classes, *shape)) if scan.target is None else scan.target
-            masks = [mask for mask in target > 0.5 if bool(mask.any())]
+            masks = [] if scan.target is None else list(scan.target > 0.5)
+        masks = [mask for mask in masks if bool(mask.any())]
         if not masks:
             return torch.zeros((1, *shape), dtype=torch.bool)
         chosen = int(self._random.randint(len(masks))) if len(masks) > 1 else 0

@@ -53,7 +53,8 @@ class DeepAdversarial:
 
     The student maximises E's mistake in the form that keeps its gradient when E is sure (Goodfellow et al., 2014).
     Where the site's labels mark some of the classes only, E sees the others as background: of those, answers to labeled
-    scans are no better than any. At a site without labeled scans E would know one kind only: it is not trained there, and the term does not apply.
+    scans are no better than any. At a site without labeled scans E would know one kind only: it is not trained there,
+    and the term does not apply.
 
     Args:
         plan: channels, classes and seed.

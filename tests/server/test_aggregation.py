@@ -86,3 +86,10 @@ def test_a_site_that_took_no_step_weighs_nothing(rule: str) -> None:
 def test_no_evidence_at_all_is_an_error_and_no_division() -> None:
     with pytest.raises(ValueError, match="anything to learn"):
         evidence_weights([_update("a", 0, steps=0)], Aggregation(), 1.0)
+
+
+def test_a_pseudo_labeled_scan_is_no_more_evidence_for_having_several_classes() -> None:
+    policy = Aggregation(weights="evidence", unlabeled_share=0.2)
+    one = [_update("a", 0, labeled=2), _update("b", 0, labeled=0, unlabeled=9, accepted=9)]
+    three = [_update("a", 0, labeled=2), _update("b", 0, labeled=0, unlabeled=9, accepted=27)]
+    assert evidence_weights(three, policy, 1.0, classes=3) == pytest.approx(evidence_weights(one, policy, 1.0))
