@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from client.site_config import SiteConfig, inventory, load_site_folder, usable_generalists
+from client.site_config import SiteConfig, annotated_classes, inventory, load_site_folder, usable_generalists
 from semisam_core.data.cases import Inventory, Role
 from semisam_core.errors import ConfigError
 from semisam_core.generalists import generalist_spec
@@ -35,7 +36,20 @@ def check_study(plan_path: Path, sites_folder: Path, assignments: list[str]) -> 
         config.torch_device()
         _check_weights(config, plan)
         checked.append((config, inventory(config, plan)))
+    _check_classes(plan, checked)
     return CheckedStudy(plan, tuple(checked))
+
+
+def _check_classes(plan: Plan, sites: Sequence[tuple[SiteConfig, Inventory]]) -> None:
+    """Check that every class is annotated somewhere, where there are labels at all."""
+    labeled = [config for config, found in sites if found.of(Role.LABELED)]
+    annotated = {k for config in labeled for k in annotated_classes(config, plan)}
+    missing = [name for k, name in enumerate(plan.class_names, start=1) if k not in annotated]
+    if labeled and missing:
+        raise ConfigError(
+            f"no site with labeled cases names {', '.join(missing)} under data.labeled_classes, so nothing could teach "
+            "what that is. Name it at a site whose labels mark it, or leave the class out of the plan."
+        )
 
 
 def _check_weights(config: SiteConfig, plan: Plan) -> None:
@@ -72,6 +86,8 @@ def study_table(study: CheckedStudy) -> Table:
         table.add_column(column)
     for config, found in study.sites:
         counts = [str(len(found.of(role))) for role in (Role.LABELED, Role.UNLABELED, Role.VALIDATION)]
+        if config.data.labeled_classes != "all":
+            counts[0] += f" ({', '.join(config.data.labeled_classes)})"
         models = ", ".join(usable_generalists(config, study.plan)) or "none"
         table.add_row(config.site, *counts, str(len(found.quarantined)), models, str(config.torch_device()))
     return table

@@ -128,7 +128,7 @@ def phantom(
     cases: Annotated[int, typer.Option(help="Scans a hospital.", min=2, max=1000)] = 6,
     seed: Annotated[int, typer.Option(help="Seed of anatomy and noise.")] = 0,
 ) -> None:
-    """Generate three phantom hospitals (north, south, east) as ordinary NIfTI files.
+    """Generate three phantom hospitals (north, south, east) as ordinary NIfTI files, every organ labeled.
 
     Example: semisam phantom --out demo/data --cases 6
     """

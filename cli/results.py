@@ -83,7 +83,8 @@ def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> 
     """Return the table that people read."""
     table = Table(
         title=title,
-        caption=f"Local: trained alone, supervised, same steps. Pseudo-labels: last round. Selected by: {chosen_by}.",
+        caption="Local: trained alone, supervised, same steps. Pseudo-labels: last round, all classes together. "
+        f"Selected by: {chosen_by}.",
     )
     table.add_column("site")
     table.add_column("class")

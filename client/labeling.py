@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from client.progress import Progress
-from client.site_config import SiteConfig, usable_generalists
+from client.site_config import SiteConfig, annotated_classes, usable_generalists
 from semisam_core.calibration import LabeledExample, learn
 from semisam_core.cold_start import ColdStarter, Prototypes, background_only, cold_start_of
 from semisam_core.data.scans import Scan
@@ -165,7 +165,8 @@ class Labeler:
 
     def _experience(self, predict_by: Predict, labeled: Scans) -> Experience:
         examples = (LabeledExample(scan.image, label, predict_by(scan)) for scan, label in _labeled(labeled))
-        return learn(examples, self.generalists, self._embeddings, self._plan)
+        annotated = annotated_classes(self._config, self._plan)
+        return learn(examples, self.generalists, self._embeddings, self._plan, annotated)
 
     def _predict(self, network: nn.Module, scan: Scan) -> Tensor:
         return predict(network, scan.image, self._plan, self._device)

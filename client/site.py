@@ -6,8 +6,8 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import fmean
 
@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from client.labeling import Labeler
 from client.progress import Progress
-from client.site_config import SiteConfig, inventory
+from client.site_config import SiteConfig, annotated_classes, inventory
 from client.state import RunState
 from semisam_core.agreement import disagreement, specialist_spec, tensor_specs, travelling
 from semisam_core.data.cases import Case, Inventory, Quarantined, Role
 from semisam_core.data.patches import TrainingScan
-from semisam_core.data.scans import Scan, load_original_label, load_scan, to_original
+from semisam_core.data.scans import Scan, keep_classes, load_original_label, load_scan, to_original
 from semisam_core.errors import CaseError, SemiSAMError
 from semisam_core.evaluation import ClassScore, score_case, summarise
 from semisam_core.files import append_json_line, write_json
 from semisam_core.inference import new_specialist, predict
 from semisam_core.plan import Plan
+from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels import PseudoLabel
 from semisam_core.regularizers import Regularizer, build_regularizer, teaches
 from semisam_core.reporting.overview import Panel, draw_overview
@@ -73,6 +74,7 @@ class Site:
             torch.set_num_threads(config.threads)
         self.device = config.torch_device()
         self._found: Inventory = inventory(config, plan)
+        self._annotated = annotated_classes(config, plan)
         self._checked = False
         self._quarantined: dict[str, Quarantined] = {q.id: q for q in self._found.quarantined}
         self._cache: OrderedDict[str, Scan] = OrderedDict()
@@ -128,6 +130,7 @@ class Site:
             self.device,
             lambda done, total: self.progress("train", done, total, "steps"),
             regularizer,
+            self._annotated,
         )
         self.state.save_teacher(self.round, _cpu(teacher.state_dict()))
         if regularizer is not None and regularizer.own is not None:
@@ -137,14 +140,20 @@ class Site:
         scalars = self._counts()
         for name in ("validation", "quarantined"):
             del scalars[name]
-        scalars |= _count_gates(labels) | {"steps": result.steps, "seconds": time.monotonic() - began}
+        self._book_gates(labels)
+        confidences = [confidence for label in labels.values() for confidence in label.confidences()]
+        scalars |= _count_gates(label.refusals for label in labels.values()) | {
+            "confidence": fmean(confidences) if confidences else 0.0,
+            "steps": result.steps,
+            "seconds": time.monotonic() - began,
+        }
         for term in ("supervised", "consistency", "generalist"):
             if (value := getattr(result, term)) is not None:
                 scalars[f"loss.{term}"] = value
         return SiteReport(scalars, _cpu(travelling(self.plan, specialist)))
 
     def evaluate(self, weights: Mapping[str, Tensor], final: bool) -> SiteReport:
-        """Score the specialist on the site's validation cases, in each scan's own geometry.
+        """Score the specialist on the classes that the site's validation labels mark, in each scan's own geometry.
 
         Layers that do not travel are this site's own, as its last training left them. Per-case scores stay in the
         site's storage; means over cases are reported.
@@ -219,15 +228,23 @@ class Site:
         label, geometry = load_original_label(case, self.plan)
         scores = score_case(
             probability.argmax(0),
-            label,
+            keep_classes(label, self._annotated),
             len(self.plan.class_names),
             geometry.spacing_mm,
             self.plan.evaluation.surface_tolerance_mm,
         )
-        for name, score in zip(self.plan.class_names, scores, strict=True):
+        scores = [score if k in self._annotated else None for k, score in enumerate(scores, start=1)]
+        for k in self._annotated:
+            name, score = self.plan.class_names[k - 1], scores[k - 1]
             line = {"round": self.round, "case": case.id, "class": name}
             append_json_line(self.state.folder / "scores.jsonl", line | (vars(score) if score else {}))
         return scores
+
+    def _book_gates(self, labels: Mapping[str, PseudoLabel]) -> None:
+        """Note for each class how many scans were accepted and refused; stays at the site."""
+        for k, name in enumerate(self.plan.class_names if labels else ()):
+            counts = _count_gates(label.refusals[k : k + 1] for label in labels.values())
+            append_json_line(self.state.folder / "gates.jsonl", {"round": self.round, "class": name, **counts})
 
     def _mean_scores(self, scores: Sequence[Sequence[ClassScore | None]]) -> dict[str, float | int]:
         scalars: dict[str, float | int] = {}
@@ -269,6 +286,8 @@ class Site:
             logger.warning("A case is quarantined: %s", error)
             self._quarantined[case.id] = Quarantined(case.id, str(error))
             return None
+        if scan.label is not None:
+            scan = replace(scan, label=keep_classes(scan.label, self._annotated))
         self._cache[case.id] = scan
         limit = self.config.storage.memory_gb * 1e9
         while len(self._cache) > 1 and sum(s.image.nbytes for s in self._cache.values()) > limit:
@@ -321,14 +340,12 @@ def _accepted(label: PseudoLabel | None) -> bool:
     return label is not None and bool(label.valid.any())
 
 
-def _count_gates(labels: Mapping[str, PseudoLabel]) -> dict[str, float | int]:
-    """Count accepted and refused (scan, class) pairs, the latter by reason, with the mean confidence of the former."""
-    refusals = [refusal for label in labels.values() for refusal in label.refusals]
-    confidences = [confidence for label in labels.values() for confidence in label.confidences()]
+def _count_gates(scans: Iterable[Sequence[Refusal | None]]) -> dict[str, float | int]:
+    """Count accepted and refused (scan, class) pairs, the latter by reason."""
+    refusals = [refusal for scan in scans for refusal in scan]
     counts: dict[str, float | int] = {
         "accepted": sum(refusal is None for refusal in refusals),
         "gated": sum(refusal is not None for refusal in refusals),
-        "confidence": fmean(confidences) if confidences else 0.0,
     }
     for refusal in refusals:
         if refusal is not None:

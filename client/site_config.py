@@ -27,6 +27,8 @@ class SiteData(StrictModel):
         labeled: ids whose labels are trained on, or `all` that have a label and are not for validation.
         validation: ids whose labels are for scoring only.
         excluded: ids never to touch.
+        labeled_classes: names of the classes that the label files mark, or `all` of the plan's. A voxel without a label
+            may be background or any class that is not named.
     """
 
     images: Path
@@ -34,6 +36,14 @@ class SiteData(StrictModel):
     labeled: Literal["all"] | tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+    labeled_classes: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
+
+    @field_validator("labeled_classes")
+    @classmethod
+    def _named_once(cls, value: Literal["all"] | tuple[str, ...]) -> Literal["all"] | tuple[str, ...]:
+        if value != "all" and len(set(value)) < len(value):
+            raise ValueError("each class is named once")
+        return value
 
 
 class SiteGeneralist(StrictModel):
@@ -170,12 +180,32 @@ def usable_generalists(config: SiteConfig, plan: Plan) -> tuple[str, ...]:
     return tuple(name for name in plan.pseudo_labels.generalists if name in config.generalists)
 
 
+def annotated_classes(config: SiteConfig, plan: Plan) -> tuple[int, ...]:
+    """Return the plan's classes, counted from 1, that the site's label files mark.
+
+    Raises:
+        ConfigError: the site names a class that the plan lacks.
+    """
+    names = plan.class_names
+    if config.data.labeled_classes == "all":
+        return tuple(range(1, len(names) + 1))
+    unknown = [name for name in config.data.labeled_classes if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"site {config.site}: data.labeled_classes names {', '.join(unknown)}; the plan's classes are "
+            f"{', '.join(names)}. Accepted: all, or a list of some of these."
+        )
+    return tuple(k for k, name in enumerate(names, start=1) if name in config.data.labeled_classes)
+
+
 def inventory(config: SiteConfig, plan: Plan) -> Inventory:
     """Find the site's cases and check that the plan leaves it anything to learn from.
 
     Raises:
-        ConfigError: folders or lists are wrong, or the site has no label and none of the plan's generalists.
+        ConfigError: folders, lists or class names are wrong, or the site has no label and none of the plan's
+            generalists.
     """
+    annotated_classes(config, plan)
     labeled = None if config.data.labeled == "all" else config.data.labeled
     found = find_cases(
         config.data.images,

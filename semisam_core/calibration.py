@@ -37,7 +37,11 @@ class LabeledExample:
 
 
 def learn(
-    examples: Iterable[LabeledExample], generalists: Sequence[Generalist], store: EmbeddingStore, plan: Plan
+    examples: Iterable[LabeledExample],
+    generalists: Sequence[Generalist],
+    store: EmbeddingStore,
+    plan: Plan,
+    annotated: Sequence[int] | None = None,
 ) -> Experience:
     """Return the volumes of the labeled targets and how far each generalist can be trusted.
 
@@ -51,10 +55,12 @@ def learn(
         generalists: the models available at this site.
         store: where embeddings are kept.
         plan: policy; must have `pseudo_labels`.
+        annotated: the classes (from 1) that the labels mark; None for all. Nothing is learned of the others.
     """
-    classes = range(1, len(plan.task.classes) + 1)
+    everything = range(1, len(plan.task.classes) + 1)
+    classes = everything if annotated is None else annotated
     voxel_ml = math.prod(plan.data.spacing_mm) / 1000
-    volumes: dict[int, list[float]] = {k: [] for k in classes}
+    volumes: dict[int, list[float]] = {k: [] for k in everything}
     errors: dict[str, list[float]] = defaultdict(list)
     for example in examples:
         for k in classes:
@@ -62,19 +68,23 @@ def learn(
             if bool(truth.any()):
                 volumes[k].append(float(truth.sum()) * voxel_ml)
         if len(generalists) > 1:
-            for name, error in _errors(example, generalists, store, plan):
+            for name, error in _errors(example, classes, generalists, store, plan):
                 errors[name].append(error)
     trust = {name: 1 / (PRIOR_ERROR + sum(each) / len(each)) for name, each in errors.items()}
     for generalist in generalists if trust else ():
         trust.setdefault(generalist.card.name, min(trust.values()))
-    return Experience(trust, tuple(tuple(volumes[k]) for k in classes))
+    return Experience(trust, tuple(tuple(volumes[k]) for k in everything))
 
 
 def _errors(
-    example: LabeledExample, generalists: Sequence[Generalist], store: EmbeddingStore, plan: Plan
+    example: LabeledExample,
+    classes: Sequence[int],
+    generalists: Sequence[Generalist],
+    store: EmbeddingStore,
+    plan: Plan,
 ) -> Iterable[tuple[str, float]]:
     consultation = Consultation(example.image[0], plan.data.spacing_mm, generalists, store, policy_of(plan))
-    for k in range(1, example.teacher.shape[0]):
+    for k in classes:
         region = region_of_class(example.teacher, k, plan)
         if isinstance(region, Refusal):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from monai.losses import DiceLoss
@@ -10,18 +11,62 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def supervised_loss(logits: Tensor, label: Tensor) -> Tensor:
+def supervised_loss(logits: Tensor, label: Tensor, annotated: Sequence[int] | None = None) -> Tensor:
     """Return 0.5 * (cross-entropy + Dice) on labeled patches.
+
+    Where only some classes are annotated, a voxel without a label is background or a class that nobody drew. It is
+    the marginal loss of Shi et al. (Medical Image Analysis 2021) then: the probabilities of background and of all
+    classes that are not annotated are added up to one, "the rest", so that which of them it is stays open; Dice is
+    over annotated classes.
 
     Args:
         logits: (B, 1 + K, H, W, D), background first.
-        label: (B, H, W, D) class indices 0..K.
+        label: (B, H, W, D) class indices 0..K; one that is not annotated counts as the rest.
+        annotated: the classes (from 1) that labels mark, at least one; None for all.
+
+    Raises:
+        ValueError: a class is not one of 1..K, or none is annotated.
     """
     target = label.long()
+    if (rest := _rest(logits.shape[1], annotated)) is not None:
+        known = [k for k in range(logits.shape[1]) if k not in rest]
+        place = torch.zeros(logits.shape[1], dtype=torch.long, device=logits.device)
+        place[known] = torch.arange(1, 1 + len(known), device=logits.device)
+        logits = torch.cat([logits[:, rest].logsumexp(1, keepdim=True), logits[:, known]], 1)
+        target = place[target]
     cross_entropy = functional.cross_entropy(logits, target)
     dice = DiceLoss(softmax=True, to_onehot_y=True, include_background=False)(logits, target[:, None])
     loss: Tensor = 0.5 * (cross_entropy + dice)
     return loss
+
+
+def merge_rest(probability: Tensor, annotated: Sequence[int] | None) -> Tensor:
+    """Add the probabilities of classes that are not annotated to the background's, and leave 0 in their place.
+
+    Args:
+        probability: (B, 1 + K, H, W, D), background first.
+        annotated: the classes (from 1) that labels mark, at least one; None for all.
+
+    Returns:
+        Probabilities of the same shape.
+
+    Raises:
+        ValueError: a class is not one of 1..K, or none is annotated.
+    """
+    if (rest := _rest(probability.shape[1], annotated)) is None:
+        return probability
+    channels = [torch.zeros_like(p) if k in rest else p for k, p in enumerate(probability.unbind(1))]
+    return torch.stack([probability[:, rest].sum(1), *channels[1:]], 1)
+
+
+def _rest(channels: int, annotated: Sequence[int] | None) -> list[int] | None:
+    """Return the channels that are background or not annotated, or None where all classes are annotated."""
+    if annotated is None:
+        return None
+    if not annotated or not set(annotated) <= set(range(1, channels)):
+        raise ValueError(f"annotated classes are some of 1..{channels - 1}, found {list(annotated)}")
+    rest = [k for k in range(channels) if k not in annotated]
+    return rest if len(rest) > 1 else None
 
 
 def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -23,11 +23,16 @@ Triple = tuple[float, float, float]
 
 
 class Task(StrictModel):
-    """What is segmented on what kind of scan."""
+    """What is segmented on what kind of scan.
+
+    A label value that marks no class quarantines the case, since it may be the wrong file; with `ignore_other_values`
+    whole numbers from 1 on are background instead, for label files that hold more structures than the study's.
+    """
 
     name: Name
     classes: tuple[TargetClass, ...] = Field(min_length=1, max_length=64)
     channels: tuple[Name, ...] = Field(min_length=1, max_length=8)
+    ignore_other_values: bool = False
 
     @model_validator(mode="after")
     def _distinct(self) -> Task:

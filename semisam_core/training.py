@@ -43,6 +43,7 @@ def train_round(
     device: torch.device,
     on_step: Callable[[int, int], None] | None = None,
     regularizer: Regularizer | None = None,
+    annotated: tuple[int, ...] | None = None,
 ) -> TrainingResult:
     """Train the specialist in place for one round, and move the teacher after it.
 
@@ -59,6 +60,7 @@ def train_round(
         device: where to compute.
         on_step: told (step, steps of the round) after each step.
         regularizer: the plan's, with its own networks as the site kept them, trained in place; None builds it anew.
+        annotated: the classes (from 1) that the site's labels mark; None for all.
 
     Returns:
         Steps taken (0 where the site has nothing to learn from under this plan) and mean losses.
@@ -67,7 +69,7 @@ def train_round(
         FloatingPointError: a loss is not finite; the weights must then not be used.
     """
     regularizer = regularizer or build_regularizer(plan, device)
-    trainer = _Trainer(plan, specialist, teacher, regularizer, labeled, unlabeled, seed, device)
+    trainer = _Trainer(plan, specialist, teacher, regularizer, labeled, unlabeled, seed, device, annotated)
     steps = plan.training.steps_per_round if trainer.has_work else 0
     first = (round_number - 1) * plan.training.steps_per_round
     for step in range(steps):
@@ -106,8 +108,9 @@ class _Trainer:
         unlabeled: Sequence[Callable[[], TrainingScan]],
         seed: int,
         device: torch.device,
+        annotated: tuple[int, ...] | None,
     ) -> None:
-        self._plan, self._device, self._regularizer = plan, device, regularizer
+        self._plan, self._device, self._regularizer, self._annotated = plan, device, regularizer, annotated
         self._own_networks = None if regularizer is None else regularizer.own
         self._specialist, self._teacher = specialist.to(device).train(), teacher.to(device).train()
         training = plan.training
@@ -127,7 +130,8 @@ class _Trainer:
         labeled = self._labeled_patches()
         terms = []
         if labeled is not None:
-            terms.append(self._note("supervised", supervised_loss(labeled.logits, labeled.label), 1.0))
+            loss = supervised_loss(labeled.logits, labeled.label, self._annotated)
+            terms.append(self._note("supervised", loss, 1.0))
         own: Tensor | None = None
         if self._unlabeled is not None:
             step = self._step_of(labeled, self._unlabeled.next(), t)
@@ -152,7 +156,7 @@ class _Trainer:
         if batch.label is None:
             raise ValueError("a labeled stream must carry labels")
         image = batch.image.to(self._device)
-        return LabeledPatches(image, batch.label.to(self._device), self._specialist(image))
+        return LabeledPatches(image, batch.label.to(self._device), self._specialist(image), self._annotated)
 
     def _step_of(self, labeled: LabeledPatches | None, batch: Batch, t: int) -> Step:
         plan, total, policy = self._plan, self._plan.training.total_steps, self._plan.pseudo_labels

@@ -27,7 +27,7 @@ class Update:
     scalars: Mapping[str, float]
 
 
-def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float) -> list[float]:
+def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float, classes: int = 1) -> list[float]:
     """Return what each update weighs, summing to one.
 
     An update of a site that took no step carries nothing new and weighs 0.
@@ -35,21 +35,25 @@ def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: f
     Args:
         updates: admitted updates.
         policy: `samples`: labeled and unlabeled scans; `equal`; `evidence`: labeled scans plus unlabeled_share *
-            exp(-5 (1 - progress)^2) * accepted pseudo-labels; `confidence`: likewise, with the sum of their mean
-            confidences in place of their number.
+            exp(-5 (1 - progress)^2) * accepted pseudo-labels / classes, of which a scan has one a class; `confidence`:
+            likewise, with the sum of their mean confidences in place of their number.
         progress: share of the study's rounds that are done, in [0, 1].
+        classes: the plan's number of foreground classes.
 
     Raises:
         ValueError: no update weighs anything.
     """
-    raw = [_evidence(update.scalars, policy, progress) if update.scalars["steps"] > 0 else 0.0 for update in updates]
+    raw = [
+        _evidence(update.scalars, policy, progress, classes) if update.scalars["steps"] > 0 else 0.0
+        for update in updates
+    ]
     total = sum(raw)
     if total <= 0:
         raise ValueError("no site brought anything to learn from in this round")
     return [value / total for value in raw]
 
 
-def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float) -> float:
+def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float, classes: int) -> float:
     if policy.weights == "equal":
         return 1.0
     if policy.weights == "samples":
@@ -58,7 +62,7 @@ def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float
     pseudo_labels = scalars["accepted"]
     if policy.weights == "confidence":
         pseudo_labels *= scalars["confidence"]
-    return float(scalars["labeled"] + policy.unlabeled_share * ramp * pseudo_labels)
+    return float(scalars["labeled"] + policy.unlabeled_share * ramp * pseudo_labels / classes)
 
 
 def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -117,7 +117,8 @@ class Study:
         if not updates:
             raise StudyFailedError(f"Round {number}: no site contributed. {self._refusals(number)}")
         try:
-            shares = evidence_weights(updates, self.plan.aggregation, number / self.plan.training.rounds)
+            progress, classes = number / self.plan.training.rounds, len(self.plan.class_names)
+            shares = evidence_weights(updates, self.plan.aggregation, progress, classes)
         except ValueError as error:
             raise StudyFailedError(f"Round {number}: {error}.") from None
         combined = weighted_mean(updates, shares)

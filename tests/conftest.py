@@ -94,6 +94,29 @@ def write_blobs(folder: Path, count: int, first_seed: int = 0, shape: tuple[int,
     return names
 
 
+def balls(seed: int = 0, shape: tuple[int, int, int] = (24, 24, 16)) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return a noisy scan with a large ball (1), a ball that touches it (2) and a small one apart (3), and its label.
+
+    They differ in brightness: 100, 200, 300 on 0.
+    """
+    random = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.arange(side) for side in shape), indexing="ij"), -1)
+    shift = random.uniform(-1, 1, 3)
+    label = np.zeros(shape, np.uint8)
+    for k, (centre, radius) in enumerate((((9, 8, 8), 5.0), ((9, 17, 8), 4.2), ((19, 6, 7), 2.2)), start=1):
+        label[np.linalg.norm(grid - centre - shift, axis=-1) < radius] = k
+    image = 100.0 * label + random.normal(0, 10, shape)
+    return image.astype(np.float32), label
+
+
+def write_balls(folder: Path, count: int, first_seed: int = 0, marked: tuple[int, ...] = (1, 2, 3)) -> None:
+    """Write cases `case-0`, `case-1`, ... of three balls whose labels mark some of them."""
+    for k in range(count):
+        image, label = balls(first_seed + k)
+        write_nifti(folder / "images" / f"case-{k}.nii.gz", image)
+        write_nifti(folder / "labels" / f"case-{k}.nii.gz", np.where(np.isin(label, marked), label, 0).astype(np.uint8))
+
+
 def write_site(folder: Path, name: str, **changes: Any) -> Path:
     """Write `<folder>/sites/<name>.yaml` for data in `<folder>/data/<name>`; return its path."""
     content: dict[str, Any] = {

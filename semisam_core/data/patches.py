@@ -60,6 +60,9 @@ class Batch:
 class PatchStream:
     """Endless batches: every scan once in random order, then again; crop, flip, deform, change intensities.
 
+    A patch around foreground is around a class drawn at random from those that the scan has, so that a small structure
+    is seen as often as a large one.
+
     The n-th batch depends on the seed and n alone.
 
     Args:
@@ -103,7 +106,7 @@ class PatchStream:
             "target": target,
             "uncertainty": scan.uncertainty if scan.uncertainty is not None else blank,
         }
-        foreground = sample["label"] > 0 if scan.label is not None else (target > 0.5).any(0, keepdim=True)
+        foreground = self._foreground(scan, classes)
         sample["where"] = foreground
         transforms = self._around_foreground if bool(foreground.any()) else self._anywhere
         transforms.set_random_state(seed=int(self._random.randint(2**31 - 1)))
@@ -117,6 +120,19 @@ class PatchStream:
             uncertainty=plain["uncertainty"].float().clamp_min(0),
             valid=scan.valid if scan.valid is not None else torch.zeros(classes, dtype=torch.bool),
         )
+
+    def _foreground(self, scan: TrainingScan, classes: int) -> Tensor:
+        """Return where one class of the scan is, (1, H, W, D) bool; nowhere if it has none."""
+        shape = scan.image.shape[1:]
+        if scan.label is not None:
+            masks = [scan.label == k for k in range(1, 1 + classes)]
+        else:
+            masks = [] if scan.target is None else list(scan.target > 0.5)
+        masks = [mask for mask in masks if bool(mask.any())]
+        if not masks:
+            return torch.zeros((1, *shape), dtype=torch.bool)
+        chosen = int(self._random.randint(len(masks))) if len(masks) > 1 else 0
+        return masks[chosen][None]
 
 
 def _transforms(plan: Plan, crop: object) -> Compose:

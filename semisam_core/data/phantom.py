@@ -70,6 +70,7 @@ ORGANS = (
     _Organ("spine", (0.0, -46.0, 0.0), (18.0, 17.0, 200.0), 0.86),
 )
 ORGAN_NAMES = tuple(organ.name for organ in ORGANS)
+LABELED_ORGANS = ("liver", *(name for name in ORGAN_NAMES if name != "liver"))  # values 1, 2, ... of the demo's labels
 _BODY = _Organ("body", (0.0, 0.0, 0.0), (92.0, 70.0, 400.0), 0.48)
 
 DEMO_SCANNERS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +99,11 @@ def load_original_label(case: Case, plan: Plan) -> tuple[Tensor, Geometry]:
     return _class_indices(array, plan, case.id), Geometry(_shape(array), affine)
 
 
+def keep_classes(label: Tensor, classes: Collection[int]) -> Tensor:
+    """Return class indices with 0 wherever the class is not one of these (counted from 1)."""
+    return torch.where(torch.isin(label, torch.tensor(sorted(classes), dtype=label.dtype)), label, 0)
+
+
 def to_original(probability: Tensor, scan: Scan) -> Tensor:
     """Resample class probabilities (K, H, W, D) from the plan's grid to the scan's own: (K, X, Y, Z)."""
     if scan.grid.shape == scan.original.shape and torch.allclose(scan.grid.affine, scan.original.affine):
@@ -160,6 +166,8 @@ def _class_indices(array: NDArray[np.float32], plan: Plan, case_id: str) -> Tens
     accepted = {0: 0} | {value: k for k, target in classes for value in target.label_values}
     values = np.unique(array)
     foreign = [float(value) for value in values if float(value) not in accepted]
+    if plan.task.ignore_other_values:
+        foreign = [value for value in foreign if not (value >= 1 and value.is_integer())]
     if foreign:
         shown = ", ".join(f"{value:g}" for value in foreign[:5]) + (", ..." if len(foreign) > 5 else "")
         raise CaseError(f"{case_id}: the label has the values {shown}; the plan's classes accept {sorted(accepted)}.")
@@ -197,7 +205,7 @@ def _shape(array: NDArray[np.float32] | Tensor) -> tuple[int, int, int]:
 def _prepared_key(case: Case, plan: Plan) -> str:
     digest = hashlib.sha256()
     grid = plan.data.model_dump_json(include={"spacing_mm", "intensity"})
-    classes = [c.label_values for c in plan.task.classes]
+    classes = ([c.label_values for c in plan.task.classes], plan.task.ignore_other_values)
     digest.update(f"{PREPARED_VERSION}|{grid}|{classes}|{len(plan.task.channels)}".encode())
     for path in (*case.images, *((case.label,) if case.label is not None else ())):
         try:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from semisam_core.losses import merge_rest
 from semisam_core.regularizers.base import Losses, Step
 from semisam_core.regularizers.own_networks import OwnNetworks, initial_seed
 
@@ -51,7 +52,9 @@ class DeepAdversarial:
         discriminator:  bce(E(x, p_x), 1) + bce(E(u, p_u), 0)
 
     The student maximises E's mistake in the form that keeps its gradient when E is sure (Goodfellow et al., 2014).
-    At a site without labeled scans E would know one kind only: it is not trained there, and the term does not apply.
+    Where the site's labels mark some of the classes only, E sees the others as background: of those, answers to labeled
+    scans are no better than any. At a site without labeled scans E would know one kind only: it is not trained there,
+    and the term does not apply.
 
     Args:
         plan: channels, classes and seed.
@@ -73,11 +76,13 @@ class DeepAdversarial:
         """Return the losses of student and discriminator; see `Regularizer.losses`."""
         if step.labeled is None:
             return Losses(None)
-        image, probability = step.unlabeled.image, step.logits.softmax(1)
+        annotated = step.labeled.annotated
+        image, probability = step.unlabeled.image, merge_rest(step.logits.softmax(1), annotated)
+        known = merge_rest(step.labeled.logits.detach().softmax(1), annotated)
         # Parameters without gradient: the student's loss must not reach the discriminator.
         fixed = {name: value.detach() for name, value in self._discriminator.named_parameters()}
         deceived = functional_call(self._discriminator, fixed, (image, probability))
-        labeled = self._discriminator(step.labeled.image, step.labeled.logits.detach().softmax(1))
+        labeled = self._discriminator(step.labeled.image, known)
         unlabeled = self._discriminator(image, probability.detach())
         return Losses(_against(deceived, 1.0), _against(labeled, 1.0) + _against(unlabeled, 0.0))
 

@@ -23,11 +23,13 @@ class LabeledPatches:
         image: (B, C, H, W, D).
         label: class indices (B, H, W, D).
         logits: of the student, (B, 1 + K, H, W, D), with their gradient.
+        annotated: the classes (from 1) that labels of this site mark; None for all.
     """
 
     image: Tensor
     label: Tensor
     logits: Tensor
+    annotated: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class CrossPseudoSupervision:
             answer = self._second(step.labeled.image)
             student_loss = student_loss + _cross(step.labeled.logits, answer)
             cross = cross + _cross(answer, step.labeled.logits)
-            own = own + supervised_loss(answer, step.labeled.label)
+            own = own + supervised_loss(answer, step.labeled.label, step.labeled.annotated)
         if bool(batch.valid.any()):
             foreground = second.softmax(1)[:, 1:]
             taught = confidence_aware_loss(foreground, batch.target, batch.uncertainty, batch.valid)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from client.site_config import load_site_config, load_site_folder, usable_generalists
+from client.site_config import annotated_classes, inventory, load_site_config, load_site_folder, usable_generalists
 from semisam_core.errors import ConfigError
 from tests.conftest import tiny_plan
 
@@ -44,6 +44,8 @@ def test_paths_count_from_the_files_own_folder(make_site: MakeSite, tmp_path: Pa
         ({"generalists": {"sam-9": {}}}, "no generalist is named 'sam-9'; accepted are"),
         ({"generalists": {"fake": {"sha256": "abc"}}}, "generalists.fake.sha256 = 'abc'"),
         ({"generalists": {"fake": {"weights": "w.pth"}}}, "a weights file needs its sha256"),
+        ({"data": {"labeled_classes": []}}, "data.labeled_classes"),
+        ({"data": {"labeled_classes": ["blob", "blob"]}}, "each class is named once"),
         ({"egress": {"validation_scores": ["volume"]}}, r"unknown scores \['volume'\]; accepted: dice"),
         ({"storage": {"memory_gb": 0}}, "storage.memory_gb = 0"),
         ({"version": 3}, "version = 3"),
@@ -99,3 +101,18 @@ def test_a_site_uses_the_plans_generalists_that_it_has(make_site: MakeSite) -> N
     assert usable_generalists(config, plan) == ("lite-medsam", "fake")
     assert usable_generalists(load_site_config(make_site()), plan) == ("fake",)
     assert usable_generalists(config, tiny_plan("pseudo_labels=null")) == ()
+
+
+def test_a_site_says_which_of_the_plans_classes_its_labels_mark(make_site: MakeSite) -> None:
+    plan = tiny_plan("task.classes=[{name: a, value: 4}, {name: b, value: 9}, {name: c, value: 1}]")
+    assert annotated_classes(load_site_config(make_site()), plan) == (1, 2, 3)
+    for names, classes in ((["c", "a"], (1, 3)), (["b"], (2,)), ("all", (1, 2, 3))):
+        config = load_site_config(make_site(data={"labeled_classes": names}))
+        assert annotated_classes(config, plan) == classes
+
+
+def test_a_class_that_the_plan_lacks_is_named_before_any_work(make_site: MakeSite) -> None:
+    config = load_site_config(make_site(data={"labeled_classes": ["blob", "liver"]}))
+    says = r"site alpha: data\.labeled_classes names liver; the plan's classes are blob\. Accepted: all, or a list"
+    with pytest.raises(ConfigError, match=says):
+        inventory(config, tiny_plan())

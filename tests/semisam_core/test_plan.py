@@ -14,7 +14,7 @@ from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan, load_plan, plan_from_json
 from tests.conftest import TINY_PLAN, tiny_plan
 
-SHIPPED = sorted((Path(__file__).resolve().parents[2] / "site_configs").glob("*/plan.yaml"))
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "site_configs").glob("*/plan*.yaml"))
 
 
 def _load(folder: Path, content: object, *assignments: str) -> Plan:
@@ -23,7 +23,7 @@ def _load(folder: Path, content: object, *assignments: str) -> Plan:
     return load_plan(path, list(assignments))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shipped_plans_load_and_explain_every_section(path: Path) -> None:
     plan = load_plan(path)
     text = path.read_text()

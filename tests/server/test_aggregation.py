@@ -162,3 +162,10 @@ def test_full_confidence_is_evidence_and_less_lies_below(sites: list[tuple[int, 
     crowd = [(1, 0, 0.0), (0, sites[0][1], sites[0][2])]
     sure, counted = (evidence_weights(_sites(crowd), policy, progress)[1] for policy in (CONFIDENCE, evidence))
     assert sure <= counted + 1e-12
+
+
+def test_a_pseudo_labeled_scan_is_no_more_evidence_for_having_several_classes() -> None:
+    policy = Aggregation(weights="evidence", unlabeled_share=0.2)
+    one = [_update("a", 0, labeled=2), _update("b", 0, labeled=0, unlabeled=9, accepted=9)]
+    three = [_update("a", 0, labeled=2), _update("b", 0, labeled=0, unlabeled=9, accepted=27)]
+    assert evidence_weights(three, policy, 1.0, classes=3) == pytest.approx(evidence_weights(one, policy, 1.0))

@@ -105,3 +105,29 @@ def test_without_augmentation_a_patch_is_cut_from_the_scan() -> None:
 def test_a_stream_of_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one scan"):
         _stream()
+
+
+def test_a_small_class_is_drawn_as_often_as_a_large_one() -> None:
+    label = torch.zeros(60, 40, 24, dtype=torch.uint8)
+    label[:20] = 1
+    label[50:52, 20:22, 12:14] = 3
+    scan = TrainingScan(torch.zeros(1, 60, 40, 24), label)
+    classes = "task.classes=[{name: a, value: 1}, {name: b, value: 2}, {name: c, value: 3}]"
+    stream = _stream(scan, changes=(STILL, classes, "data.foreground_share=1.0"))
+    hits = 0
+    for _ in range(40):
+        found = stream.next().label
+        assert found is not None
+        hits += bool((found == 3).any())
+    assert 10 <= hits <= 30
+
+
+def test_pseudo_labels_of_a_small_class_are_drawn_as_often_too() -> None:
+    target = torch.zeros(2, 60, 40, 24)
+    target[0, :20] = 0.9
+    target[1, 50:52, 20:22, 12:14] = 0.9
+    scan = TrainingScan(torch.zeros(1, 60, 40, 24), None, target, torch.zeros_like(target), torch.tensor([True, True]))
+    classes = "task.classes=[{name: a, value: 1}, {name: b, value: 2}]"
+    stream = _stream(scan, changes=(STILL, classes, "data.foreground_share=1.0"))
+    hits = sum(bool((stream.next().target[0, 1] > 0.5).any()) for _ in range(40))
+    assert 10 <= hits <= 30

@@ -14,12 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation
 
 from semisam_core.data.cases import Case, Role
-from semisam_core.data.phantom import DEMO_SCANNERS, ORGAN_NAMES, Scanner, make_phantom, write_phantom_site
+from semisam_core.data.phantom import (
+    DEMO_SCANNERS,
+    LABELED_ORGANS,
+    ORGAN_NAMES,
+    Scanner,
+    make_phantom,
+    write_phantom_site,
+)
 from semisam_core.data.scans import load_scan
+from semisam_core.plan import load_plan
 from tests.conftest import tiny_plan
 
+SHIPPED = Path(__file__).resolve().parents[3] / "site_configs" / "phantom"
 COARSE = Scanner((12.0, 10.0, 8.0), "PIL", gain=500.0, offset=20.0, gamma=1.2, bias=0.3, noise=0.05)
 LIVER = 1 + ORGAN_NAMES.index("liver")
 AXES = st.permutations(["RL", "AP", "SI"]).flatmap(lambda pairs: st.tuples(*(st.sampled_from(pair) for pair in pairs)))
@@ -183,3 +193,28 @@ def test_files_load_as_any_scan_does(tmp_path: Path, name: str) -> None:
     assert scan.label.unique().tolist() == [0, 1, 2]
     liver, spleen = (float((scan.label == k).nonzero()[:, 0].float().mean()) for k in (1, 2))
     assert liver > scan.label.shape[0] / 2 > spleen  # the first axis runs to the right, whatever the file's does
+
+
+def test_the_plan_of_organs_has_a_small_one_and_one_that_touches_the_liver() -> None:
+    plan = load_plan(SHIPPED / "plan-organs.yaml")
+    values = {target.name: target.value for target in plan.task.classes}
+    assert set(values) == {"liver", "gallbladder", "right-kidney"}
+    assert all(LABELED_ORGANS[value - 1] == name for name, value in values.items())
+    volumes, contacts = [], []
+    for name, scanner in DEMO_SCANNERS.items():
+        for number in range(3):
+            _, organs = make_phantom(scanner, _patient(sorted(DEMO_SCANNERS).index(name), number))
+            masks = {organ: organs == 1 + ORGAN_NAMES.index(organ) for organ in values}
+            volumes.append(masks["gallbladder"].sum() / masks["liver"].sum())
+            contacts.append(bool((binary_dilation(masks["liver"]) & masks["right-kidney"]).any()))
+    assert max(volumes) < 0.1
+    assert sum(contacts) >= len(contacts) - 2
+
+
+@pytest.mark.parametrize("plan", sorted(SHIPPED.glob("plan*.yaml")), ids=lambda path: path.stem)
+def test_labels_of_all_organs_suit_every_shipped_plan(tmp_path: Path, plan: Path) -> None:
+    write_phantom_site(tmp_path, DEMO_SCANNERS["north"], 1, 0, "north", LABELED_ORGANS)
+    files = [tmp_path / kind / "north-00.nii.gz" for kind in ("images", "labels")]
+    scan = load_scan(Case("north-00", (files[0],), files[1], Role.LABELED), load_plan(plan))
+    assert scan.label is not None
+    assert scan.label.unique().tolist() == list(range(1 + len(load_plan(plan).task.classes)))

@@ -208,3 +208,24 @@ def test_real_scans_come_back_where_they_were(left_atrium: Path) -> None:
     back = to_original(scan.label[None].float(), scan)[0] > 0.5
     assert tuple(back.shape) == geometry.shape
     assert 2 * int((back & (label > 0)).sum()) / (int(back.sum()) + int((label > 0).sum())) > 0.95
+
+
+def test_other_label_values_are_background_only_where_the_plan_says_so(tmp_path: Path) -> None:
+    label = blob()[1]
+    more = label.copy()
+    more[0, 0, :3] = (2, 7, 255)
+    case, ignoring = _case(tmp_path, label=more), tiny_plan("task.ignore_other_values=true")
+    scan = load_scan(case, ignoring, tmp_path / "prepared")
+    assert scan.label is not None
+    assert np.array_equal(scan.label.numpy(), label)
+    assert np.array_equal(load_original_label(case, ignoring)[0].numpy(), label)
+    with pytest.raises(CaseError, match=r"the label has the values 2, 7, 255; the plan's classes accept \[0, 1\]"):
+        load_scan(case, tiny_plan(), tmp_path / "prepared")
+
+
+@pytest.mark.parametrize("value", [0.4, -1.0, float("nan")])
+def test_what_is_no_label_value_at_all_is_never_ignored(tmp_path: Path, value: float) -> None:
+    label = blob()[1].astype(np.float32)
+    label[0, 0, 0] = value
+    with pytest.raises(CaseError, match="the label has the values"):
+        load_scan(_case(tmp_path, label=label), tiny_plan("task.ignore_other_values=true"))
