@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from cli.comparison.definition import label_counts
+from cli.comparison.definition import ALL, label_counts
 from client.site_config import SiteConfig, SiteData, Storage, inventory
 from semisam_core.data.cases import SUFFIXES, Case, Inventory, Role
 from semisam_core.errors import ConfigError
@@ -79,6 +79,8 @@ def narrowed(sites: Sites, setting: str, plan: Plan) -> list[tuple[SiteConfig, I
     counts = label_counts(setting, listed)
     if not any(counts.values()):
         raise ConfigError(f"labeled: {setting}: no site has a labeled case then, and nothing could begin to learn.")
+    if setting == ALL:
+        return list(sites)
     result = []
     for config, _ in sites:
         kept = listed[config.site][: counts[config.site]]
