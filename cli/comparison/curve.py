@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cli.comparison.arms import Standing
 from cli.comparison.definition import Definition
@@ -41,6 +42,7 @@ def draw_curve(results: Sequence[ArmResult], plan: Plan, definition: Definition,
                 label = result.arm + SUFFIX[result.standing]
                 panel.axhline(found.mean, linestyle=STYLES[result.standing], color="grey", linewidth=1, label=label)
         panel.set(title=f"{plan.task.name}: {target}", xlabel="labeled scans, all sites together", ylabel="Dice")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.supxlabel(f"mean and 95% interval over cases and seeds; plan {plan.hash[:12]}", fontsize=8)
@@ -50,7 +52,8 @@ def draw_curve(results: Sequence[ArmResult], plan: Plan, definition: Definition,
 
 
 def _draw_arm(panel: Axes, results: Sequence[ArmResult], target: str) -> None:
-    points = sorted((result.label_total, found) for result in results if (found := _dice(result, target)))
+    points = [(result.label_total, found) for result in results if (found := _dice(result, target))]
+    points.sort(key=lambda point: point[0])
     if not points:
         return
     standing = results[0].standing

@@ -154,7 +154,7 @@ def _signed(value: Estimate | None, digits: int) -> str:
 
 def _labels_used(result: ArmResult) -> str:
     if result.standing is Standing.ORACLE:
-        return f"no training; {result.selected_by or 'not finished'}."
+        return f"{result.selected_by or 'not finished'}."
     parts = [f"{site}: {', '.join(cases) or 'none'}" for site, cases in sorted(result.training_labels.items())]
     selected = result.selected_by or "not finished"
     return f"labels {result.labeled}; trained on {'; '.join(parts)}. Selected by: {selected}."

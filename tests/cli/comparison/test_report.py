@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cli.comparison.arms import Arm, OracleArm, Standing, What, Who
 from cli.comparison.cohorts import Cohort
+from cli.comparison.curve import draw_curve
 from cli.comparison.definition import define
 from cli.comparison.jobs import Job, seconds_left
 from cli.comparison.report import Report
@@ -108,6 +109,13 @@ def test_time_left_comes_from_the_same_arm_and_else_from_any_that_trains(tmp_pat
     jobs[2].add_seconds(20.0)
     jobs[3].add_seconds(5.0)
     assert seconds_left([oracle, *jobs]) == 100 + 15
+
+
+def test_two_label_counts_that_come_to_as_many_labels_can_be_drawn(results: list[ArmResult], tmp_path: Path) -> None:
+    plan = tiny_plan()
+    definition = define({"arms": [BASELINE.name, BETTER.name], "labeled": ["1", "all"]}, plan, "comparison")
+    draw_curve([*results, *results], plan, definition, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def _report(results: list[ArmResult]) -> Report:
