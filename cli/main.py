@@ -59,6 +59,52 @@ def simulate(
 
 
 @app.command()
+def compare(
+    plan: PlanOption,
+    sites: SitesOption,
+    out: Annotated[Path, typer.Option(help="Folder of the comparison.")],
+    definition: Annotated[
+        Path | None, typer.Option(help="YAML with arms, baseline, seeds, labeled, oracles. Options replace its keys.")
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(help="<alone|federated|pooled>-<supervised|regularizer|semisam>, by commas. All by default."),
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="The arm that the others are compared with.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, by commas; the plan's own by default.")] = None,
+    labeled: Annotated[
+        list[str] | None,
+        typer.Option(help="Labels a site: all, 4 (the first of its list), or one a site: 1,1,0. May be repeated."),
+    ] = None,
+    oracles: Annotated[
+        bool | None, typer.Option("--oracles/--no-oracles", help="Also score generalists with true prompts.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in this folder.")] = False,
+    engine: Annotated[str, typer.Option(help="in-process: each arm in one child process.")] = "in-process",
+    assignments: SetOption = None,
+) -> None:
+    """Train by one plan in several ways and say which is better, with intervals: alone, federated, pooled; each part.
+
+    Example: semisam compare --plan plan.yaml --sites sites/ --out comparison --seeds 0,1,2 --labeled 1 --labeled all
+    """
+    from cli.compare import Comparison, Request, definition_changes
+    from cli.comparison.runner import ChildRunner
+
+    try:
+        changes = definition_changes(arms, baseline, seeds, labeled, oracles, engine)
+        request = Request(plan, sites, out, assignments or [], definition, changes, resume)
+        completed = Comparison.prepare(request, console).execute(ChildRunner(console))
+    except SemiSAMError as error:
+        errors.print(str(error), highlight=False, markup=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        errors.print("Interrupted. Finished arms and rounds are kept; --resume goes on.", highlight=False)
+        raise typer.Exit(130) from None
+    if not completed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def check(plan: PlanOption, sites: SitesOption, assignments: SetOption = None) -> None:
     """Check a plan and its site files, and list what each site would use. Reads no scan.
 
@@ -149,6 +195,24 @@ def run_in_process(
 
     try:
         execute(plan, sites, run_folder, only)
+    except SemiSAMError as error:
+        errors.print(str(error), highlight=False, markup=False)
+        raise typer.Exit(2) from None
+
+
+@app.command("run-oracle", hidden=True)
+def run_oracle(
+    plan: PlanOption,
+    sites: SitesOption,
+    run_folder: Annotated[Path, typer.Option(help="Where the record goes.")],
+    generalist: Annotated[str, typer.Option(help="Its name.")],
+    clicks: Annotated[int | None, typer.Option(help="Clicks; boxes by default.", min=1)] = None,
+) -> None:
+    """Score a generalist with true prompts inside this process; `compare` starts it as a child."""
+    from cli.comparison.oracle import execute
+
+    try:
+        execute(plan, sites, run_folder, generalist, clicks)
     except SemiSAMError as error:
         errors.print(str(error), highlight=False, markup=False)
         raise typer.Exit(2) from None

@@ -98,7 +98,7 @@ class Simulation:
         write_plan(plan_path, supervised_alone(self.study.plan))
         for config, found in self.study.sites:
             folder = self.out / "local" / config.site
-            if not found.of(Role.LABELED) or _state(folder) == "completed":
+            if not found.of(Role.LABELED) or run_state(folder) == "completed":
                 continue
             command = self._child_command(plan_path, folder, config.site)
             title = f"{config.site} alone"
@@ -107,11 +107,11 @@ class Simulation:
                 RunMonitor(title, folder, {config.site: config.storage.folder}, self.console) as monitor,
             ):
                 self._wait(tree, command, self.out / "local" / f"{config.site}.log", monitor)
-            if _state(folder) != "completed":
-                self.console.print(f"  {title} did not complete: {_reason(folder)}", highlight=False, markup=False)
+            if run_state(folder) != "completed":
+                self.console.print(f"  {title} did not complete: {run_reason(folder)}", highlight=False, markup=False)
 
     def _run_federated(self) -> bool:
-        if _state(self.out) == "completed":
+        if run_state(self.out) == "completed":
             return True
         storages = {config.site: config.storage.folder for config, _ in self.study.sites}
         with RunMonitor("federated", self.out, storages, self.console) as monitor:
@@ -121,9 +121,9 @@ class Simulation:
                     self._wait(tree, command, self.out / "log" / "in-process.log", monitor)
             else:
                 self._run_flower(monitor)
-        state = _state(self.out)
+        state = run_state(self.out)
         if state != "completed":
-            self.console.print(f"The study did not complete ({state}): {_reason(self.out)}", markup=False)
+            self.console.print(f"The study did not complete ({state}): {run_reason(self.out)}", markup=False)
         return state == "completed"
 
     def _run_flower(self, monitor: RunMonitor) -> None:
@@ -146,14 +146,14 @@ class Simulation:
             gpus_per_site=gpus,
             work=self.out / "log",
             on_tick=monitor.tick,
-            settled=lambda: _state(self.out) in ("completed", "failed"),
+            settled=lambda: run_state(self.out) in ("completed", "failed"),
             max_seconds=_longest(self.study.plan),
         )
         if outcome.status != "completed":
             self.console.print(
                 f"Flower: the run is {outcome.status}. {outcome.details} Log: {outcome.log}", markup=False
             )
-            if _state(self.out) in ("running", "completed", "not started"):
+            if run_state(self.out) in ("running", "completed", "not started"):
                 write_json(
                     self.out / "status.json",
                     {"state": "failed", "reason": f"Flower says the run is {outcome.status}: {outcome.details}"},
@@ -176,7 +176,7 @@ class Simulation:
     def _report(self) -> None:
         plan = self.study.plan
         pictures = self.out / "pictures"
-        run = _read_run(self.out)
+        run = run_name(self.out)
         for config, _ in self.study.sites:
             source = config.storage.folder / "runs" / run / "overview.png"
             if source.exists():
@@ -230,7 +230,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_run(folder: Path) -> str:
+def run_name(folder: Path) -> str:
+    """Return the name that sites know a run by, or `none`."""
     try:
         return str(yaml.safe_load((folder / "run.json").read_text(encoding="utf-8"))["run"])
     except OSError:
@@ -245,9 +246,11 @@ def _status(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _state(folder: Path) -> str:
+def run_state(folder: Path) -> str:
+    """Return how a run stands: not started, running, completed or failed."""
     return str(_status(folder).get("state", "not started"))
 
 
-def _reason(folder: Path) -> str:
+def run_reason(folder: Path) -> str:
+    """Return why a run failed."""
     return str(_status(folder).get("reason", "see the log folder"))
