@@ -176,8 +176,13 @@ def _link_cases(cases: Sequence[_Virtual], folder: Path) -> None:
 
 def _united(configs: Sequence[SiteConfig], cases: Sequence[_Virtual], folder: Path, storage: Path) -> SiteConfig:
     """Return the pooled site: the sites' generalists, the first one's device, all their limits together."""
-    generalists = dict(configs[0].generalists)
+    generalists, annotated = dict(configs[0].generalists), configs[0].data.labeled_classes
     for config in configs[1:]:
+        if config.data.labeled_classes != annotated:
+            raise ConfigError(
+                f"pooled: data.labeled_classes: site {config.site} has drawn other classes than site {configs[0].site}; "
+                "one pooled site cannot say so case by case. Leave the pooled arms out with --arms."
+            )
         for name, entry in config.generalists.items():
             if generalists.setdefault(name, entry) != entry:
                 raise ConfigError(
@@ -189,6 +194,7 @@ def _united(configs: Sequence[SiteConfig], cases: Sequence[_Virtual], folder: Pa
         labels=folder / "labels",
         labeled=tuple(each.id for each in cases if each.case.role is Role.LABELED),
         validation=tuple(each.id for each in cases if each.case.role is Role.VALIDATION),
+        labeled_classes=annotated,
     )
     return SiteConfig(
         version=1,

@@ -88,6 +88,12 @@ def test_without_a_pooled_arm_nothing_is_linked(study: Study, tmp_path: Path) ->
     assert not cohort.pooled_sites.exists()
 
 
+def test_sites_that_have_drawn_different_classes_cannot_be_pooled(study: Study, tmp_path: Path) -> None:
+    write_site(tmp_path, "beta", data={"labeled_classes": ["blob"]})
+    with pytest.raises(ConfigError, match="site beta has drawn other classes than site alpha"):
+        _cohort(study, tmp_path / "out", "1", pooled=True)
+
+
 def test_sites_with_other_weights_of_one_generalist_cannot_be_pooled(study: Study, tmp_path: Path) -> None:
     weights = tmp_path / "fake.pth"
     weights.touch()
