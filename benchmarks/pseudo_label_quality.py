@@ -27,8 +27,9 @@ from semisam_core.evaluation import dice_of
 from semisam_core.files import save_tensors, write_json
 from semisam_core.generalists import EmbeddingStore, load_generalist
 from semisam_core.inference import new_specialist, predict
-from semisam_core.plan import Plan, PseudoLabels, load_plan
+from semisam_core.plan import Plan, load_plan
 from semisam_core.prompting import Refusal, find_region, meaningful_components
+from semisam_core.pseudo_label_plan import PseudoLabels
 from semisam_core.pseudo_labels import confidence_fused
 from semisam_core.training import new_teacher, train_round
 

@@ -19,7 +19,8 @@ from semisam_core.errors import ConfigError
 from semisam_core.generalists.base import Generalist
 from semisam_core.generalists.embedding_store import EmbeddingStore, Progress
 from semisam_core.generalists.slices import FeatureMaps
-from semisam_core.plan import ColdStart, Plan, PseudoLabels
+from semisam_core.plan import Plan
+from semisam_core.pseudo_label_plan import ColdStart, PseudoLabels
 from semisam_core.pseudo_labels import policy_of
 
 POSITIONS = 4096  # of each class and scan, for clustering: bounds memory and time, and scans count alike

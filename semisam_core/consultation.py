@@ -13,8 +13,8 @@ from torch import Tensor
 
 from semisam_core.generalists.base import SLICE_KINDS, Generalist, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.embedding_store import EmbeddingStore, scan_key
-from semisam_core.plan import PseudoLabels
 from semisam_core.prompting import Question, Region, consult
+from semisam_core.pseudo_label_plan import PseudoLabels
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]

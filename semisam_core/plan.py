@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from semisam_core.configuration import Name, StrictModel, override, parse, read_yaml
+from semisam_core.configuration import Fraction, Name, StrictModel, override, parse, read_yaml
 from semisam_core.errors import ConfigError
-from semisam_core.generalists.base import PromptKind
-from semisam_core.generalists.registry import accepted_prompts, generalist_names, generalist_spec
+from semisam_core.pseudo_label_plan import PseudoLabels
 from semisam_core.regularizers import NONE, check_regularizer
 from semisam_core.specialists import check_specialist, check_statistics
 from semisam_core.target_class import TargetClass
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
 
 
@@ -155,172 +152,6 @@ class Teacher(StrictModel):
 
     decay: float = Field(default=0.99, ge=0, lt=1)
     start: Literal["global", "site"] = "global"
-
-
-class Strategy(StrEnum):
-    """How the specialist's region is put to a generalist; see `semisam_core/prompting/strategies.py`."""
-
-    BOXES = "boxes"
-    POINTS = "points"
-    MASK = "mask"
-    UNCERTAINTY_RECTIFIED = "uncertainty-rectified"
-    SCRIBBLES = "scribbles"
-    PROPAGATED = "propagated"
-
-
-_CLICKS = frozenset({PromptKind.POINTS_2D, PromptKind.POINTS_3D})
-_MASKS = frozenset({PromptKind.MASK_2D, PromptKind.MASK_3D})
-USABLE_KINDS: dict[Strategy, frozenset[PromptKind]] = {  # a generalist must take one of these
-    Strategy.BOXES: frozenset({PromptKind.BOX_2D}),
-    Strategy.POINTS: _CLICKS,
-    Strategy.MASK: _MASKS,
-    Strategy.UNCERTAINTY_RECTIFIED: _CLICKS | _MASKS | {PromptKind.BOX_2D},
-    Strategy.SCRIBBLES: _CLICKS,
-    Strategy.PROPAGATED: frozenset({PromptKind.PROPAGATED}),
-}
-
-Anatomical = Literal["axial", "coronal", "sagittal"]
-
-
-class Prompting(StrictModel):
-    """How the teacher's prediction becomes prompts.
-
-    `planes` are those in which slice-wise generalists look; volumetric ones ignore it. `slice_step_mm` leaves out
-    slices that lie closer together; their answers are interpolated.
-    """
-
-    strategy: Strategy = Strategy.UNCERTAINTY_RECTIFIED
-    planes: tuple[Anatomical, ...] = Field(default=("axial", "coronal", "sagittal"), min_length=1, max_length=3)
-    slice_step_mm: float = Field(default=5.0, ge=0, le=20)
-    margins_mm: tuple[float, ...] = Field(default=(0.0,), min_length=1, max_length=16)
-    smooth_slices: int = Field(default=5, ge=1, le=31)
-    clicks: int = Field(default=5, ge=1, le=64)
-    scribble_points: int = Field(default=8, ge=1, le=64)
-    span_margin_slices: int = Field(default=2, ge=0, le=64)
-    class_aware: bool = True
-    component_share: Fraction = 0.3
-    threshold: float = Field(default=0.5, gt=0, lt=1)
-
-    @field_validator("smooth_slices")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError("the median window over slices must be odd")
-        return value
-
-    @field_validator("planes")
-    @classmethod
-    def _once(cls, value: tuple[Anatomical, ...]) -> tuple[Anatomical, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError("each plane is named once")
-        return value
-
-
-class Gates(StrictModel):
-    """What a pseudo-label must satisfy to teach. One that does not is counted and reported, never guessed."""
-
-    minimum_volume_ml: float = Field(default=0.5, ge=0)
-    maximum_volume_ml: float = Field(default=10_000, gt=0)
-    minimum_agreement: Fraction = 0.5
-    minimum_quality: Fraction = 0.0
-    volume_factor: float | None = Field(default=None, gt=1, le=100)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Gates:
-        if not self.minimum_volume_ml < self.maximum_volume_ml:
-            raise ValueError("minimum_volume_ml must be below maximum_volume_ml")
-        return self
-
-
-class Uncertainty(StrictModel):
-    """U = prompts * variance over prompt sets + specialist * (teacher - generalist)^2, voxel by voxel."""
-
-    prompts: float = Field(default=20.0, ge=0)
-    specialist: float = Field(default=4.0, ge=0)
-
-
-class ColdStart(StrictModel):
-    """Rough masks before the specialist has learned anything, from prototypes of each class; see `cold_start.py`.
-
-    In rounds up to `until_round`, even before `first_round`, they take the teacher's place at sites with labeled scans.
-    """
-
-    until_round: int = Field(ge=1)
-    generalist: str
-    plane: Anatomical = "axial"
-    foreground_prototypes: int = Field(default=8, ge=1, le=256)
-    background_prototypes: int = Field(default=32, ge=1, le=1024)
-    position_weight: float = Field(default=0.6, ge=0, le=100)
-    temperature: float = Field(default=0.1, gt=0, le=10)
-
-    @field_validator("generalist")
-    @classmethod
-    def _has_feature_maps(cls, value: str) -> str:
-        if not generalist_spec(value).card.feature_maps:
-            able = [name for name in generalist_names() if generalist_spec(name).card.feature_maps]
-            raise ValueError(
-                f"prototypes cannot be taken from the embeddings of {value}; accepted are {', '.join(able)}"
-            )
-        return value
-
-
-class PseudoLabels(StrictModel):
-    """L_sam: who labels, how often, what is trusted; lambda_s(t) = weight * exp(-5 (t/T)^2) when decaying.
-
-    A `fused` target is share * generalists + (1 - share) * teacher, with share = generalist_share + share_gain * (1 -
-    agreement), at most 1: the less the two overlap (Dice), the weaker is the specialist that prompted.
-    """
-
-    generalists: tuple[str, ...] = Field(min_length=1)
-    weight: float = Field(default=1.0, ge=0, le=100)
-    schedule: Literal["decay", "constant"] = "decay"
-    first_round: int = Field(default=2, ge=1)
-    refresh_every: int = Field(default=1, ge=1)
-    target: Literal["generalist", "fused"] = "fused"
-    generalist_share: Fraction = 0.5
-    share_gain: Fraction = 1.0
-    smooth_sigma_slices: float = Field(default=1.0, ge=0, le=10)
-    prompting: Prompting = Prompting()
-    gates: Gates = Gates()
-    uncertainty: Uncertainty = Uncertainty()
-    cold_start: ColdStart | None = None
-
-    @model_validator(mode="after")
-    def _cold_start_fits(self) -> PseudoLabels:
-        cold = self.cold_start
-        if cold is not None and cold.generalist not in self.generalists:
-            raise ValueError(
-                f"cold_start.generalist {cold.generalist} is not one of pseudo_labels.generalists, "
-                f"which are {', '.join(self.generalists)}"
-            )
-        if cold is not None and cold.until_round < self.first_round - 1:
-            raise ValueError(
-                f"cold_start.until_round ({cold.until_round}) leaves rounds without pseudo-labels before first_round "
-                f"({self.first_round}); it must be at least {self.first_round - 1}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _prompts_accepted(self) -> PseudoLabels:
-        usable = USABLE_KINDS[self.prompting.strategy]
-        for name in self.generalists:
-            accepted = accepted_prompts(name)
-            if not accepted & usable:
-                raise ValueError(
-                    f"prompting.strategy {self.prompting.strategy.value} makes "
-                    f"{', '.join(sorted(usable))}; the generalist {name} takes {', '.join(sorted(accepted))}"
-                )
-        return self
-
-    def due(self, round_number: int) -> bool:
-        """Whether the teacher's pseudo-labels are made anew in this round (rounds count from 1)."""
-        after_cold_start = self.cold_start is not None and round_number == self.cold_start.until_round + 1
-        on_schedule = (round_number - self.first_round) % self.refresh_every == 0
-        return round_number >= self.first_round and (after_cold_start or on_schedule)
-
-    def cold(self, round_number: int) -> bool:
-        """Whether prototypes prompt in this round, where a site has any, instead of the teacher."""
-        return self.cold_start is not None and round_number <= self.cold_start.until_round
 
 
 class Aggregation(StrictModel):

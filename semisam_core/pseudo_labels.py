@@ -16,8 +16,9 @@ from semisam_core.evaluation import dice_of
 from semisam_core.files import save_tensors
 from semisam_core.generalists.base import Generalist
 from semisam_core.generalists.embedding_store import EmbeddingStore
-from semisam_core.plan import Plan, PseudoLabels
+from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal, Region, find_region, meaningful_components, volume_refusal
+from semisam_core.pseudo_label_plan import PseudoLabels
 
 
 @dataclass(frozen=True)

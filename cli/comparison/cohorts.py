@@ -180,8 +180,8 @@ def _united(configs: Sequence[SiteConfig], cases: Sequence[_Virtual], folder: Pa
     for config in configs[1:]:
         if config.data.labeled_classes != annotated:
             raise ConfigError(
-                f"pooled: data.labeled_classes: site {config.site} has drawn other classes than site {configs[0].site}; "
-                "one pooled site cannot say so case by case. Leave the pooled arms out with --arms."
+                f"pooled: data.labeled_classes: site {config.site} has drawn other classes than site "
+                f"{configs[0].site}; one pooled site cannot say so case by case. Leave the pooled arms out with --arms."
             )
         for name, entry in config.generalists.items():
             if generalists.setdefault(name, entry) != entry:

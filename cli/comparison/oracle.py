@@ -23,8 +23,9 @@ from semisam_core.errors import CaseError, SemiSAMError
 from semisam_core.evaluation import score_case
 from semisam_core.files import append_json_line, read_json_lines, write_json
 from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist
-from semisam_core.plan import Plan, Strategy, load_plan
+from semisam_core.plan import Plan, load_plan
 from semisam_core.prompting import Region
+from semisam_core.pseudo_label_plan import Strategy
 from semisam_core.pseudo_labels import policy_of, settle_overlaps
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from semisam_core.generalists.base import Generalist, PromptKind, Prompts, Segmentation, VolumeGrid
-from semisam_core.plan import USABLE_KINDS, Prompting, Strategy
 from semisam_core.prompting import Question, Region, consult
+from semisam_core.pseudo_label_plan import USABLE_KINDS, Prompting, Strategy
 
 SIDE = 64
 SPACING_MM = 2.0

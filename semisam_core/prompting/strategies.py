@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from semisam_core.generalists.base import Point, PromptKind, Prompts, Segmentation
-from semisam_core.plan import Prompting, Strategy
 from semisam_core.prompting.boxes import slice_boxes
 from semisam_core.prompting.clicks import deepest_voxel, next_click, scribble
 from semisam_core.prompting.region import Mask, Region
+from semisam_core.pseudo_label_plan import Prompting, Strategy
 
 Ask = Callable[[Prompts], Segmentation]
 

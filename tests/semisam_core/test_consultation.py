@@ -14,8 +14,8 @@ from torch import Tensor
 
 from semisam_core.consultation import Consultation, Opinion, fill_between, weighted_moments
 from semisam_core.generalists import EmbeddingStore, Segmentation
-from semisam_core.plan import PseudoLabels, Strategy
 from semisam_core.prompting import Region
+from semisam_core.pseudo_label_plan import PseudoLabels, Strategy
 from tests.conftest import blob, tiny_plan
 from tests.semisam_core.generalists.fake import FakeGeneralist
 

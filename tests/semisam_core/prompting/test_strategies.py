@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semisam_core.generalists.base import PromptKind, Prompts, Segmentation
-from semisam_core.plan import USABLE_KINDS, Prompting, Strategy
 from semisam_core.prompting import Question, Region, consult
 from semisam_core.prompting.strategies import prompted_slices
+from semisam_core.pseudo_label_plan import USABLE_KINDS, Prompting, Strategy
 
 SHAPE = (20, 18, 12)
 SPACING = (2.0, 2.0, 4.0)
