@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -38,8 +40,24 @@ def test_every_direct_dependency_has_an_exact_version_in_the_constraints() -> No
         if match := re.fullmatch(r"([A-Za-z0-9_.-]+)==(\S+)", line):
             pinned[match[1].lower().replace("_", "-")] = match[2]
     for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
-        name = re.split(r"[<>=\[; ]", requirement)[0].lower().replace("_", "-")
+        name = _normal(re.split(r"[<>=\[; ]", requirement)[0])
         assert name in pinned, name
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
+    declared = {_normal(re.split(r"[<>=\[; ]", requirement)[0]) for requirement in asked}
+    shipped = importlib.metadata.packages_distributions()
+    for room in (*ROOMS, "cli"):
+        for path in (ROOT / room).rglob("*.py"):
+            for name in _imports(path) - set(sys.stdlib_module_names) - {*ROOMS, "cli"}:
+                distributions = {_normal(each) for each in shipped.get(name, [name])}
+                assert distributions & declared, f"{path.name} imports {name}, of {sorted(distributions)}"
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 def test_constraints_hold_versions_and_no_addresses() -> None:
