@@ -25,7 +25,7 @@ from semisam_core.data.cases import Case, Role
 from semisam_core.data.patches import TrainingScan
 from semisam_core.data.phantom import DEMO_SCANNERS, write_phantom_site
 from semisam_core.data.scans import Scan, load_scan
-from semisam_core.generalists import EmbeddingStore, VolumeGrid, load_generalist, scan_key
+from semisam_core.generalists import EmbeddingStore, Generalist, VolumeGrid, load_generalist, scan_key
 from semisam_core.generalists.lite_medsam import LiteMedSAM, to_frames
 from semisam_core.generalists.slices import intensity_limits
 from semisam_core.inference import new_specialist, predict
@@ -204,10 +204,10 @@ def _truth(scan: Scan) -> Tensor:
     return torch.nn.functional.one_hot(scan.label.long(), 2).movedim(-1, 0).float()
 
 
-def _label(scan: Scan, model: object, embeddings: EmbeddingStore, plan: Plan) -> PseudoLabel:
+def _label(scan: Scan, model: Generalist, embeddings: EmbeddingStore, plan: Plan) -> PseudoLabel:
     """Label a scan as a site does at a refresh: predict, prompt, look embeddings up or make them, decode, fuse."""
     predict(new_specialist(plan).to(DEVICE), scan.image, plan, DEVICE)
-    return make_pseudo_label(scan.image, _truth(scan), [model], embeddings, plan)  # type: ignore[list-item]
+    return make_pseudo_label(scan.image, _truth(scan), [model], embeddings, plan)
 
 
 def _train(plan: Plan, labeled: Scan, unlabeled: TrainingScan) -> None:
