@@ -1,6 +1,6 @@
 """What a frozen generalist costs: its encoder, a training step beside it, its store on disk, its memory.
 
-python benchmarks/generalist_cost.py               about 15 minutes on two cores
+python benchmarks/generalist_cost.py               about 10 minutes on two cores
 python benchmarks/generalist_cost.py --only store  one part: encoder, step, store or memory
 
 Everything that is compared is timed in turn within one process, so that ratios hold on a busy machine.
@@ -128,7 +128,7 @@ def step() -> None:
 
 
 def store() -> None:
-    """Measure bytes, hits and the limit of the embedding store on one scan of forty slices."""
+    """Measure bytes, hits and the limit of the embedding store on one scan of twelve slices."""
     model = load_generalist("lite-medsam", DEVICE)
     volume = torch.randn(96, 96, 12, generator=torch.Generator().manual_seed(0))
     grid, units = VolumeGrid((96, 96, 12), (1.25,) * 3), list(range(12))

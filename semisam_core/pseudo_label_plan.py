@@ -88,7 +88,7 @@ class Gates(StrictModel):
 
 
 class Uncertainty(StrictModel):
-    """U = prompts * variance over prompt sets + specialist * (teacher - generalist)^2, voxel by voxel."""
+    """U = prompts * variance over models, planes and prompt sets + specialist * (teacher - generalist)^2, a map."""
 
     prompts: float = Field(default=20.0, ge=0)
     specialist: float = Field(default=4.0, ge=0)

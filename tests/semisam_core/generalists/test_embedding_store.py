@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,16 +52,18 @@ def test_embeddings_are_kept_in_half_precision(tmp_path: Path) -> None:
     assert torch.equal(kept, _volume()[:, :, 4].half().float())
 
 
-def test_another_scan_voxel_size_weights_or_unit_is_another_entry() -> None:
-    model, other = FakeGeneralist(), FakeGeneralist("1" * 64)
+def test_another_scan_voxel_size_preprocessing_weights_or_unit_is_another_entry() -> None:
+    model, other, otherwise = FakeGeneralist(), FakeGeneralist("1" * 64), FakeGeneralist()
+    otherwise.card = replace(otherwise.card, preprocessing="another")
     names = {
         entry_name(model, "a", GRID, 0),
         entry_name(model, "b", GRID, 0),
         entry_name(model, "a", GRID, 1),
         entry_name(other, "a", GRID, 0),
+        entry_name(otherwise, "a", GRID, 0),
         entry_name(model, "a", VolumeGrid(GRID.shape, (2.0, 2.0, 3.0)), 0),
     }
-    assert len(names) == 5
+    assert len(names) == 6
     assert scan_key(_volume()) != scan_key(_volume(1))
     assert scan_key(_volume()) != scan_key(_volume().reshape(10, 20, 20))
 
