@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from client.progress import Progress
 from client.site_config import SiteConfig, annotated_classes, usable_generalists
 from semisam_core.calibration import LabeledExample, learn
 from semisam_core.cold_start import ColdStarter, Prototypes, background_only, cold_start_of
-from semisam_core.data.scans import Scan
+from semisam_core.data.scans import Scan, resample
 from semisam_core.errors import WeightsError
 from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist, scan_key
 from semisam_core.inference import predict
@@ -24,8 +25,17 @@ from semisam_core.pseudo_labels import Experience, PseudoLabel, PseudoLabelStore
 logger = logging.getLogger(__name__)
 CALIBRATION_SCANS = 8
 
-Scans = Iterable[tuple[str, Callable[[], Scan | None]]]
-Predict = Callable[[Scan], Tensor]
+
+@dataclass(frozen=True)
+class Sight:
+    """One scan, on the grid on which the specialist learns and on the one on which generalists look."""
+
+    scan: Scan
+    closer: Scan
+
+
+Scans = Iterable[tuple[str, Callable[[], Sight | None]]]
+Predict = Callable[[Sight], Tensor]
 
 
 class Labeler:
@@ -41,6 +51,7 @@ class Labeler:
 
     def __init__(self, config: SiteConfig, plan: Plan, folder: Path, device: torch.device, progress: Progress) -> None:
         self._config, self._plan, self._device, self._progress = config, plan, device, progress
+        self._closer = plan.as_generalists_see
         self._kept = PseudoLabelStore(folder / "pseudo_labels")
         self._kept_cold = PseudoLabelStore(folder / "pseudo_labels_cold")
         limit = int(config.storage.embeddings_gb * 1e9)
@@ -108,15 +119,15 @@ class Labeler:
         cases = list(unlabeled)
         for done, (case, load) in enumerate(cases):
             self._progress("pseudo-label", done, len(cases), "scans")
-            scan = load()
-            if scan is None:
+            sight = load()
+            if sight is None:
                 continue
-            key = scan_key(scan.image)
+            key = scan_key(sight.scan.image)
             label = None if anew else kept.load(key)
             if label is None:
                 if experience is None:
                     experience = self._experience(predict_by, labeled)
-                label = self._ask(scan, predict_by(scan), experience)
+                label = self._ask(sight, predict_by(sight), experience)
                 kept.save(key, label)
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")
@@ -131,50 +142,53 @@ class Labeler:
         elif not labeled:
             logger.warning("Cold start does nothing at this site: it has no labeled scan to take prototypes from.")
         else:
-            return ColdStarter(generalist, self._embeddings, self._plan, self._embedded)
+            return ColdStarter(generalist, self._embeddings, self._closer, self._embedded)
         return None
 
     def _by_prototypes(self, starter: ColdStarter, labeled: Scans) -> Predict:
         learned: list[Prototypes] = []  # when the first scan needs them: mostly pseudo-labels are there already
 
-        def predict_by(scan: Scan) -> Tensor:
+        def predict_by(sight: Sight) -> Tensor:
             try:
                 if not learned:
-                    learned.append(starter.learn((each.image, label) for each, label in _labeled(labeled)))
-                return starter.rough(scan.image, learned[0])
+                    learned.append(starter.learn((each.closer.image, label) for each, label in _labeled(labeled)))
+                return starter.rough(sight.closer.image, learned[0])
             except (RuntimeError, ValueError) as error:  # as when it is asked: one scan does not stop the others
                 logger.warning("The generalist failed on a scan in a cold start: %s", error)
-                return self._nothing(scan)
+                return self._nothing(sight)
 
         return predict_by
 
-    def _nothing(self, scan: Scan) -> Tensor:
-        return background_only(scan.image, len(self._plan.task.classes))
+    def _nothing(self, sight: Sight) -> Tensor:
+        return background_only(sight.closer.image, len(self._plan.task.classes))
 
     def _embedded(self, done: int, total: int) -> None:
         self._progress("embed", done, total, "slices")
 
-    def ask(self, scan: Scan, network: nn.Module, experience: Experience | None = None) -> PseudoLabel:
-        """Ask this site's generalists about one scan, prompted by a network."""
-        return self._ask(scan, self._predict(network, scan), experience)
+    def ask(self, sight: Sight, network: nn.Module, experience: Experience | None = None) -> PseudoLabel:
+        """Ask this site's generalists about one scan, prompted by a network; the answer is on the specialist's grid."""
+        return self._ask(sight, self._predict(network, sight), experience)
 
-    def _ask(self, scan: Scan, prediction: Tensor, experience: Experience | None) -> PseudoLabel:
-        return make_pseudo_label(
-            scan.image, prediction, self.generalists, self._embeddings, self._plan, experience, self._embedded
+    def _ask(self, sight: Sight, prediction: Tensor, experience: Experience | None) -> PseudoLabel:
+        closer = sight.closer
+        label = make_pseudo_label(
+            closer.image, prediction, self.generalists, self._embeddings, self._closer, experience, self._embedded
         )
+        return label.moved(lambda maps: resample(maps, closer.grid, sight.scan.grid))
 
     def _experience(self, predict_by: Predict, labeled: Scans) -> Experience:
-        examples = (LabeledExample(scan.image, label, predict_by(scan)) for scan, label in _labeled(labeled))
+        examples = (LabeledExample(each.closer.image, label, predict_by(each)) for each, label in _labeled(labeled))
         annotated = annotated_classes(self._config, self._plan)
-        return learn(examples, self.generalists, self._embeddings, self._plan, annotated)
+        return learn(examples, self.generalists, self._embeddings, self._closer, annotated)
 
-    def _predict(self, network: nn.Module, scan: Scan) -> Tensor:
-        return predict(network, scan.image, self._plan, self._device)
+    def _predict(self, network: nn.Module, sight: Sight) -> Tensor:
+        prediction = predict(network, sight.scan.image, self._plan, self._device)
+        return resample(prediction, sight.scan.grid, sight.closer.grid)
 
 
-def _labeled(scans: Scans) -> Iterator[tuple[Scan, Tensor]]:
-    """Yield the first labeled scans with their labels."""
+def _labeled(scans: Scans) -> Iterator[tuple[Sight, Tensor]]:
+    """Yield the first labeled scans with their labels on the generalists' grid."""
     for _, load in list(scans)[:CALIBRATION_SCANS]:
-        scan = load()
-        if scan is not None and scan.label is not None:
-            yield scan, scan.label
+        sight = load()
+        if sight is not None and sight.closer.label is not None:
+            yield sight, sight.closer.label

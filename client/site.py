@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from client.labeling import Labeler
+from client.labeling import Labeler, Sight
 from client.progress import Progress
 from client.site_config import SiteConfig, annotated_classes, inventory
 from client.state import RunState
@@ -263,7 +263,8 @@ class Site:
         if not cases or (scan := self._scan(cases[0])) is None:
             return
         prediction = predict(specialist, scan.image, self.plan, self.device)
-        pseudo = self._labeler.ask(scan, specialist) if self._labeler.generalists else None
+        sight = self._sight(cases[0])
+        pseudo = self._labeler.ask(sight, specialist) if sight is not None and self._labeler.generalists else None
         panel = Panel(
             site=self.config.site,
             image=scan.image[0],
@@ -280,19 +281,31 @@ class Site:
         if case.id in self._cache:
             self._cache.move_to_end(case.id)
             return self._cache[case.id]
-        try:
-            scan = load_scan(case, self.plan, self.config.storage.folder / "prepared")
-        except CaseError as error:
-            logger.warning("A case is quarantined: %s", error)
-            self._quarantined[case.id] = Quarantined(case.id, str(error))
+        scan = self._load(case, self.plan)
+        if scan is None:
             return None
-        if scan.label is not None:
-            scan = replace(scan, label=keep_classes(scan.label, self._annotated))
         self._cache[case.id] = scan
         limit = self.config.storage.memory_gb * 1e9
         while len(self._cache) > 1 and sum(s.image.nbytes for s in self._cache.values()) > limit:
             self._cache.popitem(last=False)
         return scan
+
+    def _load(self, case: Case, plan: Plan) -> Scan | None:
+        try:
+            scan = load_scan(case, plan, self.config.storage.folder / "prepared")
+        except CaseError as error:
+            logger.warning("A case is quarantined: %s", error)
+            self._quarantined[case.id] = Quarantined(case.id, str(error))
+            return None
+        return scan if scan.label is None else replace(scan, label=keep_classes(scan.label, self._annotated))
+
+    def _sight(self, case: Case) -> Sight | None:
+        scan = self._scan(case)
+        seen_by_generalists = self.plan.as_generalists_see
+        if scan is None or seen_by_generalists == self.plan:
+            return None if scan is None else Sight(scan, scan)
+        closer = self._load(case, seen_by_generalists)
+        return None if closer is None else Sight(scan, closer)
 
     def _check_cases(self) -> None:
         if self._checked:
@@ -307,8 +320,8 @@ class Site:
         self._check_cases()
         return [c for c in self._found.cases if c.role in roles and c.id not in self._quarantined]
 
-    def _loaders(self, role: Role) -> list[tuple[str, Callable[[], Scan | None]]]:
-        return [(case.id, partial(self._scan, case)) for case in self._usable(role)]
+    def _loaders(self, role: Role) -> list[tuple[str, Callable[[], Sight | None]]]:
+        return [(case.id, partial(self._sight, case)) for case in self._usable(role)]
 
     def _loader(self, case: Case, label: PseudoLabel | None) -> Callable[[], TrainingScan]:
         def load() -> TrainingScan:

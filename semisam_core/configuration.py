@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from semisam_core.errors import ConfigError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _a_spacing(value: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(0.05 <= side <= 20 for side in value):
+        raise ValueError("each spacing is in millimetres, between 0.05 and 20")
+    return value
+
+
+Spacing = Annotated[tuple[float, float, float], AfterValidator(_a_spacing)]
 
 
 class StrictModel(BaseModel):

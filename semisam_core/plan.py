@@ -9,14 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from semisam_core.configuration import Fraction, Name, StrictModel, override, parse, read_yaml
+from semisam_core.configuration import Fraction, Name, Spacing, StrictModel, override, parse, read_yaml
 from semisam_core.errors import ConfigError
 from semisam_core.pseudo_label_plan import PseudoLabels
 from semisam_core.regularizers import NONE, check_regularizer
 from semisam_core.specialists import check_specialist, check_statistics
 from semisam_core.target_class import TargetClass
-
-Triple = tuple[float, float, float]
 
 
 class Task(StrictModel):
@@ -66,17 +64,10 @@ class Intensity(StrictModel):
 class Data(StrictModel):
     """The grid on which the specialist sees scans: RAS orientation, this spacing, patches of this size."""
 
-    spacing_mm: Triple
+    spacing_mm: Spacing
     intensity: Intensity
     patch: tuple[int, int, int]
     foreground_share: Fraction = 0.7
-
-    @field_validator("spacing_mm")
-    @classmethod
-    def _positive_spacing(cls, value: Triple) -> Triple:
-        if not all(0.05 <= side <= 20 for side in value):
-            raise ValueError("each spacing is in millimetres, between 0.05 and 20")
-        return value
 
     @field_validator("patch")
     @classmethod
@@ -210,6 +201,14 @@ class Plan(StrictModel):
     def class_names(self) -> tuple[str, ...]:
         """Names of the foreground classes, in channel order (channel 0 is background)."""
         return tuple(c.name for c in self.task.classes)
+
+    @property
+    def as_generalists_see(self) -> Plan:
+        """This plan with the grid on which generalists see scans."""
+        if self.pseudo_labels is None or self.pseudo_labels.spacing_mm is None:
+            return self
+        closer = self.data.model_copy(update={"spacing_mm": self.pseudo_labels.spacing_mm})
+        return self.model_copy(update={"data": closer})
 
     @property
     def uses_unlabeled(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from semisam_core.configuration import Fraction, StrictModel
+from semisam_core.configuration import Fraction, Spacing, StrictModel
 from semisam_core.generalists.base import PromptKind
 from semisam_core.generalists.registry import accepted_prompts, generalist_names, generalist_spec
 
@@ -124,11 +124,15 @@ class PseudoLabels(StrictModel):
 
     A `fused` target is share * generalists + (1 - share) * teacher, with share = generalist_share + share_gain * (1 -
     agreement), at most 1: the less the two overlap (Dice), the weaker is the specialist that prompted.
+
+    `spacing_mm` is the grid on which generalists see scans, where it is not the specialist's: a grid coarse enough to
+    train on quickly shows them too little.
     """
 
     generalists: tuple[str, ...] = Field(min_length=1)
     weight: float = Field(default=1.0, ge=0, le=100)
     schedule: Literal["decay", "constant"] = "decay"
+    spacing_mm: Spacing | None = None
     first_round: int = Field(default=2, ge=1)
     refresh_every: int = Field(default=1, ge=1)
     target: Literal["generalist", "fused"] = "fused"

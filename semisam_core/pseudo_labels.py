@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,11 @@ class PseudoLabel:
     valid: Tensor
     refusals: tuple[Refusal | None, ...]
     generalist: Tensor
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> PseudoLabel:
+        """Return this pseudo-label with its maps brought to another grid."""
+        target, uncertainty, generalist = (move(each) for each in (self.target, self.uncertainty, self.generalist))
+        return replace(self, target=target, uncertainty=uncertainty, generalist=generalist)
 
     def confidences(self) -> list[float]:
         """Return, for each accepted class, the mean of exp(-U) over the voxels that its target calls foreground.

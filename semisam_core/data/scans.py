@@ -106,13 +106,16 @@ def keep_classes(label: Tensor, classes: Collection[int]) -> Tensor:
 
 def to_original(probability: Tensor, scan: Scan) -> Tensor:
     """Resample class probabilities (K, H, W, D) from the plan's grid to the scan's own: (K, X, Y, Z)."""
-    if scan.grid.shape == scan.original.shape and torch.allclose(scan.grid.affine, scan.original.affine):
-        return probability
-    resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=torch.float32)
-    moved = resample(
-        MetaTensor(probability.float().cpu(), affine=scan.grid.affine),
-        dst_affine=scan.original.affine,
-        spatial_size=scan.original.shape,
+    return resample(probability, scan.grid, scan.original)
+
+
+def resample(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
+    """Resample maps (K, ...) from one grid to another, linearly; beyond the source's edge they keep its values."""
+    if source.shape == target.shape and torch.allclose(source.affine, target.affine):
+        return maps
+    mover = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=torch.float32)
+    moved = mover(
+        MetaTensor(maps.float().cpu(), affine=source.affine), dst_affine=target.affine, spatial_size=target.shape
     )
     tensor: Tensor = moved.as_tensor()
     return tensor

@@ -78,11 +78,13 @@ def test_prototypes_prompt_until_their_last_round_and_the_teacher_from_then_on(
 
     def by_prototypes(self: Labeler, *given: object) -> Callable[..., torch.Tensor]:
         predict_by = rough(self, *given)  # type: ignore[arg-type]
-        return lambda scan: events.append(f"prototypes {scan.id}") or predict_by(scan)  # type: ignore[func-returns-value]
+        return lambda sight: events.append(f"prototypes {sight.scan.id}") or predict_by(sight)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(Labeler, "_by_prototypes", by_prototypes)
     monkeypatch.setattr(
-        Labeler, "_predict", lambda self, net, scan: events.append(f"teacher {scan.id}") or network(self, net, scan)
+        Labeler,
+        "_predict",
+        lambda self, net, sight: events.append(f"teacher {sight.scan.id}") or network(self, net, sight),
     )
     seen = []
     for number in (1, 2, 3, 4, 5):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.labeling import Labeler
+from client.labeling import Labeler, Sight
 from client.progress import Progress
 from client.site import Site
 from client.site_config import load_site_config
@@ -17,6 +17,7 @@ from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from semisam_core.training import new_teacher
 from tests.conftest import tiny_plan
+from tests.semisam_core.generalists.fake import FakeGeneralist
 
 MakeSite = Callable[..., Path]
 BOTH = {"fake": {"weights": "packaged"}, "lite-medsam": {"weights": "packaged", "sha256": "a" * 64}}
@@ -64,3 +65,40 @@ def _cases(site: Site) -> list[tuple[str, Callable[[], object]]]:
     from semisam_core.data.cases import Role
 
     return site._loaders(Role.UNLABELED)
+
+
+def test_generalists_look_on_a_grid_of_their_own_and_the_specialist_learns_on_its_own(make_site: MakeSite) -> None:
+    plan = tiny_plan("data.spacing_mm=[4, 4, 4]", "data.patch=[8, 8, 8]", "pseudo_labels.spacing_mm=[2, 2, 2]", *EAGER)
+    site = Site(load_site_config(make_site()), plan, "run", 1)
+    [(_, load)] = _cases(site)
+    sight = load()
+    assert isinstance(sight, Sight)
+    assert sight.scan.image.shape[1:] == (12, 12, 8)
+    assert sight.closer.image.shape[1:] == (24, 24, 16)
+    label = site._labeler.ask(sight, new_specialist(plan))
+    assert label.target.shape == label.uncertainty.shape == (1, 12, 12, 8)
+    [fake] = site._labeler.generalists
+    assert isinstance(fake, FakeGeneralist)
+    assert {box.index for prompts in fake.prompts for box in prompts.boxes} > set(range(8, 12))
+    assert site.train(_weights(plan)).scalars["accepted"] == 1
+
+
+def test_a_pseudo_label_lies_where_it_was_found_on_the_finer_grid(make_site: MakeSite) -> None:
+    plan = tiny_plan("data.spacing_mm=[4, 4, 4]", "data.patch=[8, 8, 8]", "pseudo_labels.spacing_mm=[2, 2, 2]")
+    site = Site(load_site_config(make_site()), plan, "run", 1)
+    [(_, load)] = _cases(site)
+    sight = load()
+    assert isinstance(sight, Sight)
+    label = site._labeler.ask(sight, _BrightVoxels())
+    said, there = (
+        torch.nonzero(mask).double().mean(0) for mask in (label.generalist[0] > 0.5, sight.scan.image[0] > 1)
+    )
+    assert bool(((said - there).abs() < 0.5).all())
+
+
+class _BrightVoxels(torch.nn.Module):
+    """A specialist that calls bright voxels foreground."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        foreground = (patches[:, 0] > 0.5).float().clamp(1e-3, 1 - 1e-3)
+        return torch.stack([(1 - foreground).log(), foreground.log()], 1)
