@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from semisam_core.plan import Aggregation
+from server.updates import MemoryUpdate as Update
+from server.updates import Update as SiteUpdate
+
+__all__ = ["Update", "evidence_weights", "weighted_mean"]
 
 
-@dataclass(frozen=True)
-class Update:
-    """One site's admitted update of one round.
-
-    Attributes:
-        site: the site's name.
-        weights: the specialist's tensors.
-        scalars: the agreed scalars.
-    """
-
-    site: str
-    weights: Mapping[str, Tensor]
-    scalars: Mapping[str, float]
-
-
-def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float, classes: int = 1) -> list[float]:
+def evidence_weights(
+    updates: Sequence[SiteUpdate], policy: Aggregation, progress: float, classes: int = 1
+) -> list[float]:
     """Return what each update weighs, summing to one.
 
     An update of a site that took no step carries nothing new and weighs 0.
@@ -65,10 +55,10 @@ def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float
     return float(scalars["labeled"] + policy.unlabeled_share * ramp * pseudo_labels / classes)
 
 
-def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Tensor]:
+def weighted_mean(updates: Sequence[SiteUpdate], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return sum_k w_k theta_k, accumulated in double precision in the order of site names.
 
-    The fixed order makes the result the same however replies arrive.
+    The fixed order makes the result the same however replies arrive. One tensor of one site is read at a time.
 
     Args:
         updates: admitted updates, at least one, all with the same tensors.
@@ -83,9 +73,10 @@ def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[s
         raise ValueError("weights must be non-negative and sum to one")
     ordered = sorted(zip(updates, weights, strict=True), key=lambda pair: pair[0].site)
     result = {}
-    for name, first in ordered[0][0].weights.items():
+    for name in ordered[0][0].names:
+        first = ordered[0][0].tensor(name)
         total = torch.zeros(first.shape, dtype=torch.float64)
         for update, weight in ordered:
-            total += weight * update.weights[name].double()
+            total += weight * update.tensor(name).double()
         result[name] = total.to(first.dtype) if first.is_floating_point() else total.round().to(first.dtype)
     return result
