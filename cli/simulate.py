@@ -202,7 +202,8 @@ class Simulation:
 def _longest(plan: Plan) -> float:
     """Return how long a study lasts, in seconds, if every wait ends at its deadline."""
     waits = plan.aggregation
-    return 600 + 2 * waits.join_deadline_s + (2 * plan.training.rounds + 2) * waits.round_deadline_s
+    a_round = 3 * waits.round_deadline_s + waits.rejoin_window_s + waits.wait_for_quorum_s
+    return 600 + 2 * waits.join_deadline_s + (plan.training.rounds + 2) * a_round
 
 
 def supervised_alone(plan: Plan) -> Plan:

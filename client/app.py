@@ -11,6 +11,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+import semisam_core
 from client.egress import EgressError, EgressGate, arriving_tensors
 from client.site import NoUsableCaseError, Site, SiteReport, WeightsNotAgreedError
 from client.site_config import SiteConfig, load_site_config, load_site_folder
@@ -22,6 +23,7 @@ from semisam_core.agreement import (
     TRAIN_SCALARS,
     RefusalRule,
     evaluation_scalars,
+    same_version,
     specialist_spec,
 )
 from semisam_core.errors import ConfigError, WeightsError
@@ -179,6 +181,9 @@ def _read(message: Message) -> _Request:
     study = message.content.config_records.get(STUDY_RECORD)
     if study is None:
         raise _RefusedError(RefusalRule.PLAN_INVALID, "the message has no study record")
+    if not same_version(study.get("code-version"), semisam_core.__version__):
+        theirs, ours = study.get("code-version"), semisam_core.__version__
+        raise _RefusedError(RefusalRule.VERSION, f"the server runs version {theirs!r}, this site {ours}")
     try:
         plan = plan_from_json(str(study.get("plan", "")))
     except ConfigError as error:

@@ -50,6 +50,7 @@ class RefusalRule(StrEnum):
 
     PLAN_INVALID = "plan-invalid"
     PLAN_HASH = "plan-hash"
+    VERSION = "version"
     RUN_NAME = "run-name"
     NOTHING_TO_LEARN = "nothing-to-learn-from"
     NO_USABLE_CASE = "no-usable-case"
@@ -61,6 +62,11 @@ class RefusalRule(StrEnum):
     INTERNAL = "internal-error"
     SITE_CONFIG = "site-config"
     AUDIT_LOG = "audit-log"
+
+
+def same_version(theirs: object, ours: str) -> bool:
+    """Return whether two versions of this project may work together: the first two numbers are the same."""
+    return isinstance(theirs, str) and theirs.split(".")[:2] == ours.split(".")[:2]
 
 
 def evaluation_scalars(plan: Plan) -> tuple[str, ...]:

@@ -154,12 +154,22 @@ class Teacher(StrictModel):
     start: Literal["global", "site"] = "global"
 
 
+class Exclusion(StrictModel):
+    """A site that fails `after_failures` rounds in a row is left out of the next `rounds` rounds, then asked again."""
+
+    after_failures: int = Field(default=3, ge=1, le=1000)
+    rounds: int = Field(default=2, ge=1, le=1000)
+
+
 class Aggregation(StrictModel):
     """How updates are weighed and combined, and how long anybody is waited for.
 
     `samples`: scans used in training. `equal`: one site, one vote. `evidence`: labeled scans plus
     `unlabeled_share` of the accepted pseudo-labels, the latter ramped up over the study. `confidence`: likewise, but
     each accepted pseudo-label counts its mean confidence exp(-U) within the target.
+
+    A round counts if `minimum_sites` contribute. Where fewer do, others are waited for, `wait_for_quorum_s` at most; a
+    site that comes back within `rejoin_window_s` of a round's start still takes part in it.
     """
 
     rule: Literal["weighted-mean"] = "weighted-mean"
@@ -168,6 +178,9 @@ class Aggregation(StrictModel):
     minimum_sites: int = Field(default=1, ge=1)
     join_deadline_s: float = Field(default=600, gt=0)
     round_deadline_s: float = Field(default=7200, gt=0)
+    wait_for_quorum_s: float = Field(default=600, ge=0)
+    rejoin_window_s: float = Field(default=120, ge=0)
+    exclusion: Exclusion = Exclusion()
 
 
 class Evaluation(StrictModel):

@@ -12,6 +12,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+import semisam_core
 from client.app import app
 from client.site import Site
 from semisam_core.agreement import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule
@@ -31,6 +32,7 @@ def _identity() -> None:
 
 def _message(plan: Plan, kind: str, number: int, /, weights: bool = True, **study: Any) -> Message:
     fields = {"plan": plan.canonical_json(), "plan-hash": plan.hash, "run": "run", "round": number, "final": False}
+    fields["code-version"] = semisam_core.__version__
     content = RecordDict({STUDY_RECORD: ConfigRecord(fields | study)})
     if weights:
         state = new_specialist(plan).state_dict()
@@ -94,6 +96,8 @@ def test_every_reply_is_in_the_audit_log(make_site: MakeSite, tmp_path: Path, pl
         ({"plan": "{}"}, RefusalRule.PLAN_INVALID),
         ({"plan": "not json"}, RefusalRule.PLAN_INVALID),
         ({"plan-hash": "0" * 64}, RefusalRule.PLAN_HASH),
+        ({"code-version": "0.0.9"}, RefusalRule.VERSION),
+        ({"code-version": 1}, RefusalRule.VERSION),
         ({"run": "../../etc"}, RefusalRule.RUN_NAME),
         ({"run": 7}, RefusalRule.RUN_NAME),
         ({"round": -1}, RefusalRule.PLAN_INVALID),
