@@ -93,6 +93,8 @@ class Attendance:
             if not self._post.under_way(phase.kind, number):
                 if len(phase.done) >= self._waits.minimum_sites:
                     break
+                if self._recall(phase):
+                    continue
                 if give_up is None:
                     give_up = self._clock.now() + self._waits.wait_for_quorum_s
                     phase.joinable_until = give_up
@@ -127,6 +129,13 @@ class Attendance:
         missing = self._expected - len(self._roster.joined) - len(self._roster.declined)
         again = [site for site in phase.may_pass if phase.attempts.get(site, 0) < ATTEMPTS]
         return bool(missing > 0 or again or self._roster.absent() or self._post.under_way(MessageType.QUERY))
+
+    def _recall(self, phase: Phase) -> bool:
+        """Ask sites that were left out for their failures, since too few others contribute; return whether any."""
+        spared = {site: node for site, node in self._roster.joined.items() if site not in phase.attempts}
+        for site, node in spared.items():
+            self._reception.ask(phase, site, node)
+        return bool(spared)
 
     def _ask_again(self, phase: Phase) -> None:
         now = self._clock.now()
