@@ -52,12 +52,7 @@ def least_updates(rule: Rule, trim_share: float, malicious_sites: int) -> int:
     if rule == "median":
         return 3
     if rule == "trimmed-mean":
-        return next(n for n in range(3, 100_000) if trimmed(n, trim_share) > 0)
+        return next(n for n in range(3, 100_000) if int(trim_share * n) > 0)
     if rule in ("krum", "multi-krum"):
         return 2 * malicious_sites + 3
     return 1
-
-
-def trimmed(updates: int, trim_share: float) -> int:
-    """Return how many values a trimmed mean leaves out at each end."""
-    return int(trim_share * updates)

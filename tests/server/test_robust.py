@@ -159,6 +159,26 @@ def test_a_rule_says_when_it_has_fewer_updates_than_it_needs(rule: str, keys: di
         votes(too_few, [1 / (least - 1)] * (least - 1), policy)
 
 
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum", "multi-krum"])
+def test_a_site_that_was_rejected_is_one_malicious_site_less_and_stops_no_study(rule: str) -> None:
+    updates, policy = _updates(4, 4), _policy(rule)
+    counted = votes(updates, [0.1, 0.2, 0.3, 0.4], policy, rejected=1)
+    found = combine(updates, counted, policy)
+    assert sum(counted) == pytest.approx(1)
+    if rule == "multi-krum":
+        assert counted == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    if rule == "trimmed-mean":
+        mean = weighted_mean(updates, [0.25] * 4)
+        assert all(torch.allclose(found[name], mean[name], atol=1e-6) for name in SHAPES)
+
+
+def test_a_round_of_which_all_was_rejected_has_nothing_to_combine() -> None:
+    with pytest.raises(ValueError, match=r"krum needs 5 updates, there are 0 .* and 9 that were rejected"):
+        votes([], [], _policy("krum"), rejected=9)
+    with pytest.raises(ValueError, match="needs 3 updates, there are 2"):
+        votes(_updates(2, 0), [0.5, 0.5], _policy("krum"), rejected=5)
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=SEEDS, size=st.floats(1, 1e30), rule=st.sampled_from(["median", "trimmed-mean", "krum", "multi-krum"]))
 def test_one_of_five_cannot_pull_any_coordinate_out_of_the_honest_range(seed: int, size: float, rule: str) -> None:
