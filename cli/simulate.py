@@ -208,11 +208,10 @@ def _longest(plan: Plan) -> float:
 
 def supervised_alone(plan: Plan) -> Plan:
     """Return the plan of the local-only arm: supervised, same steps, same seeds, one site suffices."""
-    return plan.model_copy(
+    return plan.alone().model_copy(
         update={
             "regularizer": plan.regularizer.model_copy(update={"name": "none"}),
             "pseudo_labels": None,
-            "aggregation": plan.aggregation.model_copy(update={"minimum_sites": 1}),
         }
     )
 

@@ -18,10 +18,13 @@ from client.site_config import SiteConfig, load_site_config, load_site_folder
 from client.state import RUN_NAME
 from semisam_core.agreement import (
     JOIN_SCALARS,
+    REJECTED,
+    REJECTED_ROUND,
     SPECIALIST_RECORD,
     STUDY_RECORD,
     TRAIN_SCALARS,
     RefusalRule,
+    RejectionRule,
     evaluation_scalars,
     same_version,
     specialist_spec,
@@ -157,6 +160,7 @@ def _work(
     work: Callable[[Site, EgressGate, _Request], RecordDict],
 ) -> RecordDict:
     run, round_number = _book_names(message)
+    _book_rejection(message, gate, run)
     try:
         request = _read(message)
         site = Site(config, request.plan, request.run, request.round_number)
@@ -167,6 +171,18 @@ def _work(
         rule = next((rule for known, rule in RULES if isinstance(error, known)), RefusalRule.INTERNAL)
         logger.warning("Round %d: refused by rule %s", round_number, rule.value, exc_info=error)
         return gate.refuse(kind, run, round_number, rule, f"{type(error).__name__}: {error}")
+
+
+def _book_rejection(message: Message, gate: EgressGate, run: str) -> None:
+    """Book that the server left this site's last answer out, where the message says so."""
+    study = message.content.config_records.get(STUDY_RECORD)
+    if study is None or REJECTED not in study:
+        return
+    word, number = study[REJECTED], study.get(REJECTED_ROUND)
+    rule = next((known.value for known in RejectionRule if known.value == word), "unknown")
+    round_number = number if type(number) is int else -1
+    logger.warning("The server rejected this site's answer of round %d by rule %s", round_number, rule)
+    gate.book_rejection(run, round_number, rule)
 
 
 def _book_names(message: Message) -> tuple[str, int]:

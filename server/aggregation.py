@@ -1,4 +1,7 @@
-"""From admitted updates to new global weights. What an update weighs is computed apart from how they are combined."""
+"""From admitted updates to new global weights. What an update weighs is computed apart from how they are combined.
+
+`evidence_weights` says what each update weighs, `votes` what of that the plan's rule lets count, `combine` combines.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import torch
 from torch import Tensor
 
 from semisam_core.plan import Aggregation
+from server import robust
 from server.updates import MemoryUpdate as Update
 from server.updates import Update as SiteUpdate
 
-__all__ = ["Update", "evidence_weights", "weighted_mean"]
+__all__ = ["Update", "combine", "evidence_weights", "votes", "weighted_mean"]
 
 
 def evidence_weights(
@@ -53,6 +57,64 @@ def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float
     if policy.weights == "confidence":
         pseudo_labels *= scalars["confidence"]
     return float(scalars["labeled"] + policy.unlabeled_share * ramp * pseudo_labels / classes)
+
+
+def votes(
+    updates: Sequence[SiteUpdate], shares: Sequence[float], policy: Aggregation, rejected: int = 0
+) -> list[float]:
+    """Return what each update counts under the plan's rule, summing to one.
+
+    An update that weighs nothing counts nothing under any rule. Of the others, `weighted-mean` takes the shares as they
+    are, `median` and `trimmed-mean` take all alike, `krum` takes one, and `multi-krum` the shares of all but as many as
+    the plan takes for malicious.
+
+    A site whose answer was rejected is one of those that the rule would have had to bear: it counts towards the number
+    of sites that the rule needs, and as one malicious site less among the others. Otherwise one site at the minimum
+    could stop a study by sending nonsense.
+
+    Args:
+        updates: admitted updates in the order of site names.
+        shares: from `evidence_weights`.
+        policy: rule, trim_share and malicious_sites.
+        rejected: how many sites' answers of this round the server rejected; sites that are silent are none of them.
+
+    Raises:
+        ValueError: the rule needs more updates than there are.
+    """
+    if policy.rule == "weighted-mean":
+        return list(shares)
+    voters = [k for k, share in enumerate(shares) if share > 0]
+    if not voters or len(voters) + rejected < policy.least_updates:
+        raise ValueError(
+            f"the rule {policy.rule} needs {policy.least_updates} updates, there are {len(voters)} that weigh anything"
+            f" and {rejected} that were rejected"
+        )
+    if policy.rule in ("median", "trimmed-mean"):
+        return [1 / len(voters) if share > 0 else 0.0 for share in shares]
+    malicious = max(0, policy.malicious_sites - rejected)
+    order = [voters[place] for place in robust.by_krum([updates[k] for k in voters], malicious)]
+    kept = set(order[:1] if policy.rule == "krum" else order[: len(order) - malicious])
+    total = math.fsum(shares[k] for k in kept)
+    return [share / total if k in kept else 0.0 for k, share in enumerate(shares)]
+
+
+def combine(updates: Sequence[SiteUpdate], counted: Sequence[float], policy: Aggregation) -> dict[str, Tensor]:
+    """Return the combined specialist.
+
+    Args:
+        updates: admitted updates in the order of site names, at least one that counts.
+        counted: from `votes`.
+        policy: the rule.
+
+    Raises:
+        ValueError: there is no update, or votes do not fit.
+    """
+    voters = [(update, vote) for update, vote in zip(updates, counted, strict=True) if vote > 0]
+    if policy.rule == "median":
+        return robust.median([update for update, _ in voters])
+    if policy.rule == "trimmed-mean":
+        return robust.trimmed_mean([update for update, _ in voters], policy.trim_share)
+    return weighted_mean([update for update, _ in voters], [vote for _, vote in voters])
 
 
 def weighted_mean(updates: Sequence[SiteUpdate], weights: Sequence[float]) -> dict[str, Tensor]:

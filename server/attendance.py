@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
-from flwr.app import MessageType, RecordDict
+from flwr.app import MessageType
 
 from semisam_core.agreement import TensorSpec
 from semisam_core.errors import SemiSAMError
 from semisam_core.plan import Plan
-from server.admission import Admitted
-from server.collection import ATTEMPTS, RETRY_S, Phase, Reception
+from server.admission import Admitted, Rejected
+from server.collection import ATTEMPTS, RETRY_S, Content, Phase, Reception
 
 SHOWN_REASONS = 20
 
@@ -73,11 +73,19 @@ class Attendance:
     def train(
         self,
         number: int,
-        content: Callable[[], RecordDict],
+        content: Content,
         accept: Callable[[Admitted], None],
+        review: Callable[[], Sequence[Rejected]],
         spec: Mapping[str, TensorSpec],
     ) -> Phase:
         """Ask every site that works in this round; wait for more where too few contribute.
+
+        Args:
+            number: the round.
+            content: makes the messages.
+            accept: takes each admitted answer.
+            review: called when all have answered; drops answers that do not fit the others, and says which.
+            spec: the agreed tensors.
 
         Raises:
             TooFewSitesError: fewer than the plan's minimum contributed, after all waiting.
@@ -91,7 +99,9 @@ class Attendance:
         give_up: float | None = None
         while True:
             if not self._post.under_way(phase.kind, number):
-                if len(phase.done) >= self._waits.minimum_sites:
+                for answer in review():
+                    self._reception.reject(phase, answer)
+                if self._enough(phase):
                     break
                 if self._recall(phase):
                     continue
@@ -107,9 +117,7 @@ class Attendance:
         self._reception.end()
         return phase
 
-    def evaluate(
-        self, number: int, content: Callable[[], RecordDict], accept: Callable[[Admitted], None], final: bool
-    ) -> Phase:
+    def evaluate(self, number: int, content: Content, accept: Callable[[Admitted], None], final: bool) -> Phase:
         """Ask sites for their scores; one that is left out or still at its training is asked at the end only."""
         phase = self._reception.begin(MessageType.EVALUATE, number, content, accept, None)
         busy = set() if final else {question.site for question in self._post.asked(MessageType.TRAIN)}
@@ -123,6 +131,15 @@ class Attendance:
             self._reception.turn()
         self._reception.end()
         return phase
+
+    def _enough(self, phase: Phase) -> bool:
+        """Return whether a round counts.
+
+        A rule that bears hostile sites must not be stopped by one that sends nonsense: there, rejected answers count
+        towards the minimum.
+        """
+        borne = 0 if self._waits.rule == "weighted-mean" else len(phase.rejected)
+        return bool(phase.done) and len(phase.done) + borne >= self._waits.minimum_sites
 
     def _hope(self, phase: Phase) -> bool:
         """Return whether waiting may bring more sites: some are absent, or failed by what may pass."""

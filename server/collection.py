@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 
-from semisam_core.agreement import RefusalRule, TensorSpec
+from semisam_core.agreement import RefusalRule, RejectionRule, TensorSpec
 from semisam_core.plan import Plan
 from server.admission import Admitted, Rejected, admit
 from server.post import Clock, Post, Question
 from server.roster import Roster
 from server.run_folder import RunFolder
 
-logger = logging.getLogger(__name__)
 POLL_S = 0.5
 LOOK_S = 2.0
 RETRY_S = 30.0
 ATTEMPTS = 3
 UNREACHABLE = "its SuperNode has stopped sending heartbeats"
 MAY_PASS = ("refused by rule storage",)
+
+# Makes a message to a site; the rule by which its last answer was rejected and the round of that, where it was.
+Content = Callable[[tuple[RejectionRule, int] | None], RecordDict]
 
 ERROR_WORDS = {
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its ClientApp could not be loaded",
@@ -42,7 +43,7 @@ class Phase:
         kind: the message type.
         round: the round.
         deadline_s: how long each is waited for.
-        content: makes the message.
+        content: makes the messages.
         accept: takes each admitted answer, before the next one is read.
         spec: the agreed tensors where weights are due.
         began: when, on the server's clock.
@@ -50,6 +51,7 @@ class Phase:
         done: sites whose answer was admitted.
         failed: site -> why it has not contributed, of those that were asked and are not waited for.
         may_pass: those of them that may do better if asked again.
+        rejected: those of them that answered, and were rejected by a rule of the server's.
         attempts: site -> how often it was asked.
         retried: when sites were last asked again.
         reason: why it takes longer, where it does.
@@ -58,7 +60,7 @@ class Phase:
     kind: str
     round: int
     deadline_s: float
-    content: Callable[[], RecordDict]
+    content: Content
     accept: Callable[[Admitted], None]
     spec: Mapping[str, TensorSpec] | None
     began: float
@@ -66,6 +68,7 @@ class Phase:
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     may_pass: set[str] = field(default_factory=set)
+    rejected: set[str] = field(default_factory=set)
     attempts: dict[str, int] = field(default_factory=dict)
     retried: float = 0.0
     reason: str = ""
@@ -104,6 +107,7 @@ class Reception:
         self._status, self._join_content = status, join_content
         self._phase: Phase | None = None
         self._looked: float | None = None
+        self._rejections: dict[str, tuple[RejectionRule, int]] = {}
         self.round = 0
         self.connected: list[int] = []
 
@@ -111,7 +115,7 @@ class Reception:
         self,
         kind: str,
         number: int,
-        content: Callable[[], RecordDict],
+        content: Content,
         accept: Callable[[Admitted], None],
         spec: Mapping[str, TensorSpec] | None,
     ) -> Phase:
@@ -138,10 +142,12 @@ class Reception:
         phase.attempts[site] = phase.attempts.get(site, 0) + 1
         phase.failed.pop(site, None)
         phase.may_pass.discard(site)
+        phase.rejected.discard(site)
         for earlier in self.post.under_way(phase.kind, phase.round):
             earlier.over = earlier.over or earlier.site == site
-        if not self.post.ask(node, site, phase.kind, phase.round, phase.content(), phase.deadline_s):
-            self._failure(phase, site, "Flower did not take the message", may_pass=True)
+        content = phase.content(self._rejections.pop(site, None))
+        if not self.post.ask(node, site, phase.kind, phase.round, content, phase.deadline_s):
+            self._failure(phase, Rejected(site, "Flower did not take the message"), may_pass=True)
 
     def turn(self) -> None:
         """Take in what there is; where there is nothing, wait a moment."""
@@ -200,16 +206,17 @@ class Reception:
                 phase.accept(answer)
                 phase.done.add(question.site)
             else:
-                self._failure(phase, question.site, answer.reason, reply.has_error() or answer.reason in MAY_PASS)
+                self._failure(phase, answer, reply.has_error() or answer.reason in MAY_PASS)
 
     def _join(self, question: Question, reply: Message) -> None:
         if reply.has_error() and reply.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE):
             return  # asked again when it is next seen
-        answer = self._admit(question, reply, None)
-        reason = answer.reason if isinstance(answer, Rejected) else None
-        again = self.roster.knows(answer.site)
-        if reason is None:
-            reason = self.roster.join(answer.site, question.node, self.connected)
+        answer, again = self._admit(question, reply, None), False
+        if isinstance(answer, Rejected):
+            reason: str | None = answer.reason
+        else:
+            again = self.roster.knows(answer.site)
+            reason = self.roster.join(answer, question.node, self.connected)
         if reason is not None:
             if self.roster.decline(question.node, answer.site, reason, self.round):
                 self.folder.record("refused", round=self.round, kind=question.kind, site=answer.site, reason=reason)
@@ -240,24 +247,29 @@ class Reception:
         content = {"round": phase.round, "kind": phase.kind, "sites": 1, "names": [question.site]}
         self.folder.record("silent", **content, seconds=seconds)
 
-    def _failure(self, phase: Phase, site: str, reason: str, may_pass: bool) -> None:
-        if phase.failed.get(site) != reason:
-            self.folder.record("refused", round=phase.round, kind=phase.kind, site=site, reason=reason)
-        phase.fail(site, reason, may_pass)
+    def reject(self, phase: Phase, answer: Rejected) -> None:
+        """Take back an answer that was admitted at first, as it does not fit the others."""
+        phase.done.discard(answer.site)
+        self._failure(phase, answer, may_pass=False)
+
+    def _failure(self, phase: Phase, answer: Rejected, may_pass: bool) -> None:
+        content = {"round": phase.round, "kind": phase.kind, "site": answer.site, "reason": answer.reason}
+        if phase.failed.get(answer.site) != answer.reason:
+            self.folder.record("refused", **content, rule=answer.rule)
+        phase.fail(answer.site, answer.reason, may_pass)
+        if answer.rule is not None:
+            phase.rejected.add(answer.site)
+            self._rejections[answer.site] = (answer.rule, phase.round)
 
     def _admit(self, question: Question, reply: Message, spec: Mapping[str, TensorSpec] | None) -> Admitted | Rejected:
         name = question.site or "(a site that has not joined)"
         if reply.has_error():
             return Rejected(name, _why(reply.error))
-        try:
-            answer = admit(reply, question.kind, question.round, self.plan, spec)
-        except Exception as error:
-            logger.error("The reply of %s cannot be read", name, exc_info=error)
-            return Rejected(name, "the reply cannot be read")
-        if question.site and answer.site != question.site:
-            if isinstance(answer, Rejected):
-                return Rejected(question.site, answer.reason)
-            return Rejected(question.site, "the reply bears the name of another site")
+        declared = self.roster.declared(question.site)
+        joined = None if declared is None else {question.node: declared}
+        answer = admit(reply, question.kind, question.round, self.plan, spec, joined)
+        if isinstance(answer, Rejected) and question.site:
+            return replace(answer, site=question.site)  # whatever name it bears
         return answer
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from semisam_core.plan import Exclusion
+from server.admission import Admitted
 
 SECOND = "a second site of this name"
 
@@ -46,6 +47,7 @@ class Roster:
     def __init__(self, policy: Exclusion) -> None:
         self._policy = policy
         self._nodes: dict[str, int] = {}
+        self._declared: dict[str, Admitted] = {}
         self._known: set[str] = set()
         self._declined: dict[int, Declined] = {}
         self._failures: dict[str, int] = {}
@@ -73,14 +75,19 @@ class Roster:
         """Take in the names of sites that had joined before the server was started again."""
         self._known.update(sites)
 
-    def join(self, site: str, node: int, connected: Collection[int]) -> str | None:
+    def declared(self, site: str) -> Admitted | None:
+        """Return what a site said of itself when it last joined."""
+        return self._declared.get(site)
+
+    def join(self, answer: Admitted, node: int, connected: Collection[int]) -> str | None:
         """Take a site in, at a new node where its old one is gone; return why not, or None."""
+        site = answer.site
         holder = self._nodes.get(site)
         if holder is not None and holder != node and holder in connected:
             return SECOND
         for other in [name for name, at in self._nodes.items() if at == node and name != site]:
             del self._nodes[other]
-        self._nodes[site] = node
+        self._nodes[site], self._declared[site] = node, answer
         self._known.add(site)
         self._declined.pop(node, None)
         return None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from semisam_core.agreement import disagreement, specialist_spec, weights_sha256
@@ -24,6 +25,7 @@ from server.events import counted
 
 logger = logging.getLogger(__name__)
 RESERVE_BYTES = 65_536
+KEEP_MOMENTS = 3
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grows too large"}
 
 
@@ -39,11 +41,13 @@ class Checkpoint:
         round: the round.
         weights: the specialist's tensors that travel.
         record: what `metrics.jsonl` says of the round, where it has said it; empty for the initial specialist.
+        moments: the server optimizer's state after the round; empty where it has none.
     """
 
     round: int
     weights: dict[str, Tensor]
     record: dict[str, Any]
+    moments: dict[str, Tensor]
 
 
 class RunFolder:
@@ -91,7 +95,12 @@ class RunFolder:
             ) from error
 
     def save_round(
-        self, round_number: int, weights: Mapping[str, Tensor], plan: Plan, record: Mapping[str, Any] | None = None
+        self,
+        round_number: int,
+        weights: Mapping[str, Tensor],
+        plan: Plan,
+        record: Mapping[str, Any] | None = None,
+        moments: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Keep the global weights after this round, whole or not at all.
 
@@ -100,6 +109,7 @@ class RunFolder:
             weights: the specialist's tensors that travel.
             plan: the study plan.
             record: what the metrics will say of the round; kept with the weights, so that it is never lost.
+            moments: the server optimizer's state, where it has any; the last few are kept.
 
         Raises:
             RecordNotKeptError: the disk is full.
@@ -108,10 +118,15 @@ class RunFolder:
             "plan": plan.hash,
             "round": str(round_number),
             "sha256": weights_sha256(weights),
+            "moments": weights_sha256(moments or {}),
             "record": json.dumps(dict(record or {}), sort_keys=True),
         }
         with self.writing(f"the checkpoint of round {round_number}"):
+            if moments:  # first, since a checkpoint stands for a round that is done
+                save_tensors(self._moments(round_number), moments)
             save_tensors(self._checkpoint(round_number), weights, metadata)
+            if moments:
+                self._moments(round_number - KEEP_MOMENTS).unlink(missing_ok=True)
 
     def load_round(self, round_number: int, plan: Plan) -> dict[str, Tensor]:
         """Return the weights after this round.
@@ -119,7 +134,7 @@ class RunFolder:
         Raises:
             ConfigError: they are missing, torn or not of this plan's specialist.
         """
-        return self._read(round_number, plan).weights
+        return self._read(round_number, plan)[0]
 
     def newest(self, plan: Plan) -> Checkpoint | None:
         """Return the newest checkpoint that is whole and of this plan, or None where there is none.
@@ -131,7 +146,9 @@ class RunFolder:
         """
         for number in self._rounds():
             try:
-                return self._read(number, plan)
+                weights, metadata = self._read(number, plan)
+                moments = self._read_moments(number, metadata)
+                return Checkpoint(number, weights, json.loads(metadata.get("record") or "{}"), moments)
             except ConfigError as error:
                 path = self._checkpoint(number)
                 aside = path.with_suffix(f".torn-{time.time_ns()}")
@@ -186,7 +203,7 @@ class RunFolder:
         stems = (path.stem.removeprefix("round-") for path in (self.path / "checkpoints").glob("round-*.safetensors"))
         return sorted((int(stem) for stem in stems if stem.isdecimal()), reverse=True)
 
-    def _read(self, number: int, plan: Plan) -> Checkpoint:
+    def _read(self, number: int, plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
         path = self._checkpoint(number)
         try:
             with safe_open(path, framework="pt") as file:
@@ -200,7 +217,24 @@ class RunFolder:
             raise ConfigError(f"{path}: this checkpoint is not of this plan: it carries another plan's hash.")
         if metadata.get("sha256") != weights_sha256(weights):
             raise ConfigError(f"{path}: this checkpoint is torn: its tensors are not those whose hash it carries.")
-        return Checkpoint(number, weights, json.loads(metadata.get("record") or "{}"))
+        return weights, metadata
+
+    def _read_moments(self, number: int, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        path, due = self._moments(number), metadata.get("moments")
+        if due == weights_sha256({}):
+            return {}
+        try:
+            moments = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{path}: the server optimizer's state cannot be read ({type(error).__name__})."
+            ) from None
+        if due != weights_sha256(moments):
+            raise ConfigError(f"{path}: the server optimizer's state is not the one that its checkpoint names.")
+        return moments
+
+    def _moments(self, round_number: int) -> Path:
+        return self.path / "checkpoints" / f"optimizer-{round_number:05d}.safetensors"
 
     def _checkpoint(self, round_number: int) -> Path:
         return self.path / "checkpoints" / f"round-{round_number:05d}.safetensors"

@@ -13,8 +13,11 @@ from torch import Tensor
 
 import semisam_core
 from semisam_core.agreement import (
+    REJECTED,
+    REJECTED_ROUND,
     SPECIALIST_RECORD,
     STUDY_RECORD,
+    RejectionRule,
     specialist_spec,
     travelling,
     weights_sha256,
@@ -22,10 +25,12 @@ from semisam_core.agreement import (
 from semisam_core.errors import SemiSAMError
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from server.admission import Admitted
-from server.aggregation import evidence_weights, weighted_mean
+from server.admission import Admitted, Rejected
+from server.aggregation import combine, evidence_weights, votes
 from server.attendance import Attendance, TooFewSitesError
 from server.collection import Phase, Reception
+from server.optimizer import ServerOptimizer
+from server.outliers import outliers
 from server.post import Clock, Post
 from server.roster import Roster
 from server.run_folder import Checkpoint, RunFolder
@@ -63,6 +68,7 @@ class Study:
         with self.folder.writing("the folder of updates"):
             self._shelf = UpdateShelf(self.folder.incoming)
         self._roster = Roster(self.plan.aggregation.exclusion)
+        self._optimizer = ServerOptimizer(self.plan)
         self._told: dict[str, Any] = {}
         reception = Reception(
             self.plan,
@@ -107,7 +113,7 @@ class Study:
         """Return where to go on from: the newest whole checkpoint, or the initial specialist."""
         found = self.folder.newest(self.plan)
         if found is None:
-            found = Checkpoint(0, travelling(self.plan, new_specialist(self.plan)), {})
+            found = Checkpoint(0, travelling(self.plan, new_specialist(self.plan)), {}, {})
             self.folder.save_round(0, found.weights, self.plan)
         if self.folder.metrics_path.exists():
             self.folder.record("resumed", round=found.round)
@@ -118,6 +124,8 @@ class Study:
         self._roster.replay(done)
         names = [line["site"] for event in ("joined", "rejoined") for line in self.folder.records(event)]
         self._roster.remember(names)
+        if found.round > 0:
+            self._optimizer.load(found.moments, found.weights)
         return found
 
     def _round(self, number: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -131,10 +139,16 @@ class Study:
                 self.folder.record("trained", round=number, site=answer.site, **answer.scalars)
 
         sent = _arrays(weights)
-        phase = self._attendance.train(number, lambda: self._content(number, sent), accept, specialist_spec(self.plan))
-        combined, record = self._combine(number, phase)
+        phase = self._attendance.train(
+            number,
+            lambda rejected: self._content(number, sent, rejected=rejected),
+            accept,
+            self._review,
+            specialist_spec(self.plan),
+        )
+        combined, record = self._combine(number, phase, weights)
         record |= {"rounds": self.plan.training.rounds, "seconds": round(self.clock.now() - began, 3)}
-        self.folder.save_round(number, combined, self.plan, record)
+        self.folder.save_round(number, combined, self.plan, record, self._optimizer.state())
         self.folder.record("aggregated", **record)
         for left in self._roster.close_round(number, phase.done, phase.failed):
             content = {"site": left.site, "reason": left.reason, "failures": left.failures, "until": left.until}
@@ -142,15 +156,24 @@ class Study:
         self._shelf.clear()
         return combined
 
-    def _combine(self, number: int, phase: Phase) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _review(self) -> list[Rejected]:
+        """Take updates off the shelf that do not fit the others, and return which."""
+        found = outliers(self._shelf.updates, self.plan.aggregation.admission)
+        for answer in found:
+            self._shelf.drop(answer.site)
+        return found
+
+    def _combine(
+        self, number: int, phase: Phase, weights: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the new global weights and what is recorded of them."""
-        updates = self._shelf.updates
+        updates, policy = self._shelf.updates, self.plan.aggregation
         try:
             progress, classes = number / self.plan.training.rounds, len(self.plan.class_names)
-            shares = evidence_weights(updates, self.plan.aggregation, progress, classes)
+            shares = votes(updates, evidence_weights(updates, policy, progress, classes), policy, len(phase.rejected))
         except ValueError as error:
             raise StudyFailedError(f"Round {number}: {error}.") from None
-        combined = weighted_mean(updates, shares)
+        combined = self._optimizer.step(weights, combine(updates, shares, policy))
         return combined, {
             "round": number,
             "weights": {u.site: s for u, s in zip(updates, shares, strict=True)},
@@ -170,7 +193,9 @@ class Study:
             self.folder.record("evaluated", round=number, final=final, site=answer.site, **answer.scalars)
 
         sent = _arrays(weights)
-        phase = self._attendance.evaluate(number, lambda: self._content(number, sent, final), accept, final)
+        phase = self._attendance.evaluate(
+            number, lambda rejected: self._content(number, sent, final, rejected), accept, final
+        )
         self.folder.record("scored", round=number, final=final, sites=len(phase.done))
 
     def _select(self, last: dict[str, Tensor]) -> None:
@@ -197,7 +222,13 @@ class Study:
         self.folder.save_best(number, weights, self.plan, chosen_by)
         self.folder.record("selected", round=number, by=chosen_by)
 
-    def _content(self, number: int, arrays: Mapping[str, Array] | None = None, final: bool = False) -> RecordDict:
+    def _content(
+        self,
+        number: int,
+        arrays: Mapping[str, Array] | None = None,
+        final: bool = False,
+        rejected: tuple[RejectionRule, int] | None = None,
+    ) -> RecordDict:
         study: dict[str, str | int | bool] = {
             "plan": self.plan.canonical_json(),
             "plan-hash": self.plan.hash,
@@ -206,6 +237,8 @@ class Study:
             "round": number,
             "final": final,
         }
+        if rejected is not None:
+            study |= {REJECTED: rejected[0].value, REJECTED_ROUND: rejected[1]}
         content = RecordDict({STUDY_RECORD: ConfigRecord({**study})})
         if arrays is not None:
             content[SPECIALIST_RECORD] = ArrayRecord(dict(arrays))

@@ -288,7 +288,9 @@ def test_an_update_in_the_name_of_another_site_is_refused(tmp_path: Path) -> Non
     grid.scripts["beta", TRAIN, 1] = [forged]
     record = run(grid, plan, tmp_path, 2)
     assert _contributors(record)[0] == "alpha"
-    assert _events(record, "refused", "site", "reason") == [("beta", "the reply bears the name of another site")]
+    assert _events(record, "refused", "site", "reason") == [
+        ("beta", "the reply is not of the site that joined from its node")
+    ]
 
 
 def test_a_site_that_keeps_failing_is_left_out_and_asked_again_later(tmp_path: Path) -> None:

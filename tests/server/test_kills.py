@@ -50,7 +50,9 @@ def whole(hospitals: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def _study(sites: list[Path], folder: Path, plan: Plan) -> Study:
     grid = InProcessGrid(client_app, [{"site-config": str(site)} for site in sites], {})
-    return Study(plan, grid, RunFolder(folder), "run-" + hashlib.sha256(str(folder).encode()).hexdigest()[:8], len(sites))
+    return Study(
+        plan, grid, RunFolder(folder), "run-" + hashlib.sha256(str(folder).encode()).hexdigest()[:8], len(sites)
+    )
 
 
 def _die_at(owner: object, name: str, moment: Callable[..., bool]) -> None:
@@ -86,7 +88,7 @@ def _receive() -> None:
 
 def _aggregate() -> None:
     calls: list[int] = []
-    _die_at(server.study, "weighted_mean", lambda *_: calls.append(1) or len(calls) == 2)
+    _die_at(server.study, "combine", lambda *_: calls.append(1) or len(calls) == 2)
 
 
 def _save() -> None:
