@@ -184,14 +184,16 @@ class RunFolder:
     def set_status(self, state: str, reason: str = "", **content: Any) -> None:
         """Say how the run stands: running, completed or failed, with the reason.
 
+        How a run has ended may take the room that is kept for it; that it is running may not.
+
         Raises:
-            RecordNotKeptError: it could not be written, even in the room that is kept for it.
+            RecordNotKeptError: it could not be written.
         """
         path, status = self.path / "status.json", {"state": state, "reason": reason, **content}
         try:
             write_json(path, status)
         except OSError as error:
-            if error.errno not in FULL:
+            if state == "running" or error.errno not in FULL:
                 with self.writing("status.json"):
                     raise
             self._reserve.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from client.labeling import Labeler
 from client.progress import Progress
 from client.site import Site
 from client.site_config import load_site_config
+from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from semisam_core.training import new_teacher
@@ -64,3 +65,11 @@ def _cases(site: Site) -> list[tuple[str, Callable[[], object]]]:
     from semisam_core.data.cases import Role
 
     return site._loaders(Role.UNLABELED)
+
+
+def test_a_phase_with_nothing_to_do_is_not_reported(tmp_path: Path) -> None:
+    progress = Progress(tmp_path / "progress.jsonl", 1)
+    progress("pseudo-label", 0, 0, "scans")
+    assert not (tmp_path / "progress.jsonl").exists()
+    progress("pseudo-label", 0, 1, "scans")
+    assert len(read_json_lines(tmp_path / "progress.jsonl")) == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, MessageType
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.constant import ErrorCode
 
 from semisam_core.agreement import SITE_RECORD
@@ -17,6 +17,9 @@ from semisam_core.plan import Plan
 from server.run_folder import RunFolder
 from server.study import StudyFailedError
 from tests.conftest import tiny_plan
+from tests.server.scripted import (
+    TRAIN as STEPS,
+)
 from tests.server.scripted import (
     ScriptedGrid,
     Time,
@@ -338,6 +341,48 @@ def test_a_resumed_server_remembers_who_is_left_out(tmp_path: Path) -> None:
     again.always["beta", TRAIN] = refuse("training-diverged")
     run(again, plan, tmp_path, 2)
     assert [number for site, kind, number in again.asked if (site, kind) == ("beta", TRAIN)] == [5]
+
+
+# What the server keeps of a run, and tells sites
+
+
+@pytest.mark.parametrize("optimizer", ["none", "momentum", "adam"])
+def test_a_study_whose_newest_checkpoint_is_torn_goes_on_from_the_one_before(tmp_path: Path, optimizer: str) -> None:
+    rate = "null" if optimizer == "none" else "0.5"
+    plan = _plan(f"aggregation.server_optimizer={{name: {optimizer}, learning_rate: {rate}}}", rounds=4)
+    whole = run(_grid("alpha", "beta"), plan, tmp_path / "whole", 2)
+    record = run(_grid("alpha", "beta"), plan, tmp_path / "torn", 2)
+    path = tmp_path / "torn" / "checkpoints" / "round-00004.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    grid = _grid("alpha", "beta")
+    run(grid, plan, tmp_path / "torn", 2)
+    assert {number for _, kind, number in grid.asked if kind == TRAIN} == {4}
+    assert _same(weights_of(record, 4, plan), weights_of(whole, 4, plan))
+    assert _events(record, "set-aside", "checkpoint") == [(4,)]
+
+
+def test_a_site_is_told_once_by_which_rule_its_answer_was_left_out(tmp_path: Path) -> None:
+    plan, told = _plan(), []
+
+    def listening(grid: ScriptedGrid, sent: Message) -> Message:
+        study = sent.content.config_records["study"]
+        told.append((study["round"], study.get("rejected"), study.get("rejected-round")))
+        steps = {"metrics": MetricRecord(dict(STEPS) | {"steps": 0})} if study["round"] == 1 else {}
+        return answer_well(grid, sent, **steps)
+
+    grid = _grid("alpha", "beta")
+    grid.always["beta", TRAIN] = listening
+    record = run(grid, plan, tmp_path, 2)
+    assert told == [(1, None, None), (2, "steps-and-change-disagree", 1), (3, None, None)]
+    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
+
+
+def test_a_rule_that_bears_hostile_sites_is_not_stopped_by_one_that_sends_nonsense(tmp_path: Path) -> None:
+    grid = _grid("alpha", "beta", "gamma")
+    grid.always["gamma", TRAIN] = lambda grid, sent: answer_well(grid, sent, more=ConfigRecord({"x": 1}))
+    record = run(grid, _plan("aggregation.rule=median", minimum=3), tmp_path, 3)
+    assert _contributors(record) == ["alpha beta"] * 3
+    assert grid.time.now_s < 10
 
 
 # Too few sites
