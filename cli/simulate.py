@@ -202,7 +202,7 @@ class Simulation:
 def _longest(plan: Plan) -> float:
     """Return how long a study lasts, in seconds, if every wait ends at its deadline."""
     waits = plan.aggregation
-    a_round = 3 * waits.round_deadline_s + waits.rejoin_window_s + waits.wait_for_quorum_s
+    a_round = 4 * waits.round_deadline_s + waits.rejoin_window_s + waits.wait_for_quorum_s
     return 600 + 2 * waits.join_deadline_s + (plan.training.rounds + 2) * a_round
 
 

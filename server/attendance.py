@@ -57,6 +57,7 @@ class Attendance:
             if now >= answer_by or (not joining and (answered >= self._expected or now >= connect_by)):
                 break
             self._reception.turn()
+            self._reception.note = f"{len(self._roster.joined)} of {self._expected} sites have joined."
             self._reception.tell()
         joined, connected, needed = len(self._roster.joined), len(self._reception.connected), self._waits.minimum_sites
         if joined >= needed:

@@ -20,6 +20,7 @@ LOOK_S = 2.0
 RETRY_S = 30.0
 ATTEMPTS = 3
 UNREACHABLE = "its SuperNode has stopped sending heartbeats"
+GONE = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
 MAY_PASS = ("refused by rule storage",)
 
 # Makes a message to a site; the rule by which its last answer was rejected and the round of that, where it was.
@@ -108,8 +109,14 @@ class Reception:
         self._phase: Phase | None = None
         self._looked: float | None = None
         self._rejections: dict[str, tuple[RejectionRule, int]] = {}
+        self._came_online: Mapping[int, str] = {}
         self.round = 0
-        self.connected: list[int] = []
+        self.note = ""
+
+    @property
+    def connected(self) -> list[int]:
+        """The nodes that were connected when the server last looked."""
+        return list(self._came_online)
 
     def begin(
         self,
@@ -166,7 +173,7 @@ class Reception:
         """Say in the run's status what is waited for."""
         phase = self._phase
         if phase is None:
-            self._status("joining", self.round, self.roster.absent(), "")
+            self._status("joining", self.round, self.roster.absent(), self.note)
             return
         waiting = {question.site for question in self.post.under_way(phase.kind, phase.round)}
         name = "training" if phase.kind == MessageType.TRAIN else "evaluating"
@@ -181,7 +188,10 @@ class Reception:
         if not at_once and self._looked is not None and now < self._looked + LOOK_S:
             return
         self._looked = now
-        self.connected = self.post.connected()
+        before, self._came_online = self._came_online, self.post.connected()
+        for site, node in self.roster.joined.items():
+            if node in before and self._came_online.get(node, before[node]) != before[node]:
+                self._started_again(site, node)
         for site in self.roster.gone(self.connected):
             self.folder.record("left", round=self.round, site=site, reason="its SuperNode is not connected")
         joining = {question.node for question in self.post.asked(MessageType.QUERY)}
@@ -190,14 +200,25 @@ class Reception:
                 deadline = self.plan.aggregation.join_deadline_s
                 self.post.ask(node, "", MessageType.QUERY, 0, self._join_content(), deadline)
 
-    def _receive(self, question: Question, reply: Message) -> None:
+    def _started_again(self, site: str, node: int) -> None:
+        """Note that a SuperNode was offline for a moment: what it was asked is lost, and it has to join again."""
+        reason = "its SuperNode was offline and is back"
+        self.roster.leave(site)
+        self.folder.record("left", round=self.round, site=site, reason=reason)
         phase = self._phase
-        if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+        for question in self.post.under_way(phase.kind, phase.round) if phase is not None else ():
+            if phase is not None and question.node == node:
+                question.over = True
+                self._failure(phase, Rejected(site, reason), may_pass=True)
+
+    def _receive(self, question: Question, reply: Message | None) -> None:
+        phase = self._phase
+        if reply is not None and reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
             self._unreachable(question)
         if question.kind == MessageType.QUERY:
             self._join(question, reply)
         elif question.over or phase is None or (question.kind, question.round) != (phase.kind, phase.round):
-            if reply.has_content():
+            if reply is not None and reply.has_content():
                 content = {"round": question.round, "site": question.site, "kind": question.kind}
                 self.folder.record("late", **content, seconds=round(max(0.0, self.clock.now() - question.due), 3))
         else:
@@ -206,10 +227,11 @@ class Reception:
                 phase.accept(answer)
                 phase.done.add(question.site)
             else:
-                self._failure(phase, answer, reply.has_error() or answer.reason in MAY_PASS)
+                failed = reply is not None and reply.has_error()
+                self._failure(phase, answer, failed or answer.reason in MAY_PASS)
 
-    def _join(self, question: Question, reply: Message) -> None:
-        if reply.has_error() and reply.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE):
+    def _join(self, question: Question, reply: Message | None) -> None:
+        if reply is not None and reply.has_error() and reply.error.code in GONE:
             return  # asked again when it is next seen
         answer, again = self._admit(question, reply, None), False
         if isinstance(answer, Rejected):
@@ -261,8 +283,12 @@ class Reception:
             phase.rejected.add(answer.site)
             self._rejections[answer.site] = (answer.rule, phase.round)
 
-    def _admit(self, question: Question, reply: Message, spec: Mapping[str, TensorSpec] | None) -> Admitted | Rejected:
+    def _admit(
+        self, question: Question, reply: Message | None, spec: Mapping[str, TensorSpec] | None
+    ) -> Admitted | Rejected:
         name = question.site or "(a site that has not joined)"
+        if reply is None:
+            return Rejected(name, "the reply cannot be read", RejectionRule.UNREADABLE)
         if reply.has_error():
             return Rejected(name, _why(reply.error))
         declared = self.roster.declared(question.site)

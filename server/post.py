@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+logger = logging.getLogger(__name__)
 LIFETIME_IN_DEADLINES = 2
 
 
@@ -64,9 +66,10 @@ class Post:
         self._grid, self._clock = grid, clock
         self._questions: dict[str, Question] = {}
 
-    def connected(self) -> list[int]:
-        """Return the nodes that Flower has heard of lately, in order."""
-        return sorted(self._grid.get_node_ids())
+    def connected(self) -> Mapping[int, str]:
+        """Return the nodes that Flower has heard of lately, in order, and when each last came online."""
+        nodes = sorted(self._grid.get_nodes(), key=lambda node: node.node_id)
+        return {node.node_id: node.last_activated_at for node in nodes}
 
     def ask(self, node: int, site: str, kind: str, number: int, content: RecordDict, deadline_s: float) -> bool:
         """Send one question; return whether Flower took it."""
@@ -91,10 +94,16 @@ class Post:
         """Return all questions of a kind that have no answer yet, waited for or not."""
         return [each for each in self._questions.values() if each.kind == kind]
 
-    def sweep(self) -> Iterator[tuple[Question, Message]]:
-        """Yield what has arrived; one reply at a time is held in memory."""
+    def sweep(self) -> Iterator[tuple[Question, Message | None]]:
+        """Yield what has arrived, None where it cannot be read; one reply at a time is held in memory."""
         for identifier in list(self._questions):
-            for reply in self._grid.pull_messages([identifier]):
+            try:
+                replies = list(self._grid.pull_messages([identifier]))
+            except Exception as error:  # of whatever a site sent; where Flower itself is gone, all else fails too
+                logger.warning("A reply could not be pulled", exc_info=error)
+                yield self._questions.pop(identifier), None
+                continue
+            for reply in replies:
                 if reply.metadata.reply_to_message_id == identifier and identifier in self._questions:
                     yield self._questions.pop(identifier), reply
 

@@ -11,6 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 
 from cli.inprocess_grid import InProcessGrid
 from semisam_core.agreement import METRICS_RECORD, REFUSAL_RECORD, SITE_RECORD, SPECIALIST_RECORD, STUDY_RECORD
@@ -68,9 +69,13 @@ class ScriptedGrid(InProcessGrid):
         self.asked: list[tuple[str, str, int]] = []
         self._sent_at: dict[str, float] = {}
         self._lost: set[str] = set()
+        self._activations: dict[int, int] = defaultdict(int)
 
     def get_node_ids(self) -> list[int]:
         return sorted(self.online)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node, last_activated_at=str(self._activations[node])) for node in self.get_node_ids()]
 
     def kill(self, node: int) -> None:
         """A SuperNode dies: what it was working on is lost."""
@@ -80,6 +85,7 @@ class ScriptedGrid(InProcessGrid):
     def start(self, site: str, node: int) -> None:
         """A SuperNode starts."""
         self.names[node] = site
+        self._activations[node] += 1
         self.online.add(node)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:

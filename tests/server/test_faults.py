@@ -188,6 +188,20 @@ def test_a_site_that_is_back_within_the_window_still_takes_part_in_the_round(tmp
     assert grid.time.now_s < 3000 + 120 + 10
 
 
+def test_a_site_that_is_offline_for_a_moment_is_not_waited_for_in_vain(tmp_path: Path) -> None:
+    grid = _grid("alpha", "beta", train_s=1000)
+
+    def blink() -> None:
+        grid.kill(2)
+        grid.start("beta", 2)
+
+    grid.time.at(500, blink)
+    record = run(grid, _plan(), tmp_path, 2)
+    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
+    assert _events(record, "rejoined", "site", "round") == [("beta", 1)]
+    assert grid.time.now_s < 3050
+
+
 def test_a_site_under_a_new_node_takes_the_place_of_its_old_one(tmp_path: Path) -> None:
     grid = _grid("alpha", "beta", train_s=1000)
     grid.time.at(50, lambda: grid.kill(2))
@@ -278,6 +292,17 @@ def test_a_bad_answer_costs_its_site_the_round_and_nobody_else(tmp_path: Path, s
     ((number, site, reason),) = _events(record, "refused", "round", "site", "reason")
     assert (number, site) == (2, "beta")
     assert "secret" not in reason
+
+
+def test_a_reply_that_flower_cannot_unpack_costs_its_site_the_round_and_nobody_else(tmp_path: Path) -> None:
+    def torn(grid: ScriptedGrid, sent: Message) -> Message:
+        raise ValueError("no such object")
+
+    grid = _grid("alpha", "beta")
+    grid.scripts["alpha", TRAIN, 2] = [torn]
+    record = run(grid, _plan(), tmp_path, 2)
+    assert _contributors(record) == ["alpha beta", "beta", "alpha beta"]
+    assert _events(record, "refused", "site", "reason") == [("alpha", "the reply cannot be read")]
 
 
 def test_an_update_in_the_name_of_another_site_is_refused(tmp_path: Path) -> None:
