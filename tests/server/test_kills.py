@@ -145,8 +145,13 @@ def test_a_server_that_is_killed_goes_on_as_if_nothing_had_been(
     record, expected = RunFolder(tmp_path), RunFolder(whole)
     for event in ("aggregated", "trained", "selected"):
         assert _facts(record.records(event)) == _facts(expected.records(event))
+    assert _scores(record) == _scores(expected)
     assert as_json(collect(tmp_path, {}, plan.class_names)) == as_json(collect(whole, {}, plan.class_names))
     assert list((tmp_path / "incoming").iterdir()) == []
+
+
+def _scores(record: RunFolder) -> set[tuple[int, str, float]]:
+    return {(line["round"], line["site"], line["dice.blob"]) for line in record.records("evaluated")}
 
 
 def _facts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
