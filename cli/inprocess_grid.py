@@ -19,7 +19,7 @@ Config = Mapping[str, bool | float | int | str]
 
 
 class InProcessGrid(Grid):
-    """Hands every message to the ClientApp at once and keeps its reply until it is pulled.
+    """Keeps every message until its reply is pulled, and lets the site work on it then: one reply at a time exists.
 
     Messages are deep-copied both ways: no site shares an object with the server or with another site, as over a
     network. A ClientApp that raises becomes an error reply, as in Flower. Sites work one after another, so a deadline
@@ -45,7 +45,7 @@ class InProcessGrid(Grid):
             )
             for node, config in enumerate(node_configs, start=1)
         }
-        self._replies: dict[str, Message] = {}
+        self._pending: dict[str, Message] = {}
         self._sent = 0
 
     def set_run(self, run: Run) -> None:
@@ -72,17 +72,18 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Let each site work on its message; return the messages' identifiers."""
+        """Keep messages; return their identifiers."""
         identifiers = []
         for message in messages:
             self._sent += 1
             identifiers.append(str(self._sent))
-            self._replies[identifiers[-1]] = self._work(message)
+            message.metadata.__dict__["_message_id"] = identifiers[-1]  # as Flower's own grids do
+            self._pending[identifiers[-1]] = message
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the replies to these messages, each once."""
-        return [self._replies.pop(each) for each in list(message_ids) if each in self._replies]
+        """Let sites work on these messages and return the replies, each once."""
+        return [self._work(self._pending.pop(each)) for each in list(message_ids) if each in self._pending]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Let every site work on its message and return the replies."""
@@ -93,6 +94,7 @@ class InProcessGrid(Grid):
         arriving = Message(
             copy.deepcopy(message.content), sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id
         )
+        arriving.metadata.__dict__["_message_id"] = sent.message_id
         try:
             reply = self._client_app(arriving, self._contexts[sent.dst_node_id])
         except Exception as error:

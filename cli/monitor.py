@@ -77,9 +77,9 @@ class RunMonitor:
                 f"round {event['round']}/{event['rounds']} aggregated after {event['seconds']:.0f} s; "
                 f"{left} left, about {left * event['seconds'] / 60:.1f} min"
             )
-        elif kind == "joined":
+        elif kind in ("joined", "rejoined"):
             self._say(
-                f"{event['site']} joined: {event['labeled']:.0f} labeled, {event['unlabeled']:.0f} unlabeled, "
+                f"{event['site']} {kind}: {event['labeled']:.0f} labeled, {event['unlabeled']:.0f} unlabeled, "
                 f"{event['validation']:.0f} validation, {event['quarantined']:.0f} quarantined"
             )
         elif kind == "trained":
@@ -93,7 +93,10 @@ class RunMonitor:
         elif kind == "refused":
             self._say(f"round {event['round']}: {event['site']} is left out: {event['reason']}")
         elif kind == "silent":
-            self._say(f"round {event['round']}: {event['sites']} sites did not answer within {event['seconds']:g} s")
+            names = ", ".join(event["names"])
+            self._say(f"round {event['round']}: {names} did not answer within {event['seconds']:g} s")
+        elif (text := _fault(event)) is not None:
+            self._say(text)
 
     def _say(self, text: str) -> None:
         self._progress.console.print(f"  {text}", highlight=False, markup=False)
@@ -152,3 +155,21 @@ class RunMonitor:
             except ValueError:
                 continue
         return events
+
+
+def _fault(event: Mapping[str, Any]) -> str | None:
+    """Return a sentence on something that went wrong and is being dealt with, or None."""
+    kind, at = event.get("event"), f"round {event.get('round')}:"
+    if kind == "late":
+        return f"{at} the answer of {event['site']} came {event['seconds']:.0f} s late and is not used"
+    if kind == "left":
+        return f"{at} {event['site']} is gone: {event['reason']}"
+    if kind == "waiting":
+        return f"{at} too few sites; waiting up to {event['seconds']:g} s for {', '.join(event['sites']) or 'others'}"
+    if kind == "excluded":
+        return f"{at} {event['site']} is left out until round {event['until']}: {event['reason']}"
+    if kind == "set-aside":
+        return f"a checkpoint was set aside: {event['reason']}"
+    if kind == "resumed":
+        return f"goes on from round {event['round']}"
+    return None

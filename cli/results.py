@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from semisam_core.files import read_json_lines
+from server.events import counted
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,15 @@ class SiteResult:
 
 def collect(run_folder: Path, local_folders: Mapping[str, Path], classes: Sequence[str]) -> list[SiteResult]:
     """Gather what a run and its local-only arms measured, by site and class."""
-    lines = read_json_lines(run_folder / "metrics.jsonl")
-    joined = {line["site"]: line for line in lines if line["event"] == "joined"}
+    lines = counted(read_json_lines(run_folder / "metrics.jsonl"))
+    joined = {line["site"]: line for line in lines if line["event"] in ("joined", "rejoined")}
     trained = {line["site"]: line for line in lines if line["event"] == "trained"}
     scored = scores_of(lines)
     results = []
     for site in sorted(joined):
         local = {}
         if site in local_folders:
-            local = scores_of(read_json_lines(local_folders[site] / "metrics.jsonl")).get(site, {})
+            local = scores_of(counted(read_json_lines(local_folders[site] / "metrics.jsonl"))).get(site, {})
         federated, last = scored.get(site, {}), trained.get(site, {})
         for name in classes:
             results.append(

@@ -202,16 +202,16 @@ class Simulation:
 def _longest(plan: Plan) -> float:
     """Return how long a study lasts, in seconds, if every wait ends at its deadline."""
     waits = plan.aggregation
-    return 600 + 2 * waits.join_deadline_s + (2 * plan.training.rounds + 2) * waits.round_deadline_s
+    a_round = 4 * waits.round_deadline_s + waits.rejoin_window_s + waits.wait_for_quorum_s
+    return 600 + 2 * waits.join_deadline_s + (plan.training.rounds + 2) * a_round
 
 
 def supervised_alone(plan: Plan) -> Plan:
     """Return the plan of the local-only arm: supervised, same steps, same seeds, one site suffices."""
-    return plan.model_copy(
+    return plan.alone().model_copy(
         update={
             "regularizer": plan.regularizer.model_copy(update={"name": "none"}),
             "pseudo_labels": None,
-            "aggregation": plan.aggregation.model_copy(update={"minimum_sites": 1}),
         }
     )
 

@@ -11,17 +11,22 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+import semisam_core
 from client.egress import EgressError, EgressGate, arriving_tensors
 from client.site import NoUsableCaseError, Site, SiteReport, WeightsNotAgreedError
 from client.site_config import SiteConfig, load_site_config, load_site_folder
 from client.state import RUN_NAME
 from semisam_core.agreement import (
     JOIN_SCALARS,
+    REJECTED,
+    REJECTED_ROUND,
     SPECIALIST_RECORD,
     STUDY_RECORD,
     TRAIN_SCALARS,
     RefusalRule,
+    RejectionRule,
     evaluation_scalars,
+    same_version,
     specialist_spec,
 )
 from semisam_core.errors import ConfigError, WeightsError
@@ -155,6 +160,7 @@ def _work(
     work: Callable[[Site, EgressGate, _Request], RecordDict],
 ) -> RecordDict:
     run, round_number = _book_names(message)
+    _book_rejection(message, gate, run)
     try:
         request = _read(message)
         site = Site(config, request.plan, request.run, request.round_number)
@@ -165,6 +171,18 @@ def _work(
         rule = next((rule for known, rule in RULES if isinstance(error, known)), RefusalRule.INTERNAL)
         logger.warning("Round %d: refused by rule %s", round_number, rule.value, exc_info=error)
         return gate.refuse(kind, run, round_number, rule, f"{type(error).__name__}: {error}")
+
+
+def _book_rejection(message: Message, gate: EgressGate, run: str) -> None:
+    """Book that the server left this site's last answer out, where the message says so."""
+    study = message.content.config_records.get(STUDY_RECORD)
+    if study is None or REJECTED not in study:
+        return
+    word, number = study[REJECTED], study.get(REJECTED_ROUND)
+    rule = next((known.value for known in RejectionRule if known.value == word), "unknown")
+    round_number = number if type(number) is int else -1
+    logger.warning("The server rejected this site's answer of round %d by rule %s", round_number, rule)
+    gate.book_rejection(run, round_number, rule)
 
 
 def _book_names(message: Message) -> tuple[str, int]:
@@ -179,6 +197,9 @@ def _read(message: Message) -> _Request:
     study = message.content.config_records.get(STUDY_RECORD)
     if study is None:
         raise _RefusedError(RefusalRule.PLAN_INVALID, "the message has no study record")
+    if not same_version(study.get("code-version"), semisam_core.__version__):
+        theirs, ours = study.get("code-version"), semisam_core.__version__
+        raise _RefusedError(RefusalRule.VERSION, f"the server runs version {theirs!r}, this site {ours}")
     try:
         plan = plan_from_json(str(study.get("plan", "")))
     except ConfigError as error:

@@ -96,6 +96,14 @@ class EgressGate:
             }
         )
 
+    def book_rejection(self, run: str, round_number: int, rule: str) -> None:
+        """Book that the server left this site's answer of a round out; nothing leaves with it.
+
+        Raises:
+            OSError: the audit log cannot be written.
+        """
+        self._book("rejected", run, round_number, "", {"rejected_by_the_server": rule})
+
     def _check_tensors(
         self, tensors: Mapping[str, Tensor], agreed: Mapping[str, TensorSpec] | None
     ) -> dict[str, object]:

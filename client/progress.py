@@ -24,7 +24,9 @@ class Progress:
         self._last = 0.0
 
     def __call__(self, phase: str, done: int, total: int, unit: str = "") -> None:
-        """Report that `done` of `total` units of a phase are finished."""
+        """Report that `done` of `total` units of a phase are finished; a phase without any is not reported."""
+        if total == 0:
+            return
         now = time.monotonic()
         if 0 < done < total and now - self._last < INTERVAL_S:
             return

@@ -23,6 +23,8 @@ STUDY_RECORD = "study"
 SITE_RECORD = "site"
 METRICS_RECORD = "metrics"
 REFUSAL_RECORD = "refusal"
+# In the study record, where the server left this site's last answer out: the word of a RejectionRule, and the round.
+REJECTED, REJECTED_ROUND = "rejected", "rejected-round"
 
 JOIN_SCALARS = ("labeled", "unlabeled", "validation", "quarantined", "generalists")
 TRAIN_SCALARS = (
@@ -50,6 +52,7 @@ class RefusalRule(StrEnum):
 
     PLAN_INVALID = "plan-invalid"
     PLAN_HASH = "plan-hash"
+    VERSION = "version"
     RUN_NAME = "run-name"
     NOTHING_TO_LEARN = "nothing-to-learn-from"
     NO_USABLE_CASE = "no-usable-case"
@@ -61,6 +64,27 @@ class RefusalRule(StrEnum):
     INTERNAL = "internal-error"
     SITE_CONFIG = "site-config"
     AUDIT_LOG = "audit-log"
+
+
+class RejectionRule(StrEnum):
+    """The rules by which the server leaves a site's answer out. The site is told the word with the next message."""
+
+    ANOTHER_ROUND = "another-round-or-plan"
+    ANOTHER_SITE = "not-the-site-that-joined"
+    RECORDS = "records-not-as-agreed"
+    SCALARS = "scalars-not-as-agreed"
+    COUNTS = "counts-not-as-declared"
+    TENSORS = "tensors-not-as-agreed"
+    TOO_LARGE = "too-large"
+    UNREADABLE = "unreadable"
+    NOT_FINITE = "not-finite"
+    CHANGE_TOO_LARGE = "change-too-large"
+    STEPS = "steps-and-change-disagree"
+
+
+def same_version(theirs: object, ours: str) -> bool:
+    """Return whether two versions of this project may work together: the first two numbers are the same."""
+    return isinstance(theirs, str) and theirs.split(".")[:2] == ours.split(".")[:2]
 
 
 def evaluation_scalars(plan: Plan) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The three terms of the loss and their schedules (SemiSAM+, Zhang et al., Medical Image Analysis 2025)."""
+"""The three terms of the loss, their schedules (SemiSAM+, Zhang et al., Medical Image Analysis 2025), and FedProx's."""
 
 from __future__ import annotations
 
@@ -122,3 +122,14 @@ def generalist_weight(step: int, total_steps: int, weight: float, schedule: str)
 def teacher_decay(step: int, ceiling: float) -> float:
     """Return the EMA decay alpha = min(1 - 1 / (t + 1), ceiling), t counted from 0."""
     return min(1 - 1 / (step + 1), ceiling)
+
+
+def proximal_loss(weights: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
+    """Return 0.5 * ||w - w_global||^2, to be weighed by mu (FedProx; Li et al., MLSys 2020).
+
+    Args:
+        weights: the specialist's parameters that travel, at least one.
+        start: the same, as the global specialist had them; they take no gradient.
+    """
+    squares = [(own - other).square().sum() for own, other in zip(weights, start, strict=True)]
+    return 0.5 * torch.stack(squares).sum()

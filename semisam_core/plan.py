@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from semisam_core.aggregation_plan import Admission, Rule, ServerOptimizer, least_updates
 from semisam_core.configuration import Fraction, Name, Spacing, StrictModel, override, parse, read_yaml
 from semisam_core.errors import ConfigError
 from semisam_core.pseudo_label_plan import PseudoLabels
@@ -111,7 +112,11 @@ class Augmentation(StrictModel):
 
 
 class Training(StrictModel):
-    """The local training of one round at one site."""
+    """The local training of one round at one site.
+
+    `proximal` is FedProx's mu (Li et al., MLSys 2020): the loss grows by mu/2 times the squared distance to the
+    global specialist that the round began with; 0 switches it off.
+    """
 
     rounds: int = Field(ge=1, le=10_000)
     steps_per_round: int = Field(ge=1, le=100_000)
@@ -119,6 +124,7 @@ class Training(StrictModel):
     unlabeled_batch: int = Field(default=1, ge=1, le=64)
     optimizer: Optimizer = Optimizer()
     augmentation: Augmentation = Augmentation()
+    proximal: float = Field(default=0.0, ge=0, le=100)
 
     @property
     def total_steps(self) -> int:
@@ -145,20 +151,56 @@ class Teacher(StrictModel):
     start: Literal["global", "site"] = "global"
 
 
-class Aggregation(StrictModel):
-    """How updates are weighed and combined, and how long anybody is waited for.
+class Exclusion(StrictModel):
+    """A site that fails `after_failures` rounds in a row is left out of the next `rounds` rounds, then asked again."""
 
-    `samples`: scans used in training. `equal`: one site, one vote. `evidence`: labeled scans plus
+    after_failures: int = Field(default=3, ge=1, le=1000)
+    rounds: int = Field(default=2, ge=1, le=1000)
+
+
+class Aggregation(StrictModel):
+    """Which updates are admitted, how they are weighed and combined, and how long anybody is waited for.
+
+    Rules: `weighted-mean` weighs by `weights`. `median` and `trimmed-mean` (without the trim_share at each end) go
+    coordinate by coordinate and weigh all sites alike. `krum` takes the one update that lies closest to the others,
+    `multi-krum` the weighted mean of all but the `malicious_sites` that lie furthest off.
+
+    Weights: `samples`: scans used in training. `equal`: one site, one vote. `evidence`: labeled scans plus
     `unlabeled_share` of the accepted pseudo-labels, the latter ramped up over the study. `confidence`: likewise, but
     each accepted pseudo-label counts its mean confidence exp(-U) within the target.
+
+    A round counts if `minimum_sites` contribute. Where fewer do, others are waited for, `wait_for_quorum_s` at most; a
+    site that comes back within `rejoin_window_s` of a round's start still takes part in it.
     """
 
-    rule: Literal["weighted-mean"] = "weighted-mean"
+    rule: Rule = "weighted-mean"
+    trim_share: float = Field(default=0.2, ge=0.001, lt=0.5)
+    malicious_sites: int = Field(default=1, ge=1)
     weights: Literal["samples", "equal", "evidence", "confidence"] = "samples"
     unlabeled_share: Fraction = 0.2
+    admission: Admission = Admission()
+    server_optimizer: ServerOptimizer = ServerOptimizer()
     minimum_sites: int = Field(default=1, ge=1)
     join_deadline_s: float = Field(default=600, gt=0)
     round_deadline_s: float = Field(default=7200, gt=0)
+    wait_for_quorum_s: float = Field(default=600, ge=0)
+    rejoin_window_s: float = Field(default=120, ge=0)
+    exclusion: Exclusion = Exclusion()
+
+    @model_validator(mode="after")
+    def _enough_sites(self) -> Aggregation:
+        if self.minimum_sites < self.least_updates:
+            raise ValueError(
+                f"the rule {self.rule} needs the updates of {self.least_updates} sites "
+                f"(trim_share {self.trim_share:g}, malicious_sites {self.malicious_sites}), "
+                f"and minimum_sites is {self.minimum_sites}"
+            )
+        return self
+
+    @property
+    def least_updates(self) -> int:
+        """How many updates the rule needs for what it promises."""
+        return least_updates(self.rule, self.trim_share, self.malicious_sites)
 
 
 class Evaluation(StrictModel):
@@ -214,6 +256,16 @@ class Plan(StrictModel):
     def uses_unlabeled(self) -> bool:
         """Whether any term of the loss reads unlabeled scans."""
         return self.regularizer.name != NONE or self.pseudo_labels is not None
+
+    def alone(self) -> Plan:
+        """Return what is left of the plan for one site by itself: nobody to combine with, nothing to stay close to."""
+        combining = {"rule": "weighted-mean", "minimum_sites": 1, "server_optimizer": ServerOptimizer()}
+        return self.model_copy(
+            update={
+                "training": self.training.model_copy(update={"proximal": 0.0}),
+                "aggregation": self.aggregation.model_copy(update=combining),
+            }
+        )
 
     def canonical_json(self) -> str:
         """Return the plan as JSON whose text depends on content alone, defaults filled in."""

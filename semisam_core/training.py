@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from semisam_core.agreement import travelling
 from semisam_core.data.patches import Batch, PatchStream, TrainingScan
 from semisam_core.losses import (
     confidence_aware_loss,
     consistency_weight,
     generalist_weight,
+    proximal_loss,
     supervised_loss,
     teacher_decay,
 )
@@ -47,7 +49,8 @@ def train_round(
 ) -> TrainingResult:
     """Train the specialist in place for one round, and move the teacher after it.
 
-    L = L_sup + lambda_c(t) L_unsup + lambda_s(t) L_sam, t counting optimizer steps over the whole study.
+    L = L_sup + lambda_c(t) L_unsup + lambda_s(t) L_sam + mu/2 ||w - w_global||^2, t counting optimizer steps over the
+    whole study.
 
     Args:
         plan: the study plan.
@@ -118,6 +121,9 @@ class _Trainer:
         self._unlabeled = _stream(unlabeled, plan, training.unlabeled_batch, seed + 1) if plan.uses_unlabeled else None
         self._generator = torch.Generator().manual_seed(seed + 2)
         self._optimizer = build_optimizer(specialist, training.optimizer)
+        sent = travelling(plan, specialist)
+        self._tethered = [value for name, value in specialist.named_parameters() if name in sent]
+        self._start = [value.detach().clone() for value in self._tethered] if training.proximal > 0 else []
         self._sums = {"supervised": [0.0, 0], "consistency": [0.0, 0], "generalist": [0.0, 0]}
 
     @property
@@ -138,6 +144,8 @@ class _Trainer:
             losses = Losses(None) if self._regularizer is None else self._regularizer.losses(step)
             terms += self._unlabeled_terms(step, losses.student)
             own = losses.own
+        if self._start:
+            terms.append(self._plan.training.proximal * proximal_loss(self._tethered, self._start))
         rate = learning_rate(t, self._plan.training.total_steps, self._plan.training.optimizer)
         descend(self._optimizer, torch.stack(terms).sum(), rate, t)
         if own is not None and self._own_networks is not None:

@@ -1,11 +1,11 @@
-"""A reply is admitted, not trusted: from the right plan and round, agreed names, finite numbers, agreed tensors."""
+"""A reply is admitted, not trusted: from the right site, plan and round, with agreed names, counts and tensors."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from flwr.app import Message, MessageType
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -18,13 +18,14 @@ from semisam_core.agreement import (
     SPECIALIST_RECORD,
     TRAIN_SCALARS,
     RefusalRule,
+    RejectionRule,
     TensorSpec,
-    disagreement,
     evaluation_scalars,
     scalar_mistake,
 )
 from semisam_core.configuration import Name
 from semisam_core.plan import Plan
+from server.arrays import NotAdmittedError, read_tensors
 
 REQUIRED: Mapping[str, Sequence[str]] = {
     MessageType.QUERY: ("labeled", "unlabeled", "validation", "quarantined"),
@@ -32,6 +33,8 @@ REQUIRED: Mapping[str, Sequence[str]] = {
     MessageType.EVALUATE: ("validation",),
 }
 _NAME = TypeAdapter(Name)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,54 +48,61 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A reply that is left out, and why."""
+    """A reply that is left out, and why.
+
+    Attributes:
+        site: its name, or words that stand for one.
+        reason: a sentence for the run's record.
+        rule: what the site is told; None where it refused by itself, failed, or cannot be told apart.
+    """
 
     site: str
     reason: str
+    rule: RejectionRule | None = None
 
 
 def admit(
-    reply: Message, kind: str, round_number: int, plan: Plan, spec: Mapping[str, TensorSpec] | None
+    reply: Message,
+    kind: str,
+    round_number: int,
+    plan: Plan,
+    spec: Mapping[str, TensorSpec] | None,
+    joined: Mapping[int, Admitted] | None = None,
 ) -> Admitted | Rejected:
     """Check a reply.
 
     Args:
-        reply: as it came.
+        reply: as it came. Whatever reading it raises is a reason to leave it out.
         kind: the message type that was asked.
         round_number: the round that was asked about.
         plan: the study plan.
         spec: the agreed tensors where weights are due, else None.
+        joined: what each node answered when it joined, by node; None while sites join.
     """
     if reply.has_error():
         return Rejected("(a site that failed)", f"Flower reports error code {reply.error.code}")
-    site = _site_name(reply)
-    if site is None:
-        return Rejected("(a site without a name)", "the reply names no site")
-    if (refusal := reply.content.config_records.get(REFUSAL_RECORD)) is not None:
-        rule = refusal.get("rule")
-        known = {known.value for known in RefusalRule}
-        return Rejected(site, f"refused by rule {rule if rule in known else 'unknown'}")
-    about = reply.content.config_records[SITE_RECORD]
-    if about.get("round") != round_number or about.get("plan-hash") != plan.hash:
-        return Rejected(site, "the reply is about another round or plan")
-    scalars = reply.content.metric_records.get(METRICS_RECORD)
-    if scalars is None:
-        return Rejected(site, "the reply has no scalars")
-    if mistake := _scalar_mistake(dict(scalars), kind, plan):
-        return Rejected(site, mistake)
-    values = {name: float(value) for name, value in scalars.items() if isinstance(value, int | float)}
-    if spec is None:
-        return Admitted(site, values, None)
-    record = reply.content.array_records.get(SPECIALIST_RECORD)
-    if record is None:
-        return Rejected(site, "the reply has no specialist")
+    site: str | None = None
     try:
-        weights = {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
-    except (ValueError, TypeError):
-        return Rejected(site, "the specialist's tensors cannot be read")
-    if mistake := disagreement(weights, spec):
-        return Rejected(site, mistake)
-    return Admitted(site, values, weights)
+        site = _site_name(reply)
+        if site is None:
+            return Rejected("(a site without a name)", "the reply names no site")
+        if (refusal := reply.content.config_records.get(REFUSAL_RECORD)) is not None:
+            rule = refusal.get("rule")
+            known = {known.value for known in RefusalRule}
+            return Rejected(site, f"refused by rule {rule if rule in known else 'unknown'}")
+        declared = None if joined is None else _declared(reply, site, joined)
+        _check_origin(reply, kind, round_number, plan)
+        scalars = _scalars(reply, kind, plan)
+        if declared is not None:
+            _check_counts(scalars, kind, plan, declared)
+        weights = None if spec is None else read_tensors(reply.content.array_records[SPECIALIST_RECORD], spec)
+        return Admitted(site, scalars, weights)
+    except NotAdmittedError as mistake:
+        return Rejected(site or "(a site without a name)", str(mistake), mistake.rule)
+    except Exception as error:  # records are unpacked when they are read, and hostile ones may raise anything
+        logger.warning("A reply cannot be read", exc_info=error)
+        reason = f"the reply cannot be read ({type(error).__name__})"
+        return Rejected(site or "(a site without a name)", reason, RejectionRule.UNREADABLE)
 
 
 def _site_name(reply: Message) -> str | None:
@@ -103,14 +113,59 @@ def _site_name(reply: Message) -> str | None:
         return None
 
 
-def _scalar_mistake(scalars: Mapping[str, object], kind: str, plan: Plan) -> str | None:
+def _declared(reply: Message, site: str, joined: Mapping[int, Admitted]) -> Mapping[str, float]:
+    known = joined.get(reply.metadata.src_node_id)
+    if known is None or known.site != site:
+        raise NotAdmittedError(RejectionRule.ANOTHER_SITE, "the reply is not of the site that joined from its node")
+    return known.scalars
+
+
+def _check_origin(reply: Message, kind: str, round_number: int, plan: Plan) -> None:
+    about = reply.content.config_records[SITE_RECORD]
+    number = about.get("round")
+    if type(number) is not int or number != round_number or about.get("plan-hash") != plan.hash:
+        raise NotAdmittedError(RejectionRule.ANOTHER_ROUND, "the reply is about another round or plan")
+    due = {SITE_RECORD, METRICS_RECORD} | ({SPECIALIST_RECORD} if kind == MessageType.TRAIN else set())
+    if missing := sorted(due - set(reply.content)):
+        words = {METRICS_RECORD: "scalars", SPECIALIST_RECORD: "specialist"}
+        raise NotAdmittedError(RejectionRule.RECORDS, f"the reply has no {words[missing[0]]}")
+    if foreign := sorted(set(reply.content) - due):
+        shown = [name[:60] for name in foreign[:3]]
+        raise NotAdmittedError(RejectionRule.RECORDS, f"the reply has records that are not agreed: {shown}")
+
+
+def _scalars(reply: Message, kind: str, plan: Plan) -> dict[str, float]:
+    scalars = dict(reply.content.metric_records[METRICS_RECORD])
     agreed = {
         MessageType.QUERY: JOIN_SCALARS,
         MessageType.TRAIN: TRAIN_SCALARS,
         MessageType.EVALUATE: evaluation_scalars(plan),
     }[kind]
+    mistake = next(filter(None, (scalar_mistake(name, value) for name, value in scalars.items())), None)
     if foreign := sorted(set(scalars) - set(agreed)):
-        return f"the scalars {foreign[:5]} are not on the agreed list"
-    if missing := sorted(set(REQUIRED[kind]) - set(scalars)):
-        return f"the scalars {missing} are missing"
-    return next(filter(None, (scalar_mistake(name, value) for name, value in scalars.items())), None)
+        mistake = f"the scalars {[name[:60] for name in foreign[:5]]} are not on the agreed list"
+    elif missing := sorted(set(REQUIRED[kind]) - set(scalars)):
+        mistake = f"the scalars {missing} are missing"
+    if mistake:
+        raise NotAdmittedError(RejectionRule.SCALARS, mistake)
+    return {name: float(value) for name, value in scalars.items() if isinstance(value, int | float)}
+
+
+def _check_counts(scalars: Mapping[str, float], kind: str, plan: Plan, declared: Mapping[str, float]) -> None:
+    """Check claims against what the site declared when it joined; a quarantined scan may have been repaired since."""
+    roles = {MessageType.TRAIN: ("labeled", "unlabeled"), MessageType.EVALUATE: ("validation",)}.get(kind, ())
+    limits = [(role, scalars[role], declared[role] + declared["quarantined"]) for role in roles]
+    if kind == MessageType.TRAIN:
+        scans = sum(declared[name] for name in ("labeled", "unlabeled", "quarantined"))
+        pairs = scalars["unlabeled"] * len(plan.class_names) if plan.pseudo_labels is not None else 0.0
+        limits += [
+            ("labeled + unlabeled", scalars["labeled"] + scalars["unlabeled"], scans),
+            ("accepted + gated", scalars["accepted"] + scalars.get("gated", 0.0), pairs),
+            ("steps", scalars["steps"], plan.training.steps_per_round),
+        ]
+    if kind == MessageType.EVALUATE:
+        cases = [name for name in scalars if name.partition(".")[0] in ("cases", "missing_distances")]
+        limits += [(name, scalars[name], scalars["validation"]) for name in cases]
+    for name, found, most in limits:
+        if found > most:
+            raise NotAdmittedError(RejectionRule.COUNTS, f"{name} is {found:g}, and can be {most:g} at most")

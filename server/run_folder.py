@@ -2,43 +2,131 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semisam_core.agreement import disagreement, specialist_spec
-from semisam_core.errors import ConfigError
-from semisam_core.files import append_json_line, read_json_lines, save_tensors, write_json
+from semisam_core.agreement import disagreement, specialist_spec, weights_sha256
+from semisam_core.errors import ConfigError, SemiSAMError
+from semisam_core.files import append_json_line, read_json_lines, save_tensors, write_atomically, write_json
 from semisam_core.plan import Plan
+from server.events import counted
+
+logger = logging.getLogger(__name__)
+RESERVE_BYTES = 65_536
+KEEP_MOMENTS = 3
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grows too large"}
+
+
+class RecordNotKeptError(SemiSAMError):
+    """The run folder could not be written. Whatever was there is as it was."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The global weights after one round.
+
+    Attributes:
+        round: the round.
+        weights: the specialist's tensors that travel.
+        record: what `metrics.jsonl` says of the round, where it has said it; empty for the initial specialist.
+        moments: the server optimizer's state after the round; empty where it has none.
+    """
+
+    round: int
+    weights: dict[str, Tensor]
+    record: dict[str, Any]
+    moments: dict[str, Tensor]
 
 
 class RunFolder:
     """One run's folder.
 
-    `checkpoints/round-00000.safetensors` is the initial specialist; `best.safetensors` is the one the plan's
-    selection picks; `metrics.jsonl` has one line for each thing that happened; `status.json` how the run stands.
+    `checkpoints/round-00000.safetensors` is the initial specialist; each checkpoint carries the hash of its tensors.
+    `best.safetensors` is the one the plan's selection picks; `metrics.jsonl` has one line for each thing that happened;
+    `status.json` says how the run stands. `.reserve` keeps some room, so that the latter can be written on a full disk.
 
     Args:
         path: the folder; made if missing.
+
+    Raises:
+        RecordNotKeptError: it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics_path = path / "metrics.jsonl"
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self._reserve = path / ".reserve"
+        with self.writing("the run folder"):
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            if not self._reserve.exists():
+                write_atomically(self._reserve, os.urandom(RESERVE_BYTES))
 
-    def save_round(self, round_number: int, weights: Mapping[str, Tensor], plan: Plan) -> None:
-        """Keep the global weights after this round, whole or not at all.
+    @property
+    def incoming(self) -> Path:
+        """The folder of updates of the round that is under way."""
+        return self.path / "incoming"
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn a failed write into a sentence.
 
         Raises:
-            OSError: the disk is full.
+            RecordNotKeptError: what could not be written, where and why.
         """
-        save_tensors(self._checkpoint(round_number), weights, {"plan": plan.hash, "round": str(round_number)})
+        try:
+            yield
+        except OSError as error:
+            why = FULL.get(error.errno or 0) or error.strerror or str(error)
+            raise RecordNotKeptError(
+                f"{self.path}: {what} could not be written: {why}. All finished rounds are kept; "
+                "make room, then resume."
+            ) from error
+
+    def save_round(
+        self,
+        round_number: int,
+        weights: Mapping[str, Tensor],
+        plan: Plan,
+        record: Mapping[str, Any] | None = None,
+        moments: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Keep the global weights after this round, whole or not at all.
+
+        Args:
+            round_number: the round.
+            weights: the specialist's tensors that travel.
+            plan: the study plan.
+            record: what the metrics will say of the round; kept with the weights, so that it is never lost.
+            moments: the server optimizer's state, where it has any; the last few are kept.
+
+        Raises:
+            RecordNotKeptError: the disk is full.
+        """
+        metadata = {
+            "plan": plan.hash,
+            "round": str(round_number),
+            "sha256": weights_sha256(weights),
+            "moments": weights_sha256(moments or {}),
+            "record": json.dumps(dict(record or {}), sort_keys=True),
+        }
+        with self.writing(f"the checkpoint of round {round_number}"):
+            if moments:  # first, since a checkpoint stands for a round that is done
+                save_tensors(self._moments(round_number), moments)
+            save_tensors(self._checkpoint(round_number), weights, metadata)
+            if moments:
+                self._moments(round_number - KEEP_MOMENTS).unlink(missing_ok=True)
 
     def load_round(self, round_number: int, plan: Plan) -> dict[str, Tensor]:
         """Return the weights after this round.
@@ -46,36 +134,109 @@ class RunFolder:
         Raises:
             ConfigError: they are missing, torn or not of this plan's specialist.
         """
-        path = self._checkpoint(round_number)
-        try:
-            weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{path}: this checkpoint cannot be read ({type(error).__name__}).") from None
-        if mistake := disagreement(weights, specialist_spec(plan)):
-            raise ConfigError(f"{path}: this checkpoint is not of this plan: {mistake}.")
-        return weights
+        return self._read(round_number, plan)[0]
+
+    def newest(self, plan: Plan) -> Checkpoint | None:
+        """Return the newest checkpoint that is whole and of this plan, or None where there is none.
+
+        Newer ones are set aside under another name, and that is recorded.
+
+        Raises:
+            RecordNotKeptError: the disk is full.
+        """
+        for number in self._rounds():
+            try:
+                weights, metadata = self._read(number, plan)
+                moments = self._read_moments(number, metadata)
+                return Checkpoint(number, weights, json.loads(metadata.get("record") or "{}"), moments)
+            except ConfigError as error:
+                path = self._checkpoint(number)
+                aside = path.with_suffix(f".torn-{time.time_ns()}")
+                with self.writing("the folder of checkpoints"):
+                    path.rename(aside)
+                logger.error("A checkpoint is set aside as %s. %s", aside.name, error)
+                self.record("set-aside", checkpoint=number, file=aside.name, reason=str(error))
+        return None
 
     def last_round(self) -> int | None:
         """Return the last round that has a checkpoint, or None."""
-        stems = [path.stem.removeprefix("round-") for path in (self.path / "checkpoints").glob("round-*.safetensors")]
-        return max((int(stem) for stem in stems if stem.isdecimal()), default=None)
+        return next(iter(self._rounds()), None)
 
     def save_best(self, round_number: int, weights: Mapping[str, Tensor], plan: Plan, chosen_by: str) -> None:
         """Keep the selected specialist; what it was selected by is written into the file."""
         metadata = {"plan": plan.hash, "round": str(round_number), "selected_by": chosen_by}
-        save_tensors(self.path / "best.safetensors", weights, metadata)
+        with self.writing("the selected specialist"):
+            save_tensors(self.path / "best.safetensors", weights, metadata | {"sha256": weights_sha256(weights)})
 
     def record(self, event: str, **content: Any) -> None:
-        """Append one line to the metrics."""
-        append_json_line(self.metrics_path, {"event": event, "time": round(time.time(), 3), **content})
+        """Append one line to the metrics.
+
+        Raises:
+            RecordNotKeptError: the disk is full.
+        """
+        with self.writing("a line of the metrics"):
+            append_json_line(self.metrics_path, {"event": event, "time": round(time.time(), 3), **content})
 
     def records(self, event: str) -> list[dict[str, Any]]:
-        """Return all lines of one kind of event, in order."""
-        return [line for line in read_json_lines(self.metrics_path) if line.get("event") == event]
+        """Return all lines of one kind of event that count, in order."""
+        return [line for line in counted(read_json_lines(self.metrics_path)) if line.get("event") == event]
 
     def set_status(self, state: str, reason: str = "", **content: Any) -> None:
-        """Say how the run stands: running, completed or failed, with the reason."""
-        write_json(self.path / "status.json", {"state": state, "reason": reason, **content})
+        """Say how the run stands: running, completed or failed, with the reason.
+
+        How a run has ended may take the room that is kept for it; that it is running may not.
+
+        Raises:
+            RecordNotKeptError: it could not be written.
+        """
+        path, status = self.path / "status.json", {"state": state, "reason": reason, **content}
+        try:
+            write_json(path, status)
+        except OSError as error:
+            if state == "running" or error.errno not in FULL:
+                with self.writing("status.json"):
+                    raise
+            self._reserve.unlink(missing_ok=True)
+            with self.writing("status.json"):
+                write_json(path, status)
+
+    def _rounds(self) -> Sequence[int]:
+        """Return the rounds that have a checkpoint, the latest first."""
+        stems = (path.stem.removeprefix("round-") for path in (self.path / "checkpoints").glob("round-*.safetensors"))
+        return sorted((int(stem) for stem in stems if stem.isdecimal()), reverse=True)
+
+    def _read(self, number: int, plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
+        path = self._checkpoint(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: this checkpoint cannot be read ({type(error).__name__}).") from None
+        if mistake := disagreement(weights, specialist_spec(plan)):
+            raise ConfigError(f"{path}: this checkpoint is not of this plan: {mistake}.")
+        if metadata.get("plan") != plan.hash:
+            raise ConfigError(f"{path}: this checkpoint is not of this plan: it carries another plan's hash.")
+        if metadata.get("sha256") != weights_sha256(weights):
+            raise ConfigError(f"{path}: this checkpoint is torn: its tensors are not those whose hash it carries.")
+        return weights, metadata
+
+    def _read_moments(self, number: int, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        path, due = self._moments(number), metadata.get("moments")
+        if due == weights_sha256({}):
+            return {}
+        try:
+            moments = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{path}: the server optimizer's state cannot be read ({type(error).__name__})."
+            ) from None
+        if due != weights_sha256(moments):
+            raise ConfigError(f"{path}: the server optimizer's state is not the one that its checkpoint names.")
+        return moments
+
+    def _moments(self, round_number: int) -> Path:
+        return self.path / "checkpoints" / f"optimizer-{round_number:05d}.safetensors"
 
     def _checkpoint(self, round_number: int) -> Path:
         return self.path / "checkpoints" / f"round-{round_number:05d}.safetensors"

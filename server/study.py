@@ -1,19 +1,23 @@
-"""The rounds of one study: ask, admit, weigh, combine, keep, score. Every wait has an end."""
+"""The order of things in a study: who joins, rounds, scores, selection. Every wait has an end."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+import semisam_core
 from semisam_core.agreement import (
+    REJECTED,
+    REJECTED_ROUND,
     SPECIALIST_RECORD,
     STUDY_RECORD,
+    RejectionRule,
     specialist_spec,
     travelling,
     weights_sha256,
@@ -21,12 +25,18 @@ from semisam_core.agreement import (
 from semisam_core.errors import SemiSAMError
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from server.admission import Admitted, Rejected, admit
-from server.aggregation import Update, evidence_weights, weighted_mean
-from server.run_folder import RunFolder
+from server.admission import Admitted, Rejected
+from server.aggregation import combine, evidence_weights, votes
+from server.attendance import Attendance, TooFewSitesError
+from server.collection import Phase, Reception
+from server.optimizer import ServerOptimizer
+from server.outliers import outliers
+from server.post import Clock, Post
+from server.roster import Roster
+from server.run_folder import Checkpoint, RunFolder
+from server.updates import UpdateShelf
 
 logger = logging.getLogger(__name__)
-POLL_S = 0.2
 
 
 class StudyFailedError(SemiSAMError):
@@ -42,8 +52,9 @@ class Study:
         grid: Flower's way to the sites.
         folder: the run's record.
         run: the run's name, which sites use for their own state.
-        sites: how many sites are expected; the run starts when all are there or, at the join deadline, with at least
+        sites: how many sites are expected; the run starts when all have joined or, at the join deadline, with at least
             the plan's minimum.
+        clock: the server's clock.
     """
 
     plan: Plan
@@ -51,97 +62,141 @@ class Study:
     folder: RunFolder
     run: str
     sites: int
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        with self.folder.writing("the folder of updates"):
+            self._shelf = UpdateShelf(self.folder.incoming)
+        self._roster = Roster(self.plan.aggregation.exclusion)
+        self._optimizer = ServerOptimizer(self.plan)
+        self._told: dict[str, Any] = {}
+        reception = Reception(
+            self.plan,
+            Post(self.grid, self.clock),
+            self._roster,
+            self.folder,
+            self.clock,
+            self._tell,
+            lambda: self._content(0),
+        )
+        self._attendance = Attendance(self.plan, reception, self.sites)
 
     def execute(self) -> None:
         """Run all rounds that are not done yet.
 
         Raises:
-            StudyFailedError: too few sites joined, or no site could use or contribute to a round.
+            StudyFailedError: too few sites joined or contributed to a round.
+            RecordNotKeptError: the run folder could not be written.
         """
-        last = self.folder.last_round()
-        if last is None:
-            weights = travelling(self.plan, new_specialist(self.plan))
-            self.folder.save_round(0, weights, self.plan)
-            last = 0
-        else:
-            weights = self.folder.load_round(last, self.plan)
-        nodes = self._join()
-        for number in range(last + 1, self.plan.training.rounds + 1):
-            weights = self._round(number, weights, nodes)
-        self._evaluate(self.plan.training.rounds, weights, nodes, final=True)
+        try:
+            self._execute()
+        except TooFewSitesError as error:
+            raise StudyFailedError(str(error)) from None
+        finally:
+            self._shelf.clear()
+
+    def _execute(self) -> None:
+        rounds = self.plan.training.rounds
+        start = self._start()
+        self._attendance.gather(start.round)
+        weights = start.weights
+        if 0 < start.round < rounds and not self._scored(start.round):
+            self._evaluate(start.round, weights, final=False)
+        for number in range(start.round + 1, rounds + 1):
+            weights = self._round(number, weights)
+            if self._due(number):
+                self._evaluate(number, weights, final=False)
+        self._evaluate(rounds, weights, final=True)
         self._select(weights)
 
-    def _join(self) -> list[int]:
-        nodes = self._wait_for_nodes()
-        answers = self._ask(MessageType.QUERY, nodes, 0, self.plan.aggregation.join_deadline_s)
-        joined: dict[str, int] = {}
-        for node, answer in answers:
-            if isinstance(answer, Rejected):
-                self.folder.record("refused", round=0, site=answer.site, reason=answer.reason)
-            elif answer.site in joined:
-                self.folder.record("refused", round=0, site=answer.site, reason="a second site of this name")
-            else:
-                joined[answer.site] = node
-                self.folder.record("joined", site=answer.site, **answer.scalars)
-        needed = self.plan.aggregation.minimum_sites
-        if len(joined) < needed:
-            raise StudyFailedError(f"{len(joined)} sites joined, the plan needs {needed}. {self._refusals(0)}")
-        return [joined[site] for site in sorted(joined)]
+    def _start(self) -> Checkpoint:
+        """Return where to go on from: the newest whole checkpoint, or the initial specialist."""
+        found = self.folder.newest(self.plan)
+        if found is None:
+            found = Checkpoint(0, travelling(self.plan, new_specialist(self.plan)), {}, {})
+            self.folder.save_round(0, found.weights, self.plan)
+        if self.folder.metrics_path.exists():
+            self.folder.record("resumed", round=found.round)
+        done = self.folder.records("aggregated")
+        if found.record and found.round not in {line["round"] for line in done}:
+            self.folder.record("aggregated", **found.record)
+            done = self.folder.records("aggregated")
+        self._roster.replay(done)
+        names = [line["site"] for event in ("joined", "rejoined") for line in self.folder.records(event)]
+        self._roster.remember(names)
+        if found.round > 0:
+            self._optimizer.load(found.moments, found.weights)
+        return found
 
-    def _wait_for_nodes(self) -> list[int]:
-        deadline = time.monotonic() + self.plan.aggregation.join_deadline_s
-        while True:
-            nodes = sorted(self.grid.get_node_ids())
-            if len(nodes) >= self.sites:
-                return nodes
-            if time.monotonic() >= deadline:
-                if len(nodes) >= self.plan.aggregation.minimum_sites:
-                    return nodes
-                policy = self.plan.aggregation
-                raise StudyFailedError(
-                    f"{len(nodes)} of {self.sites} sites connected within {policy.join_deadline_s:g} s; "
-                    f"the plan needs {policy.minimum_sites}."
-                )
-            time.sleep(POLL_S)
+    def _round(self, number: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        began = self.clock.now()
+        self._shelf.clear()
 
-    def _round(self, number: int, weights: dict[str, Tensor], nodes: list[int]) -> dict[str, Tensor]:
-        began = time.monotonic()
-        updates: list[Update] = []
-        for _, answer in self._ask(MessageType.TRAIN, nodes, number, self.plan.aggregation.round_deadline_s, weights):
-            if isinstance(answer, Rejected):
-                self.folder.record("refused", round=number, site=answer.site, reason=answer.reason)
-            elif answer.weights is not None:
-                updates.append(Update(answer.site, answer.weights, answer.scalars))
+        def accept(answer: Admitted) -> None:
+            if answer.weights is not None:
+                with self.folder.writing(f"the update of {answer.site}"):
+                    self._shelf.add(answer.site, answer.weights, answer.scalars, weights)
                 self.folder.record("trained", round=number, site=answer.site, **answer.scalars)
-        updates.sort(key=lambda update: update.site)
-        if not updates:
-            raise StudyFailedError(f"Round {number}: no site contributed. {self._refusals(number)}")
-        try:
-            progress, classes = number / self.plan.training.rounds, len(self.plan.class_names)
-            shares = evidence_weights(updates, self.plan.aggregation, progress, classes)
-        except ValueError as error:
-            raise StudyFailedError(f"Round {number}: {error}.") from None
-        combined = weighted_mean(updates, shares)
-        self.folder.save_round(number, combined, self.plan)
-        self.folder.record(
-            "aggregated",
-            round=number,
-            rounds=self.plan.training.rounds,
-            weights={u.site: s for u, s in zip(updates, shares, strict=True)},
-            sha256=weights_sha256(combined),
-            seconds=round(time.monotonic() - began, 3),
+
+        sent = _arrays(weights)
+        phase = self._attendance.train(
+            number,
+            lambda rejected: self._content(number, sent, rejected=rejected),
+            accept,
+            self._review,
+            specialist_spec(self.plan),
         )
-        if number % self.plan.evaluation.every_rounds == 0 and number < self.plan.training.rounds:
-            self._evaluate(number, combined, nodes, final=False)
+        combined, record = self._combine(number, phase, weights)
+        record |= {"rounds": self.plan.training.rounds, "seconds": round(self.clock.now() - began, 3)}
+        self.folder.save_round(number, combined, self.plan, record, self._optimizer.state())
+        self.folder.record("aggregated", **record)
+        for left in self._roster.close_round(number, phase.done, phase.failed):
+            content = {"site": left.site, "reason": left.reason, "failures": left.failures, "until": left.until}
+            self.folder.record("excluded", round=number, **content)
+        self._shelf.clear()
         return combined
 
-    def _evaluate(self, number: int, weights: dict[str, Tensor], nodes: list[int], final: bool) -> None:
-        deadline = self.plan.aggregation.round_deadline_s
-        for _, answer in self._ask(MessageType.EVALUATE, nodes, number, deadline, weights, final):
-            if isinstance(answer, Rejected):
-                self.folder.record("refused", round=number, site=answer.site, reason=answer.reason)
-            else:
-                self.folder.record("evaluated", round=number, final=final, site=answer.site, **answer.scalars)
+    def _review(self) -> list[Rejected]:
+        """Take updates off the shelf that do not fit the others, and return which."""
+        found = outliers(self._shelf.updates, self.plan.aggregation.admission)
+        for answer in found:
+            self._shelf.drop(answer.site)
+        return found
+
+    def _combine(
+        self, number: int, phase: Phase, weights: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the new global weights and what is recorded of them."""
+        updates, policy = self._shelf.updates, self.plan.aggregation
+        try:
+            progress, classes = number / self.plan.training.rounds, len(self.plan.class_names)
+            shares = votes(updates, evidence_weights(updates, policy, progress, classes), policy, len(phase.rejected))
+        except ValueError as error:
+            raise StudyFailedError(f"Round {number}: {error}.") from None
+        combined = self._optimizer.step(weights, combine(updates, shares, policy))
+        return combined, {
+            "round": number,
+            "weights": {u.site: s for u, s in zip(updates, shares, strict=True)},
+            "failed": dict(sorted(phase.failed.items())),
+            "sha256": weights_sha256(combined),
+        }
+
+    def _due(self, number: int) -> bool:
+        return number % self.plan.evaluation.every_rounds == 0 and number < self.plan.training.rounds
+
+    def _scored(self, number: int) -> bool:
+        """Return whether nothing is missing of a round's scores."""
+        return not self._due(number) or number in {line["round"] for line in self.folder.records("scored")}
+
+    def _evaluate(self, number: int, weights: dict[str, Tensor], final: bool) -> None:
+        def accept(answer: Admitted) -> None:
+            self.folder.record("evaluated", round=number, final=final, site=answer.site, **answer.scalars)
+
+        sent = _arrays(weights)
+        phase = self._attendance.evaluate(
+            number, lambda rejected: self._content(number, sent, final, rejected), accept, final
+        )
+        self.folder.record("scored", round=number, final=final, sites=len(phase.done))
 
     def _select(self, last: dict[str, Tensor]) -> None:
         """Keep the specialist that the plan's selection picks, and say what it was picked by."""
@@ -149,15 +204,17 @@ class Study:
         if self.plan.selection == "last":
             self._keep_best(rounds, last, "last round; no label was used to select")
             return
-        scores: dict[int, list[float]] = {}
+        scores: dict[int, dict[str, float]] = {}
         for line in self.folder.records("evaluated"):
             values = [line[f"dice.{name}"] for name in self.plan.class_names if f"dice.{name}" in line]
             if values:
-                scores.setdefault(line["round"], []).append(sum(values) / len(values))
+                # By site: a round that was scored twice, because the server died meanwhile, counts once.
+                scores.setdefault(line["round"], {})[line["site"]] = sum(values) / len(values)
         if not scores:
             self._keep_best(rounds, last, "last round; no site sent a validation score")
             return
-        best = max(scores, key=lambda number: (sum(scores[number]) / len(scores[number]), number))
+        means = {number: sum(sites[name] for name in sorted(sites)) / len(sites) for number, sites in scores.items()}
+        best = max(means, key=lambda number: (means[number], number))
         chosen_by = "mean validation Dice over sites and classes; validation labels were used to select"
         self._keep_best(best, self.folder.load_round(best, self.plan), chosen_by)
 
@@ -165,37 +222,35 @@ class Study:
         self.folder.save_best(number, weights, self.plan, chosen_by)
         self.folder.record("selected", round=number, by=chosen_by)
 
-    def _ask(
+    def _content(
         self,
-        kind: str,
-        nodes: list[int],
         number: int,
-        deadline_s: float,
-        weights: Mapping[str, Tensor] | None = None,
+        arrays: Mapping[str, Array] | None = None,
         final: bool = False,
-    ) -> list[tuple[int, Admitted | Rejected]]:
+        rejected: tuple[RejectionRule, int] | None = None,
+    ) -> RecordDict:
         study: dict[str, str | int | bool] = {
             "plan": self.plan.canonical_json(),
             "plan-hash": self.plan.hash,
+            "code-version": semisam_core.__version__,
             "run": self.run,
             "round": number,
             "final": final,
         }
-        self.folder.record("asked", kind=kind, round=number, sites=len(nodes))
-        messages = []
-        for node in nodes:
-            content = RecordDict({STUDY_RECORD: ConfigRecord({**study})})
-            if weights is not None:
-                content[SPECIALIST_RECORD] = ArrayRecord({n: Array(v.numpy()) for n, v in weights.items()})
-            messages.append(Message(content, dst_node_id=node, message_type=kind, group_id=str(number)))
-        replies = list(self.grid.send_and_receive(messages, timeout=deadline_s))
-        spec = specialist_spec(self.plan) if kind == MessageType.TRAIN else None
-        answers = [(reply.metadata.src_node_id, admit(reply, kind, number, self.plan, spec)) for reply in replies]
-        if len(replies) < len(nodes):
-            missing = len(nodes) - len(replies)
-            self.folder.record("silent", round=number, sites=missing, seconds=deadline_s)
-        return answers
+        if rejected is not None:
+            study |= {REJECTED: rejected[0].value, REJECTED_ROUND: rejected[1]}
+        content = RecordDict({STUDY_RECORD: ConfigRecord({**study})})
+        if arrays is not None:
+            content[SPECIALIST_RECORD] = ArrayRecord(dict(arrays))
+        return content
 
-    def _refusals(self, number: int) -> str:
-        lines = [f"{r['site']}: {r['reason']}" for r in self.folder.records("refused") if r["round"] == number]
-        return "; ".join(lines[-20:]) if lines else "No site said why."
+    def _tell(self, phase: str, number: int, waiting_for: list[str], reason: str) -> None:
+        status = {"phase": phase, "round": number, "waiting_for": waiting_for, "reason": reason}
+        if status != self._told:
+            self._told = status
+            self.folder.set_status("running", reason, run=self.run, phase=phase, round=number, waiting_for=waiting_for)
+
+
+def _arrays(weights: Mapping[str, Tensor]) -> dict[str, Array]:
+    """Return the tensors as they travel; messages of a round share them."""
+    return {name: Array(value.numpy()) for name, value in weights.items()}

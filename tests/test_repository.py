@@ -72,3 +72,10 @@ def test_nothing_generated_is_tracked() -> None:
     tracked = listed.stdout.split()
     assert not [name for name in tracked if name.endswith((".nii", ".nii.gz", ".dcm", ".pth", ".safetensors"))]
     assert not [name for name in tracked if name.startswith(("demo/", "runs/", ".venv/"))]
+
+
+def test_the_version_that_server_and_sites_compare_is_that_of_the_project() -> None:
+    import semisam_core
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert semisam_core.__version__ == project["version"]

@@ -68,9 +68,8 @@ class Arm:
             changes["pseudo_labels"] = None
         if self.what is What.SUPERVISED:
             changes["regularizer"] = plan.regularizer.model_copy(update={"name": NONE})
-        if self.who is not Who.FEDERATED:
-            changes["aggregation"] = plan.aggregation.model_copy(update={"minimum_sites": 1})
-        return plan.model_copy(update=changes)
+        followed = plan if self.who is Who.FEDERATED else plan.alone()
+        return followed.model_copy(update=changes)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+import semisam_core
 from client.app import app
 from client.site import Site
-from semisam_core.agreement import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule
+from semisam_core.agreement import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule, RejectionRule
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
@@ -31,6 +32,7 @@ def _identity() -> None:
 
 def _message(plan: Plan, kind: str, number: int, /, weights: bool = True, **study: Any) -> Message:
     fields = {"plan": plan.canonical_json(), "plan-hash": plan.hash, "run": "run", "round": number, "final": False}
+    fields["code-version"] = semisam_core.__version__
     content = RecordDict({STUDY_RECORD: ConfigRecord(fields | study)})
     if weights:
         state = new_specialist(plan).state_dict()
@@ -94,6 +96,8 @@ def test_every_reply_is_in_the_audit_log(make_site: MakeSite, tmp_path: Path, pl
         ({"plan": "{}"}, RefusalRule.PLAN_INVALID),
         ({"plan": "not json"}, RefusalRule.PLAN_INVALID),
         ({"plan-hash": "0" * 64}, RefusalRule.PLAN_HASH),
+        ({"code-version": "0.0.9"}, RefusalRule.VERSION),
+        ({"code-version": 1}, RefusalRule.VERSION),
         ({"run": "../../etc"}, RefusalRule.RUN_NAME),
         ({"run": 7}, RefusalRule.RUN_NAME),
         ({"round": -1}, RefusalRule.PLAN_INVALID),
@@ -204,3 +208,39 @@ def test_the_log_of_what_left_names_no_case(make_site: MakeSite, tmp_path: Path,
     (line,) = (tmp_path / "storage" / "alpha" / "audit.jsonl").read_text().splitlines()
     assert "case-" not in line
     assert json.loads(line)["plan"] == plan.hash
+
+
+@pytest.mark.parametrize("rule", list(RejectionRule))
+def test_a_site_that_is_told_of_a_rejection_logs_and_books_it_and_goes_on(
+    make_site: MakeSite, tmp_path: Path, plan: Plan, rule: RejectionRule, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = {"rejected": rule.value, "rejected-round": 3}
+    reply = _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **told))
+    assert "metrics" in reply.content
+    assert f"rejected this site's answer of round 3 by rule {rule.value}" in caplog.text
+    lines = read_json_lines(tmp_path / "storage" / "alpha" / "audit.jsonl")
+    assert [line["kind"] for line in lines] == ["rejected", "join"]
+    assert (lines[0]["rejected_by_the_server"], lines[0]["round"]) == (rule.value, 3)
+
+
+@pytest.mark.parametrize(
+    ("told", "booked"),
+    [
+        ({"rejected": "<script>alert(1)</script>", "rejected-round": 1}, ("unknown", 1)),
+        ({"rejected": ["too-large"], "rejected-round": 1}, ("unknown", 1)),
+        ({"rejected": 7, "rejected-round": "one"}, ("unknown", -1)),
+        ({"rejected": "too-large"}, ("too-large", -1)),
+    ],
+)
+def test_a_word_that_is_no_rule_is_booked_as_unknown(
+    make_site: MakeSite, tmp_path: Path, plan: Plan, told: dict[str, Any], booked: tuple[str, int]
+) -> None:
+    _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **told))
+    line = read_json_lines(tmp_path / "storage" / "alpha" / "audit.jsonl")[0]
+    assert (line["rejected_by_the_server"], line["round"]) == booked
+    assert "script" not in (tmp_path / "storage" / "alpha" / "audit.jsonl").read_text()
+
+
+def test_a_site_that_is_told_of_no_rejection_books_none(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
+    _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False))
+    assert [line["kind"] for line in read_json_lines(tmp_path / "storage" / "alpha" / "audit.jsonl")] == ["join"]

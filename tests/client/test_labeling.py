@@ -13,6 +13,7 @@ from client.labeling import Labeler, Sight
 from client.progress import Progress
 from client.site import Site
 from client.site_config import load_site_config
+from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from semisam_core.training import new_teacher
@@ -102,3 +103,11 @@ class _BrightVoxels(torch.nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         foreground = (patches[:, 0] > 0.5).float().clamp(1e-3, 1 - 1e-3)
         return torch.stack([(1 - foreground).log(), foreground.log()], 1)
+
+
+def test_a_phase_with_nothing_to_do_is_not_reported(tmp_path: Path) -> None:
+    progress = Progress(tmp_path / "progress.jsonl", 1)
+    progress("pseudo-label", 0, 0, "scans")
+    assert not (tmp_path / "progress.jsonl").exists()
+    progress("pseudo-label", 0, 1, "scans")
+    assert len(read_json_lines(tmp_path / "progress.jsonl")) == 1

@@ -90,7 +90,17 @@ def test_a_plan_survives_the_wire(rounds: int, share: float) -> None:
         ),
         ("pseudo_labels.cold_start={until_round: 1, generalist: sam-9}", "no generalist is named 'sam-9'"),
         ("pseudo_labels.cold_start={until_round: 0, generalist: fake}", "greater than or equal to 1"),
-        ("aggregation.rule=krum", "aggregation.rule = 'krum': .*weighted-mean"),
+        ("aggregation.rule=mode", "aggregation.rule = 'mode': .*weighted-mean.*median.*trimmed-mean.*krum"),
+        ("aggregation.rule=median", "the rule median needs the updates of 3 sites .* and minimum_sites is 1"),
+        ("aggregation={rule: trimmed-mean, trim_share: 0.1, minimum_sites: 9}", "trimmed-mean needs .* of 10 sites"),
+        ("aggregation={rule: krum, malicious_sites: 2, minimum_sites: 6}", "krum needs .* of 7 sites"),
+        ("aggregation={rule: multi-krum, minimum_sites: 4}", "multi-krum needs .* of 5 sites"),
+        ("aggregation.trim_share=0.5", "less than 0.5"),
+        ("aggregation.malicious_sites=0", "greater than or equal to 1"),
+        ("aggregation.admission.norm_factor=1.0", "greater than 1"),
+        ("aggregation.server_optimizer={name: adam}", "the server optimizer adam needs a learning_rate"),
+        ("aggregation.server_optimizer={name: lion}", "none.*momentum.*adam"),
+        ("training.proximal=-0.1", "greater than or equal to 0"),
         ("seed=-1", "seed = -1"),
     ],
 )
@@ -155,3 +165,23 @@ def test_the_teacher_labels_anew_right_after_a_cold_start() -> None:
     assert policy is not None
     assert [number for number in range(1, 10) if policy.cold(number)] == [1, 2, 3]
     assert [number for number in range(4, 10) if policy.due(number)] == [4, 6, 9]
+
+
+@pytest.mark.parametrize(
+    "aggregation",
+    [
+        "{rule: median, minimum_sites: 3}",
+        "{rule: trimmed-mean, trim_share: 0.1, minimum_sites: 10}",
+        "{rule: krum, malicious_sites: 2, minimum_sites: 7}",
+        "{rule: multi-krum, minimum_sites: 5, server_optimizer: {name: adam, learning_rate: 0.01}}",
+    ],
+)
+def test_a_robust_rule_is_accepted_from_its_least_number_of_sites_on_and_one_site_alone_needs_none(
+    aggregation: str,
+) -> None:
+    plan = tiny_plan(f"aggregation={aggregation}", "training.proximal=0.5")
+    assert plan.aggregation.minimum_sites == plan.aggregation.least_updates
+    alone = plan_from_json(plan.alone().canonical_json())
+    assert (alone.aggregation.rule, alone.aggregation.minimum_sites) == ("weighted-mean", 1)
+    assert alone.aggregation.server_optimizer.name == "none"
+    assert alone.training.proximal == 0

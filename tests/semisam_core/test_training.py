@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from semisam_core.agreement import travelling
 from semisam_core.data.patches import TrainingScan
 from semisam_core.inference import new_specialist
+from semisam_core.losses import proximal_loss
 from semisam_core.plan import Plan
 from semisam_core.training import TrainingResult, learning_rate, new_teacher, train_round, update_teacher
 from tests.conftest import blob, tiny_plan
@@ -146,3 +148,79 @@ def test_progress_is_told_after_each_step(plan: Plan) -> None:
     teacher = copy.deepcopy(specialist)
     train_round(plan, specialist, teacher, [_labeled()], [], 1, 0, CPU, lambda done, total: told.append((done, total)))
     assert told == [(1, 2), (2, 2)]
+
+
+def test_the_proximal_loss_has_gradient_w_minus_w_global_and_none_at_the_global_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(3, 2, generator=generator), torch.randn((), generator=generator)]
+    weights = [nn.Parameter(value + torch.randn(value.shape, generator=generator)) for value in start]
+    proximal_loss(weights, start).backward()  # type: ignore[no-untyped-call]
+    for own, other in zip(weights, start, strict=True):
+        assert own.grad is not None
+        assert torch.allclose(own.grad, own.detach() - other)
+    resting = [nn.Parameter(value.clone()) for value in start]
+    proximal_loss(resting, start).backward()  # type: ignore[no-untyped-call]
+    assert all(own.grad is not None and not bool(own.grad.any()) for own in resting)
+
+
+@pytest.mark.parametrize("mu", [0.1, 1.0, 9.0])
+def test_descent_with_the_proximal_term_ends_where_a_quadratic_says(mu: float) -> None:
+    start, own_minimum = torch.tensor([1.0, -2.0]), torch.tensor([5.0, 3.0])
+    weight = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for _ in range(500):
+        optimizer.zero_grad()
+        loss = 0.5 * (weight - own_minimum).square().sum() + mu * proximal_loss([weight], [start])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert torch.allclose(weight.detach(), (own_minimum + mu * start) / (1 + mu), atol=1e-3)
+
+
+def _moved(specialist: nn.Module) -> float:
+    return float((_flat(specialist) - _flat(new_specialist(tiny_plan()))).norm())
+
+
+def test_the_first_step_of_a_round_does_not_feel_the_proximal_term_and_later_ones_stay_closer() -> None:
+    changes = (
+        "training.optimizer.name=sgd",
+        "training.optimizer.learning_rate=0.05",
+        "training.optimizer.weight_decay=0.0",
+    )
+    first = [
+        _round(tiny_plan(*changes, "training.steps_per_round=1", f"training.proximal={mu}"), [_labeled()], [])[0]
+        for mu in (0.0, 5.0)
+    ]
+    assert torch.equal(_flat(first[0]), _flat(first[1]))
+    moved = [
+        _moved(
+            _round(tiny_plan(*changes, "training.steps_per_round=20", f"training.proximal={mu}"), [_labeled()], [])[0]
+        )
+        for mu in (0.0, 0.5, 5.0)
+    ]
+    assert moved[0] > moved[1] > moved[2] > 0
+
+
+def test_layers_that_stay_at_the_site_are_not_held_to_the_global_specialist() -> None:
+    specialist = (
+        "specialist={name: unet, statistics: local, arguments: {channels: [4, 8], strides: [2], residual_units: 0, "
+        "normalization: batch}}"
+    )
+    changes = (
+        specialist,
+        "training.optimizer.name=sgd",
+        "training.optimizer.learning_rate=0.01",
+        "training.steps_per_round=25",
+    )
+    plan = tiny_plan(*changes, "training.proximal=30.0")
+    tethered, _, _ = _round(plan, [_labeled()], [])
+    free, _, _ = _round(tiny_plan(*changes), [_labeled()], [])
+    travels = set(travelling(plan, free))
+    stays = {name for name, _ in free.named_parameters()} - travels
+    assert stays
+    assert _distance(tethered, plan, travels) < 0.5 * _distance(free, plan, travels)
+    assert _distance(tethered, plan, stays) > 0.7 * _distance(free, plan, stays)
+
+
+def _distance(specialist: nn.Module, plan: Plan, names: set[str]) -> float:
+    start, end = new_specialist(plan).state_dict(), specialist.state_dict()
+    return sum(float((end[name] - start[name]).square().sum()) for name in names) ** 0.5

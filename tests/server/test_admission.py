@@ -37,6 +37,12 @@ def _admit(plan: Plan, content: dict[str, Any] | Error) -> Admitted | Rejected:
     return admit(reply, MessageType.TRAIN, 1, plan, specialist_spec(plan))
 
 
+def _admit_scores(plan: Plan, scores: dict[str, float]) -> Admitted | Rejected:
+    content = {"metrics": MetricRecord(dict(scores)), "site": _records(plan)["site"]}
+    reply = Message(RecordDict(content), reply_to=Message(RecordDict(), 7, MessageType.EVALUATE))
+    return admit(reply, MessageType.EVALUATE, 1, plan, None)
+
+
 def test_a_good_reply_is_admitted_as_it_came(plan: Plan) -> None:
     answer = _admit(plan, _records(plan))
     assert isinstance(answer, Admitted)
@@ -104,20 +110,14 @@ def test_a_confidence_at_either_end_is_admitted(plan: Plan, confidence: float) -
     ],
 )
 def test_a_score_that_cannot_be_is_rejected(plan: Plan, scalars: dict[str, float], says: str) -> None:
-    reply = Message(
-        RecordDict(_records(plan) | {"metrics": MetricRecord({"validation": 1} | scalars)}),
-        reply_to=Message(RecordDict(), 7, MessageType.EVALUATE),
-    )
-    answer = admit(reply, MessageType.EVALUATE, 1, plan, None)
+    answer = _admit_scores(plan, {"validation": 1} | scalars)
     assert isinstance(answer, Rejected)
     assert says in answer.reason
 
 
 def test_a_distance_may_exceed_one(plan: Plan) -> None:
-    metrics = MetricRecord({"validation": 1, "cases.blob": 1, "dice.blob": 1.0, "hd95_mm.blob": 17.5})
-    asked = Message(RecordDict(), 7, MessageType.EVALUATE)
-    reply = Message(RecordDict(_records(plan) | {"metrics": metrics}), reply_to=asked)
-    assert isinstance(admit(reply, MessageType.EVALUATE, 1, plan, None), Admitted)
+    scores = {"validation": 1, "cases.blob": 1, "dice.blob": 1.0, "hd95_mm.blob": 17.5}
+    assert isinstance(_admit_scores(plan, scores), Admitted)
 
 
 @pytest.mark.parametrize(

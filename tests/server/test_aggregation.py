@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semisam_core.plan import Aggregation
-from server.aggregation import Update, evidence_weights, weighted_mean
+from server.aggregation import evidence_weights, weighted_mean
+from server.updates import MemoryUpdate
 
 
-def _update(site: str, value: float, **scalars: float) -> Update:
+def _update(site: str, value: float, **scalars: float) -> MemoryUpdate:
     counts = {"labeled": 1.0, "unlabeled": 0.0, "accepted": 0.0, "confidence": 1.0, "steps": 1.0} | scalars
-    return Update(site, {"w": torch.full((2, 2), value)}, counts)
+    return MemoryUpdate(site, {"w": torch.full((2, 2), value)}, counts)
 
 
 @settings(deadline=None, max_examples=50)
@@ -39,7 +40,7 @@ def test_sites_that_agree_change_nothing() -> None:
 
 
 def test_dtypes_are_kept() -> None:
-    updates = [Update("a", {"n": torch.tensor([3])}, {}), Update("b", {"n": torch.tensor([3])}, {})]
+    updates = [MemoryUpdate("a", {"n": torch.tensor([3])}, {}), MemoryUpdate("b", {"n": torch.tensor([3])}, {})]
     assert weighted_mean(updates, [0.5, 0.5])["n"].dtype == torch.int64
 
 
@@ -96,7 +97,7 @@ SITES = st.lists(
 )
 
 
-def _sites(sites: list[tuple[int, int, float]]) -> list[Update]:
+def _sites(sites: list[tuple[int, int, float]]) -> list[MemoryUpdate]:
     return [
         _update(f"s{k}", 0, labeled=labeled, unlabeled=accepted, accepted=accepted, confidence=confidence)
         for k, (labeled, accepted, confidence) in enumerate(sites)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from semisam_core.errors import ConfigError
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from server.run_folder import RunFolder
@@ -60,3 +61,54 @@ def test_the_status_says_how_the_run_stands(tmp_path: Path, state: str) -> None:
     RunFolder(tmp_path).set_status(state, "a reason", run="run-1")
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["reason"], status["run"]) == (state, "a reason", "run-1")
+
+
+def _tear(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[-3] ^= 1  # a bit of a tensor: the file's form is as good as before
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "bit"])
+def test_a_torn_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path: Path, plan: Plan, how: str) -> None:
+    folder = RunFolder(tmp_path)
+    for number in (0, 1, 2):
+        folder.save_round(number, _weights(plan), plan, {"round": number})
+    _tear(tmp_path / "checkpoints" / "round-00002.safetensors", how)
+    with pytest.raises(ConfigError, match="round-00002"):
+        folder.load_round(2, plan)
+    newest = folder.newest(plan)
+    assert newest is not None
+    assert (newest.round, newest.record) == (1, {"round": 1})
+    (event,) = folder.records("set-aside")
+    assert event["checkpoint"] == 2
+    assert (tmp_path / "checkpoints" / event["file"]).exists()
+    assert folder.last_round() == 1
+
+
+def test_a_checkpoint_whose_optimizer_state_is_torn_is_not_used_either(tmp_path: Path, plan: Plan) -> None:
+    folder = RunFolder(tmp_path)
+    for number in (1, 2):
+        folder.save_round(number, _weights(plan), plan, moments={"first.w": torch.ones(3, dtype=torch.float64)})
+    _tear(tmp_path / "checkpoints" / "optimizer-00002.safetensors", "bit")
+    newest = folder.newest(plan)
+    assert newest is not None
+    assert newest.round == 1
+    assert newest.moments["first.w"].tolist() == [1, 1, 1]
+
+
+def test_where_no_checkpoint_is_whole_there_is_none(tmp_path: Path, plan: Plan) -> None:
+    folder = RunFolder(tmp_path)
+    folder.save_round(0, _weights(plan), plan)
+    _tear(tmp_path / "checkpoints" / "round-00000.safetensors", "cut")
+    assert folder.newest(plan) is None
+
+
+def test_only_the_last_states_of_an_optimizer_are_kept(tmp_path: Path, plan: Plan) -> None:
+    folder = RunFolder(tmp_path)
+    for number in range(1, 7):
+        folder.save_round(number, _weights(plan), plan, moments={"first.w": torch.ones(1, dtype=torch.float64)})
+    assert len(list((tmp_path / "checkpoints").glob("optimizer-*"))) == 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import nibabel as nib
@@ -189,11 +189,11 @@ def test_two_sites_of_one_name_count_once(sites: list[Path], tmp_path: Path, pla
 
 def test_a_site_that_says_nothing_is_noted_and_not_waited_for(sites: list[Path], tmp_path: Path, plan: Plan) -> None:
     class Silent(InProcessGrid):
-        def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> list[Message]:
-            assert timeout is not None
-            replies = super().send_and_receive(messages, timeout=timeout)
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            replies = super().pull_messages(message_ids)
             return [r for r in replies if r.metadata.src_node_id != 2 or r.metadata.message_type != "train"]
 
+    plan = tiny_plan("aggregation.round_deadline_s=0.6")
     grid = Silent(client_app, [{"site-config": str(site)} for site in sites], {})
     folder = RunFolder(tmp_path / "run")
     Study(plan, grid, folder, "run", 3).execute()

@@ -1,0 +1,94 @@
+"""Tensors out of a reply's arrays. What they claim is checked before any of their bytes is read or copied."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor
+
+from semisam_core.agreement import RejectionRule, TensorSpec
+from semisam_core.errors import SemiSAMError
+
+HEADER_BYTES = 1024
+SERIALIZED_AS = "numpy.ndarray"
+
+
+class NotAdmittedError(SemiSAMError):
+    """Something in a reply is not as agreed."""
+
+    def __init__(self, rule: RejectionRule, reason: str) -> None:
+        super().__init__(reason)
+        self.rule = rule
+
+
+def read_tensors(record: ArrayRecord, spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+    """Return the tensors of an array record, in the order of the agreed ones.
+
+    Names, shapes, dtypes and sizes are checked first. `Array.numpy` is not used: it allocates what the header of the
+    bytes asks for before it looks how many there are.
+
+    Raises:
+        NotAdmittedError: they are not as agreed, cannot be read or are not finite.
+    """
+    _check_names(record, spec)
+    for name, agreed in spec.items():
+        _check_claims(name, record[name], agreed)
+    tensors = {}
+    for name, agreed in spec.items():
+        tensors[name] = _read(name, record[name], agreed)
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise NotAdmittedError(RejectionRule.NOT_FINITE, f"tensor {name} has values that are not finite")
+    return tensors
+
+
+def _check_names(record: ArrayRecord, spec: Mapping[str, TensorSpec]) -> None:
+    missing, foreign = sorted(set(spec) - set(record)), sorted(set(record) - set(spec))
+    if missing or foreign:
+        shown = [name[:60] for name in foreign[:3]]
+        raise NotAdmittedError(
+            RejectionRule.TENSORS,
+            f"{len(missing)} agreed tensors are missing ({missing[:3]}), {len(foreign)} are foreign ({shown})",
+        )
+
+
+def _check_claims(name: str, array: Array, agreed: TensorSpec) -> None:
+    dtype = _numpy_dtype(agreed)
+    if array.stype != SERIALIZED_AS:
+        raise NotAdmittedError(RejectionRule.UNREADABLE, f"tensor {name} is not serialized as {SERIALIZED_AS}")
+    if tuple(array.shape) != agreed.shape or array.dtype != str(dtype):
+        found = f"{tuple(array.shape)} {array.dtype}"[:100]
+        raise NotAdmittedError(
+            RejectionRule.TENSORS, f"tensor {name} is {found}, agreed is {agreed.shape} {agreed.dtype}"
+        )
+    most = int(np.prod(agreed.shape, dtype=np.int64)) * dtype.itemsize + HEADER_BYTES
+    if len(array.data) > most:
+        raise NotAdmittedError(
+            RejectionRule.TOO_LARGE, f"tensor {name} has {len(array.data)} bytes, the agreed one has at most {most}"
+        )
+
+
+def _read(name: str, array: Array, agreed: TensorSpec) -> Tensor:
+    dtype = _numpy_dtype(agreed)
+    file = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError("another version of the format")
+        header = np.lib.format.read_array_header_1_0(file, max_header_size=HEADER_BYTES)
+        if header != (agreed.shape, False, dtype):
+            raise ValueError("the header is of another tensor")
+        values = np.frombuffer(array.data, dtype, offset=file.tell()).reshape(agreed.shape)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise NotAdmittedError(
+            RejectionRule.UNREADABLE, f"the bytes of tensor {name} cannot be read ({type(error).__name__})"
+        ) from None
+    return torch.from_numpy(values.copy())
+
+
+def _numpy_dtype(agreed: TensorSpec) -> np.dtype[np.generic]:
+    dtype: np.dtype[np.generic] = torch.empty(0, dtype=agreed.dtype).numpy().dtype
+    return dtype

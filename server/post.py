@@ -1,0 +1,116 @@
+"""Questions to sites that are under way: pushed one by one, their replies pulled one by one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+logger = logging.getLogger(__name__)
+LIFETIME_IN_DEADLINES = 2
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Time as the server sees it; tests bring their own.
+
+    Attributes:
+        now: seconds of a clock that never goes back.
+        sleep: waits for so many seconds.
+    """
+
+    now: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+@dataclass
+class Question:
+    """One message that has been sent and not been answered.
+
+    Attributes:
+        identifier: Flower's name of the message.
+        node: who was asked.
+        site: the name that this node has joined by; empty while joining.
+        kind: the message type.
+        round: the round that was asked about.
+        due: when its deadline ends, on the server's clock.
+        over: whether nobody waits for the answer any more; if one comes, it is late.
+    """
+
+    identifier: str
+    node: int
+    site: str
+    kind: str
+    round: int
+    due: float
+    over: bool = False
+
+
+class Post:
+    """Sends questions and brings in replies.
+
+    A message lives twice as long as its deadline, so that an answer that comes late can still be told from none; then
+    Flower drops it. A message to a node that stops its heartbeats is answered by Flower with an error whose source is
+    Flower's own node: which site it is about is known by the message alone.
+
+    Args:
+        grid: Flower's way to the sites.
+        clock: the server's clock.
+    """
+
+    def __init__(self, grid: Grid, clock: Clock) -> None:
+        self._grid, self._clock = grid, clock
+        self._questions: dict[str, Question] = {}
+
+    def connected(self) -> Mapping[int, str]:
+        """Return the nodes that Flower has heard of lately, in order, and when each last came online."""
+        nodes = sorted(self._grid.get_nodes(), key=lambda node: node.node_id)
+        return {node.node_id: node.last_activated_at for node in nodes}
+
+    def ask(self, node: int, site: str, kind: str, number: int, content: RecordDict, deadline_s: float) -> bool:
+        """Send one question; return whether Flower took it."""
+        lifetime = LIFETIME_IN_DEADLINES * deadline_s
+        message = Message(content, dst_node_id=node, message_type=kind, ttl=lifetime, group_id=str(number))
+        identifier = next(iter(self._grid.push_messages([message])), None)
+        if not identifier:
+            return False
+        due = self._clock.now() + deadline_s
+        self._questions[identifier] = Question(identifier, node, site, kind, number, due)
+        return True
+
+    def under_way(self, kind: str, number: int | None = None) -> list[Question]:
+        """Return the questions of a kind (and a round) that are still waited for."""
+        return [
+            each
+            for each in self._questions.values()
+            if each.kind == kind and not each.over and number in (None, each.round)
+        ]
+
+    def asked(self, kind: str) -> list[Question]:
+        """Return all questions of a kind that have no answer yet, waited for or not."""
+        return [each for each in self._questions.values() if each.kind == kind]
+
+    def sweep(self) -> Iterator[tuple[Question, Message | None]]:
+        """Yield what has arrived, None where it cannot be read; one reply at a time is held in memory."""
+        for identifier in list(self._questions):
+            try:
+                replies = list(self._grid.pull_messages([identifier]))
+            except Exception as error:  # of whatever a site sent; where Flower itself is gone, all else fails too
+                logger.warning("A reply could not be pulled", exc_info=error)
+                yield self._questions.pop(identifier), None
+                continue
+            for reply in replies:
+                if reply.metadata.reply_to_message_id == identifier and identifier in self._questions:
+                    yield self._questions.pop(identifier), reply
+
+    def overdue(self) -> list[Question]:
+        """Return the questions whose deadline has just ended; from now on their answers are late."""
+        now = self._clock.now()
+        found = [each for each in self._questions.values() if not each.over and now >= each.due]
+        for each in found:
+            each.over = True
+        return found

@@ -1,0 +1,143 @@
+"""One round's admitted updates on the server's disk, so that memory does not grow with the number of sites."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import safe_open
+from torch import Tensor
+
+from semisam_core.files import save_tensors
+
+
+class Update(Protocol):
+    """One site's admitted update of one round, read tensor by tensor."""
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+        ...
+
+    @property
+    def scalars(self) -> Mapping[str, float]:
+        """The agreed scalars."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the specialist's tensors, the same at every site."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryUpdate:
+    """An update whose tensors are in memory."""
+
+    site: str
+    weights: Mapping[str, Tensor]
+    scalars: Mapping[str, float]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the tensors."""
+        return tuple(self.weights)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self.weights[name]
+
+
+@dataclass(frozen=True)
+class ShelvedUpdate:
+    """An update whose tensors are in a file.
+
+    Attributes:
+        path: the safetensors file.
+        size_bytes: size of the file.
+        change_norm: Euclidean norm of the change against the weights that the round began with.
+    """
+
+    site: str
+    scalars: Mapping[str, float]
+    names: Sequence[str]
+    path: Path
+    size_bytes: int
+    change_norm: float
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor; nothing else of the file is read.
+
+        Raises:
+            OSError: the file is gone.
+        """
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+class UpdateShelf:
+    """The updates of one round, one file a site. Only names, scalars, sizes and norms are kept in memory.
+
+    Args:
+        folder: made if missing; updates that a killed server left there are removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._updates: dict[str, ShelvedUpdate] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.clear()
+
+    @property
+    def updates(self) -> list[ShelvedUpdate]:
+        """The updates in the order of site names, however they arrived."""
+        return [self._updates[site] for site in sorted(self._updates)]
+
+    def add(
+        self, site: str, weights: Mapping[str, Tensor], scalars: Mapping[str, float], reference: Mapping[str, Tensor]
+    ) -> ShelvedUpdate:
+        """Put an admitted update on the shelf.
+
+        Args:
+            site: the site's name, as admitted.
+            weights: the site's tensors, by the names of `reference`.
+            scalars: the agreed scalars.
+            reference: the weights that the round began with.
+
+        Raises:
+            ValueError: there is an update of this site already.
+            OSError: the disk is full.
+        """
+        if site in self._updates:
+            raise ValueError(f"site {site} has an update on the shelf already")
+        path = self.folder / f"{site}.safetensors"
+        norm = change_norm(weights, reference)
+        save_tensors(path, weights)
+        update = ShelvedUpdate(site, dict(scalars), tuple(reference), path, path.stat().st_size, norm)
+        self._updates[site] = update
+        return update
+
+    def drop(self, site: str) -> None:
+        """Take one site's update off the shelf; nothing happens where there is none."""
+        if (update := self._updates.pop(site, None)) is not None:
+            update.path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Take all updates off the shelf, and whatever else a killed server left of some."""
+        self._updates.clear()
+        for path in self.folder.glob("*.safetensors*"):
+            path.unlink(missing_ok=True)
+
+
+def change_norm(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """Return ||theta_k - theta|| over all tensors, in double precision, one tensor after the other."""
+    squares = (float((weights[name].double() - start.double()).square().sum()) for name, start in reference.items())
+    return math.sqrt(math.fsum(squares))

@@ -1,0 +1,294 @@
+"""What a hostile or broken site may send, and what becomes of it: rejected by rule, or bounded by a robust rule."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from torch import Tensor
+
+from semisam_core.aggregation_plan import Admission
+from semisam_core.agreement import RejectionRule
+from semisam_core.plan import Aggregation, Plan
+from server.admission import Admitted, Rejected
+from server.aggregation import combine, votes
+from server.outliers import outliers
+from server.updates import MemoryUpdate, UpdateShelf
+from tests.server.replies import DECLARED, SCALARS, answer, arrays, initial, train_records, trained
+
+Records = dict[str, Any]
+NPY = b"\x93NUMPY\x01\x00"
+
+
+class _RaisingArray(Array):
+    """An array whose bytes are fetched when they are read, which fails."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "data":
+            raise RuntimeError("the chunk is not there")
+        return super().__getattribute__(name)
+
+
+def _tensor(change: Callable[[Tensor], Tensor]) -> Callable[[Plan, Records], Records]:
+    """Change the last tensor, which is the bias (2,) of the output layer."""
+
+    def hostile(plan: Plan, records: Records) -> Records:
+        weights = trained(plan)
+        name = list(weights)[-1]
+        weights[name] = change(weights[name])
+        return records | {"specialist": arrays(weights)}
+
+    return hostile
+
+
+def _array(make: Callable[[Array], Array]) -> Callable[[Plan, Records], Records]:
+    def hostile(plan: Plan, records: Records) -> Records:
+        record = arrays(trained(plan))
+        name = list(record)[-1]
+        record[name] = make(record[name])
+        return records | {"specialist": record}
+
+    return hostile
+
+
+def _bytes(data: Callable[[bytes], bytes]) -> Callable[[Plan, Records], Records]:
+    return _array(lambda array: Array(array.dtype, array.shape, array.stype, data(array.data)))
+
+
+def _header(text: str, payload: bytes = b"") -> Callable[[bytes], bytes]:
+    return lambda _: NPY + struct.pack("<H", len(text)) + text.encode("latin1") + payload
+
+
+def _scalar(**changes: Any) -> Callable[[Plan, Records], Records]:
+    return lambda _, records: records | {"metrics": MetricRecord(SCALARS | changes)}
+
+
+def _about(**changes: Any) -> Callable[[Plan, Records], Records]:
+    return lambda _, records: records | {"site": ConfigRecord({**records["site"], **changes})}
+
+
+def _without_a_key(plan: Plan, records: Records) -> Records:
+    return records | {"specialist": arrays(dict(list(trained(plan).items())[1:]))}
+
+
+def _with_a_foreign_key(plan: Plan, records: Records) -> Records:
+    return records | {"specialist": arrays(trained(plan) | {"backdoor" * 1000: torch.zeros(1)})}
+
+
+def _pickled(_: bytes) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([{"a": 1}, {"b": 2}], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+def _saved(values: np.ndarray[Any, Any]) -> Callable[[bytes], bytes]:
+    def data(_: bytes) -> bytes:
+        file = io.BytesIO()
+        np.save(file, values)
+        return file.getvalue()
+
+    return data
+
+
+CORPUS: dict[str, tuple[Callable[[Plan, Records], Records], RejectionRule]] = {
+    "nan": (_tensor(lambda t: t * float("nan")), RejectionRule.NOT_FINITE),
+    "one infinity": (_tensor(lambda t: t.index_fill(0, torch.tensor([1]), float("inf"))), RejectionRule.NOT_FINITE),
+    "minus infinity": (_tensor(lambda t: t - float("inf")), RejectionRule.NOT_FINITE),
+    "a shape that broadcasts": (_tensor(lambda t: t[:1]), RejectionRule.TENSORS),
+    "a further axis": (_tensor(lambda t: t[None]), RejectionRule.TENSORS),
+    "0-d": (_tensor(lambda t: t[0]), RejectionRule.TENSORS),
+    "float64": (_tensor(lambda t: t.double()), RejectionRule.TENSORS),
+    "float16": (_tensor(lambda t: t.half()), RejectionRule.TENSORS),
+    "whole numbers": (_tensor(lambda t: t.int()), RejectionRule.TENSORS),
+    "said to be bfloat16": (_array(lambda a: Array("bfloat16", a.shape, a.stype, a.data)), RejectionRule.TENSORS),
+    "bfloat16 bytes": (_bytes(_saved(np.zeros(2, "V2"))), RejectionRule.UNREADABLE),
+    "missing key": (_without_a_key, RejectionRule.TENSORS),
+    "foreign key": (_with_a_foreign_key, RejectionRule.TENSORS),
+    "no tensors": (lambda _, r: r | {"specialist": ArrayRecord()}, RejectionRule.TENSORS),
+    "no specialist": (lambda _, r: {k: v for k, v in r.items() if k != "specialist"}, RejectionRule.RECORDS),
+    "no scalars": (lambda _, r: {k: v for k, v in r.items() if k != "metrics"}, RejectionRule.RECORDS),
+    "a foreign record": (lambda _, r: r | {"extra": ConfigRecord({"notes": "x" * 10_000})}, RejectionRule.RECORDS),
+    "a second specialist": (lambda p, r: r | {"more": arrays(initial(p))}, RejectionRule.RECORDS),
+    "oversize": (_bytes(lambda data: data + bytes(10_000_000)), RejectionRule.TOO_LARGE),
+    "a few bytes too many": (_bytes(lambda data: data + bytes(8)), RejectionRule.UNREADABLE),
+    "truncated": (_bytes(lambda data: data[:-1]), RejectionRule.UNREADABLE),
+    "empty": (_bytes(lambda _: b""), RejectionRule.UNREADABLE),
+    "not an array": (_bytes(lambda _: b"\x00" * 136), RejectionRule.UNREADABLE),
+    "pickled objects": (_bytes(_pickled), RejectionRule.UNREADABLE),
+    "bytes of another shape": (_bytes(_saved(np.zeros((1, 2), np.float32))), RejectionRule.UNREADABLE),
+    "bytes of another dtype": (_bytes(_saved(np.zeros(1, np.float64))), RejectionRule.UNREADABLE),
+    "big-endian bytes": (_bytes(_saved(np.zeros(2, ">f4"))), RejectionRule.UNREADABLE),
+    "column-major bytes": (
+        _bytes(_header("{'descr': '<f4', 'fortran_order': True, 'shape': (2,), }\n", bytes(8))),
+        RejectionRule.UNREADABLE,
+    ),
+    "bytes that promise a terabyte": (
+        _bytes(_header("{'descr': '<f4', 'fortran_order': False, 'shape': (250000000000,), }\n")),
+        RejectionRule.UNREADABLE,
+    ),
+    "a header that is nested": (_bytes(_header("(" * 900)), RejectionRule.UNREADABLE),
+    "a header that is code": (_bytes(_header("__import__('os').abort()")), RejectionRule.UNREADABLE),
+    "another serialization": (_array(lambda a: Array(a.dtype, a.shape, "pickle", a.data)), RejectionRule.UNREADABLE),
+    "bytes that cannot be fetched": (
+        _array(lambda a: _RaisingArray(a.dtype, a.shape, a.stype, a.data)),
+        RejectionRule.UNREADABLE,
+    ),
+    "replayed round": (_about(round=0), RejectionRule.ANOTHER_ROUND),
+    "a round to come": (_about(round=2), RejectionRule.ANOTHER_ROUND),
+    "a round that is no number": (_about(round="1"), RejectionRule.ANOTHER_ROUND),
+    "a round that equals one": (_about(round=True), RejectionRule.ANOTHER_ROUND),
+    "other plan": (_about(**{"plan-hash": "0" * 64}), RejectionRule.ANOTHER_ROUND),
+    "the name of another site": (_about(site="beta"), RejectionRule.ANOTHER_SITE),
+    "negative count": (_scalar(labeled=-1), RejectionRule.SCALARS),
+    "infinite count": (_scalar(labeled=float("inf")), RejectionRule.SCALARS),
+    "a count of text": (_scalar(labeled=[1, 2]), RejectionRule.SCALARS),
+    "foreign scalar": (_scalar(patients=3), RejectionRule.SCALARS),
+    "huge count": (_scalar(labeled=10**15), RejectionRule.COUNTS),
+    "more labels than declared": (_scalar(labeled=2), RejectionRule.COUNTS),
+    "more unlabeled scans than declared": (_scalar(unlabeled=3), RejectionRule.COUNTS),
+    "more pseudo-labels than scans have classes": (_scalar(accepted=2), RejectionRule.COUNTS),
+    "more steps than the plan has": (_scalar(steps=3), RejectionRule.COUNTS),
+}
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_a_hostile_reply_is_rejected_by_rule_and_nothing_of_it_is_kept(name: str, plan: Plan) -> None:
+    hostile, rule = CORPUS[name]
+    began = time.monotonic()
+    found = answer(plan, hostile(plan, train_records(plan)))
+    assert isinstance(found, Rejected)
+    assert found.rule == rule, found.reason
+    assert len(found.reason) < 400
+    assert time.monotonic() - began < 5
+
+
+def test_the_same_reply_unharmed_is_admitted_bit_by_bit(plan: Plan) -> None:
+    found = answer(plan, train_records(plan))
+    assert isinstance(found, Admitted)
+    assert found.weights is not None
+    assert list(found.weights) == list(initial(plan))
+    assert all(torch.equal(found.weights[name], value) for name, value in trained(plan).items())
+
+
+def test_a_scan_that_was_quarantined_and_has_been_repaired_may_count(plan: Plan) -> None:
+    records = train_records(plan) | {"metrics": MetricRecord(SCALARS | {"labeled": 2})}
+    assert isinstance(answer(plan, records, DECLARED | {"quarantined": 1.0}), Admitted)
+    records = train_records(plan) | {"metrics": MetricRecord(SCALARS | {"labeled": 2, "unlabeled": 3})}
+    found = answer(plan, records, DECLARED | {"quarantined": 1.0})
+    assert isinstance(found, Rejected)
+    assert found.rule == RejectionRule.COUNTS
+
+
+def test_pseudo_labels_under_a_plan_without_any_are_a_lie(plan: Plan) -> None:
+    without = plan.model_copy(update={"pseudo_labels": None})
+    found = answer(without, train_records(without))
+    assert isinstance(found, Rejected)
+    assert found.rule == RejectionRule.COUNTS
+    honest = train_records(without) | {"metrics": MetricRecord(SCALARS | {"accepted": 0, "gated": 0})}
+    assert isinstance(answer(without, honest), Admitted)
+
+
+def _round(plan: Plan, folder: Path, hostile: dict[str, Tensor], steps: int = 2) -> UpdateShelf:
+    """Return a round's shelf: four honest sites whose changes have norms 1 to 4, and one that is not."""
+    start, shelf = initial(plan), UpdateShelf(folder)
+    for k in range(1, 5):
+        shelf.add(f"honest-{k}", _moved(plan, k), {"steps": 2}, start)
+    shelf.add("mallory", hostile, {"steps": steps}, start)
+    return shelf
+
+
+def _moved(plan: Plan, times: float) -> dict[str, Tensor]:
+    start, further = initial(plan), trained(plan)
+    return {name: value + times * (further[name] - value) for name, value in start.items()}
+
+
+ROUNDS: dict[str, tuple[float, int, RejectionRule]] = {
+    "huge": (1e9, 2, RejectionRule.CHANGE_TOO_LARGE),
+    "scaled": (50.0, 2, RejectionRule.CHANGE_TOO_LARGE),
+    "flipped and scaled": (-50.0, 2, RejectionRule.CHANGE_TOO_LARGE),
+    "zero after steps": (0.0, 2, RejectionRule.STEPS),
+    "changed without steps": (1.0, 0, RejectionRule.STEPS),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_a_change_that_does_not_fit_its_round_is_rejected_and_the_others_stay(
+    name: str, plan: Plan, tmp_path: Path
+) -> None:
+    times, steps, rule = ROUNDS[name]
+    (found,) = outliers(_round(plan, tmp_path, _moved(plan, times), steps).updates, Admission(norm_factor=10.0))
+    assert (found.site, found.rule) == ("mallory", rule)
+
+
+@pytest.mark.parametrize(("times", "steps"), [(1e-6, 2), (9.0, 2), (-1.0, 2), (0.0, 0)])
+def test_a_small_change_and_one_within_the_factor_and_none_without_steps_are_left_in(
+    times: float, steps: int, plan: Plan, tmp_path: Path
+) -> None:
+    shelf = _round(plan, tmp_path, _moved(plan, times), steps)
+    assert outliers(shelf.updates, Admission(norm_factor=10.0)) == []
+
+
+def test_no_norm_is_compared_where_the_plan_says_so_or_where_only_two_sites_took_steps(
+    plan: Plan, tmp_path: Path
+) -> None:
+    shelf = _round(plan, tmp_path, _moved(plan, 1e9))
+    assert outliers(shelf.updates, Admission(norm_factor=None)) == []
+    assert len(outliers(shelf.updates, Admission())) == 1
+    for site in ("honest-1", "honest-2", "honest-3"):
+        shelf.drop(site)
+    assert outliers(shelf.updates, Admission()) == []
+
+
+def test_sites_that_took_no_step_do_not_draw_the_median_to_zero(plan: Plan, tmp_path: Path) -> None:
+    shelf = _round(plan, tmp_path, _moved(plan, 2.0))
+    for k in range(8):
+        shelf.add(f"idle-{k}", initial(plan), {"steps": 0}, initial(plan))
+    assert outliers(shelf.updates, Admission()) == []
+
+
+ROBUST = {
+    "median": Aggregation(rule="median", weights="equal", minimum_sites=5),
+    "trimmed-mean": Aggregation(rule="trimmed-mean", weights="equal", minimum_sites=5),
+    "krum": Aggregation(rule="krum", weights="equal", minimum_sites=5),
+    "multi-krum": Aggregation(rule="multi-krum", weights="equal", minimum_sites=5),
+}
+MEAN = Aggregation(weights="equal")
+
+
+def _distance(plan: Plan, policy: Aggregation, attack: float) -> float:
+    """Return how far a round with one sign-flipped update ends from where the honest ones alone would end.
+
+    In units of the honest change; honest sites agree up to a tenth of it.
+    """
+    honest = [_noisy(plan, k) for k in range(4)]
+    updates = [MemoryUpdate(f"s{k}", weights, {}) for k, weights in enumerate([*honest, _moved(plan, attack)])]
+    combined = combine(updates, votes(updates, [0.2] * 5, policy), policy)
+    start, further = initial(plan), trained(plan)
+    ideal = {name: sum(each[name] for each in honest) / len(honest) for name in start}
+    change = sum(float((further[name] - start[name]).square().sum()) for name in start) ** 0.5
+    return float(sum(float((combined[name] - ideal[name]).square().sum()) for name in start)) ** 0.5 / change
+
+
+def _noisy(plan: Plan, seed: int) -> dict[str, Tensor]:
+    return {
+        name: value + trained(plan, 10 + seed, 0.001)[name] - initial(plan)[name]
+        for name, value in trained(plan).items()
+    }
+
+
+@pytest.mark.parametrize("rule", ROBUST)
+@pytest.mark.parametrize("attack", [-1.0, -9.0])
+def test_a_flipped_update_of_ordinary_norm_moves_a_robust_rule_little_and_the_mean_much(
+    rule: str, attack: float, plan: Plan
+) -> None:
+    """Admission cannot see a change whose norm is ordinary; the mean of five goes a fifth of the way with it."""
+    assert _distance(plan, ROBUST[rule], attack) < 0.15
+    assert _distance(plan, MEAN, attack) > 0.18 * (1 - attack)
