@@ -1,6 +1,6 @@
 """What one of five hospitals can do to the specialist by sending its update with the sign turned, under each rule.
 
-python benchmarks/poisoned_site.py                 about 8 minutes on one core
+python benchmarks/poisoned_site.py                 about 8 minutes on a core of its own
 
 Phantom hospitals, supervised only. The poisoned site trains honestly on good labels and sends
 theta - k (theta_k - theta) in place of theta_k. Dice is the mean over validation scans of the four honest hospitals.

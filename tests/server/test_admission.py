@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from semisam_core.agreement import specialist_spec
+from semisam_core.agreement import RejectionRule, specialist_spec
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from server.admission import Admitted, Rejected, admit
@@ -136,3 +136,34 @@ def test_tensors_that_are_not_as_agreed_are_rejected(plan: Plan, damage: Any, sa
     answer = _admit(plan, _records(plan) | {"specialist": arrays})
     assert isinstance(answer, Rejected)
     assert says in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        ({"validation": 2}, "validation is 2, and can be 1 at most"),
+        ({"validation": 1, "cases.blob": 2}, "cases.blob is 2, and can be 1 at most"),
+        ({"validation": 1, "missing_distances.blob": 9}, "missing_distances.blob is 9, and can be 1 at most"),
+    ],
+)
+def test_scores_of_more_cases_than_the_site_declared_are_rejected(
+    plan: Plan, scores: dict[str, float], says: str
+) -> None:
+    content = {"metrics": MetricRecord(dict(scores)), "site": _records(plan)["site"]}
+    reply = Message(RecordDict(content), reply_to=Message(RecordDict(), 7, MessageType.EVALUATE))
+    declared = {"labeled": 1.0, "unlabeled": 0.0, "validation": 1.0, "quarantined": 0.0}
+    answer = admit(reply, MessageType.EVALUATE, 1, plan, None, {_node(reply): Admitted("alpha", declared, None)})
+    assert isinstance(answer, Rejected)
+    assert answer.rule == RejectionRule.COUNTS
+    assert says in answer.reason
+
+
+def test_a_reply_from_a_node_that_has_not_joined_is_rejected(plan: Plan) -> None:
+    reply = Message(RecordDict(_records(plan)), reply_to=Message(RecordDict(), 7, MessageType.TRAIN))
+    answer = admit(reply, MessageType.TRAIN, 1, plan, specialist_spec(plan), {})
+    assert isinstance(answer, Rejected)
+    assert answer.rule == RejectionRule.ANOTHER_SITE
+
+
+def _node(reply: Message) -> int:
+    return reply.metadata.src_node_id
