@@ -31,6 +31,7 @@ from semisam_core.plan import Plan
 HEADER, PLAN, CA, CODE = "invitation.json", "plan.yaml", "ca.crt", "code.fab"
 LIMITS = {HEADER: 2**16, PLAN: 2**18, CA: 2**16, CODE: 10 * 2**20}
 MAXIMUM_BYTES = 11 * 2**20
+MAXIMUM_DEPTH = 20
 PACKAGES = ("fedsemisam", "flwr", "torch", "monai")
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the same invitation is the same file, whenever it is written
 ADDRESS = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]):[1-9][0-9]{0,4}")
@@ -228,13 +229,23 @@ def _header(content: bytes, origin: str) -> _Header:
 def _plan(content: bytes, origin: str) -> Plan:
     try:
         text = content.decode("utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise InvitationError(f"{origin}: YAML aliases (*name) are not accepted in an invitation's plan.")
+        _check_yaml(text, origin)
         return parse(Plan, yaml_mapping(text, origin), origin)
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InvitationError(f"{origin}: this is not valid YAML: {error}") from None
     except ConfigError as error:
         raise InvitationError(str(error)) from None
+
+
+def _check_yaml(text: str, origin: str) -> None:
+    """Refuse what takes much work to read: aliases, which can unfold without end, and deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise InvitationError(f"{origin}: YAML aliases (*name) are not accepted in an invitation's plan.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAXIMUM_DEPTH:
+            raise InvitationError(f"{origin}: more than {MAXIMUM_DEPTH} levels of YAML; a plan has few.")
 
 
 def _check_certificate(content: bytes, origin: str) -> None:
