@@ -265,7 +265,7 @@ def _plainly() -> Iterator[None]:
     try:
         yield
     except (SemiSAMError, OSError) as error:
-        errors.print(str(error), highlight=False, markup=False)
+        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 

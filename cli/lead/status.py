@@ -29,7 +29,9 @@ EXPIRES_SOON = datetime.timedelta(days=30)
 def status_of(study: Study) -> dict[str, Any]:
     """Return how everything stands, as plain values for `--json`."""
     service = find(study)
-    nodes, active, problem = None, [], ""
+    nodes: list[FlowerNode] | None = None
+    active: list[Path] = []
+    problem = ""
     if service is not None:
         try:
             with control_of(study) as control:
@@ -50,7 +52,7 @@ def status_of(study: Study) -> dict[str, Any]:
             "problem": problem,
         },
         "sites": _sites(study, nodes),
-        "run": _run(study, active, asked=nodes is not None),
+        "run": _run(study, active, known=service is None or nodes is not None),
     }
 
 
@@ -126,7 +128,7 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _run(study: Study, active: Sequence[Path], asked: bool) -> dict[str, Any] | None:
+def _run(study: Study, active: Sequence[Path], known: bool) -> dict[str, Any] | None:
     folder = active[-1] if active and active[-1].parent == study.runs else last_run(study)
     if folder is None:
         return None
@@ -135,8 +137,8 @@ def _run(study: Study, active: Sequence[Path], asked: bool) -> dict[str, Any] | 
         state = "starting" if state == "not started" else state
     elif state in ("running", "not started"):
         # What the run wrote last is not the truth once no process works at it.
-        state = "cut short" if asked else "not in progress"
-        reason = "`semisam lead run --resume` goes on with it." if asked else "The SuperLink does not answer."
+        state = "cut short" if known else "unknown"
+        reason = "`semisam lead run --resume` goes on with it." if known else "The SuperLink does not answer."
     if state == "failed":
         reason = run_reason(folder)
     lines = read_json_lines(folder / "metrics.jsonl")
