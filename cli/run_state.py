@@ -34,7 +34,8 @@ def settled(folder: Path) -> bool:
 
 def record_end(folder: Path, status: str, details: str) -> None:
     """Write down that Flower ended a run otherwise than completed, unless the run itself said why it failed."""
-    if status != COMPLETED and run_state(folder) != "failed":
+    by_order = status == "stopped"  # the run itself can only say that it was interrupted
+    if status != COMPLETED and (by_order or run_state(folder) != "failed"):
         write_json(
             folder / "status.json",
             {"state": "failed", "reason": f"Flower says the run is {status}: {details}"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from semisam_core.plan import Plan, load_plan
 TICK_S = 0.5
 ASK_EVERY_S = 10.0
 UNREACHABLE_S = 180.0
-SERVER_APP_GONE_S = 60.0
+SERVER_APP_GONE_S = 30.0
+KILLED_S = 5.0
 RECORD = "lead.json"
 
 
@@ -222,16 +224,26 @@ def _wait_for_server_app(study: Study) -> None:
     service = find(study)
     if service is None:
         raise LeadError("the SuperLink ended meanwhile; `semisam lead start` starts it.")
-    processes = [process for process in ProcessTree(service.mark).alive() if _is_server_app(process)]
-    _, left = psutil.wait_procs(processes, timeout=SERVER_APP_GONE_S)
-    for process in left:
-        process.kill()
-    if psutil.wait_procs(left, timeout=5.0)[1]:
-        raise LeadError("the program of an earlier run still works and cannot be ended; `semisam lead stop` and start.")
+    tree = ProcessTree(service.mark)
+    for wait_s, end in ((SERVER_APP_GONE_S, False), (KILLED_S, True)):
+        deadline = time.monotonic() + wait_s
+        while working := [process for process in tree.alive() if _is_server_app(process)]:
+            if time.monotonic() > deadline:
+                break
+            if end:
+                for process in working:
+                    with contextlib.suppress(psutil.Error):
+                        process.kill()
+            time.sleep(TICK_S)
+        else:
+            return
+    raise LeadError("the program of an earlier run still works and cannot be ended; `semisam lead stop` and start.")
 
 
 def _is_server_app(process: psutil.Process) -> bool:
+    """Return whether this is a run's program at work; one that has ended and was not waited for is not."""
     try:
-        return any("flwr-serverapp" in part for part in process.cmdline())
+        named = any("flwr-serverapp" in part for part in process.cmdline())
+        return named and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False

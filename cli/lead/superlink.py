@@ -76,19 +76,23 @@ class TwoDoors:
         """
         headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
         inner = {**scope, "headers": [*headers, (b"host", b"superlink")], "root_path": ""}
-        started, taken = False, 0
+        started, whole, taken = False, scope["method"] == "GET", 0
 
         async def bounded() -> Message:
-            nonlocal taken
+            nonlocal taken, whole
             message = await receive()
             taken += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if taken > MAXIMUM_BODY:
                 raise _BodyTooLargeError
             return message
 
         async def noted(message: Message) -> None:
             nonlocal started
-            started = True
+            if message["type"] == "http.response.start":
+                started = True
+                if not whole:  # answered before the caller was done: what it goes on sending is not waited for
+                    message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)
 
         try:
