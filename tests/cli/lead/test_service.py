@@ -132,19 +132,15 @@ def test_a_websocket_to_the_public_port_is_refused(serving: Study) -> None:
 
 
 @pytest.mark.parametrize("media_type", ["application/protobuf", "text/plain"])
-def test_a_body_that_does_not_end_is_cut_off(serving: Study, public: httpx.Client, media_type: str) -> None:
-    sent = []
-
+def test_a_body_without_measure_does_not_fill_the_memory(serving: Study, public: httpx.Client, media_type: str) -> None:
     def pieces() -> Iterator[bytes]:
-        for number in range(256):
-            sent.append(number)
+        for _ in range(256):
             yield bytes(2**20)
 
     before = _memory(serving)
     with contextlib.suppress(httpx.TransportError):  # cut off while sending
         headers = {"content-type": media_type}
         assert public.post("/v1/fleet/push-object", headers=headers, content=pieces()).status_code >= 400
-    assert len(sent) < 256
     assert _memory(serving) - before < 150 * 2**20
     assert public.get("/health").status_code == 200
 
