@@ -20,7 +20,8 @@ from cli.comparison.report import Report
 from cli.comparison.results import gather
 from cli.comparison.runner import Runner
 from cli.comparison.scores import collect_scores
-from cli.simulate import run_reason, write_plan
+from cli.run_state import run_reason
+from cli.simulate import write_plan
 from client.site_config import usable_generalists
 from semisam_core.configuration import read_yaml
 from semisam_core.errors import ConfigError

@@ -22,6 +22,35 @@ from rich.progress import (
 TAIL_BYTES = 4096
 
 
+def describe(event: Mapping[str, Any]) -> str | None:
+    """Return what happened in words, or None for an event that nobody needs to be told."""
+    kind = event.get("event")
+    if kind == "aggregated":
+        left = event["rounds"] - event["round"]
+        return (
+            f"round {event['round']}/{event['rounds']} aggregated after {event['seconds']:.0f} s; "
+            f"{left} left, about {left * event['seconds'] / 60:.1f} min"
+        )
+    if kind in ("joined", "rejoined"):
+        return (
+            f"{event['site']} {kind}: {event['labeled']:.0f} labeled, {event['unlabeled']:.0f} unlabeled, "
+            f"{event['validation']:.0f} validation, {event['quarantined']:.0f} quarantined"
+        )
+    if kind == "trained":
+        return (
+            f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps, "
+            f"pseudo-labels {event['accepted']:.0f} accepted, {event.get('gated', 0):.0f} gated"
+        )
+    if kind == "evaluated":
+        scores = [f"{key[5:]} {value:.3f}" for key, value in event.items() if key.startswith("dice.")]
+        return f"round {event['round']}: {event['site']} Dice {', '.join(scores) or 'not sent'}"
+    if kind == "refused":
+        return f"round {event['round']}: {event['site']} is left out: {event['reason']}"
+    if kind == "silent":
+        return f"round {event['round']}: {', '.join(event['names'])} did not answer within {event['seconds']:g} s"
+    return _fault(event)
+
+
 class RunMonitor:
     """A live display on a terminal; a line for each event elsewhere.
 
@@ -69,33 +98,9 @@ class RunMonitor:
             self._show_site(site, storage)
 
     def _show(self, event: Mapping[str, Any]) -> None:
-        kind = event.get("event")
-        if kind == "aggregated":
+        if event.get("event") == "aggregated":
             self._progress.update(self._rounds, completed=event["round"], total=event["rounds"], note="")
-            left = event["rounds"] - event["round"]
-            self._say(
-                f"round {event['round']}/{event['rounds']} aggregated after {event['seconds']:.0f} s; "
-                f"{left} left, about {left * event['seconds'] / 60:.1f} min"
-            )
-        elif kind in ("joined", "rejoined"):
-            self._say(
-                f"{event['site']} {kind}: {event['labeled']:.0f} labeled, {event['unlabeled']:.0f} unlabeled, "
-                f"{event['validation']:.0f} validation, {event['quarantined']:.0f} quarantined"
-            )
-        elif kind == "trained":
-            self._say(
-                f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps, "
-                f"pseudo-labels {event['accepted']:.0f} accepted, {event.get('gated', 0):.0f} gated"
-            )
-        elif kind == "evaluated":
-            scores = [f"{key[5:]} {value:.3f}" for key, value in event.items() if key.startswith("dice.")]
-            self._say(f"round {event['round']}: {event['site']} Dice {', '.join(scores) or 'not sent'}")
-        elif kind == "refused":
-            self._say(f"round {event['round']}: {event['site']} is left out: {event['reason']}")
-        elif kind == "silent":
-            names = ", ".join(event["names"])
-            self._say(f"round {event['round']}: {names} did not answer within {event['seconds']:g} s")
-        elif (text := _fault(event)) is not None:
+        if (text := describe(event)) is not None:
             self._say(text)
 
     def _say(self, text: str) -> None:

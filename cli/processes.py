@@ -26,10 +26,13 @@ class ProcessTree:
     Every child carries a mark in its environment, which its own children inherit even when they start a session of
     their own or lose their parent; the mark is what finds them. While the `with` lasts, SIGTERM and SIGHUP end it as
     Ctrl-C does.
+
+    Args:
+        mark: the mark of a tree that another process started, to find and end it; a new one by default.
     """
 
-    def __init__(self) -> None:
-        self._mark = secrets.token_hex(8)
+    def __init__(self, mark: str | None = None) -> None:
+        self._mark = secrets.token_hex(8) if mark is None else mark
         self._handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> ProcessTree:
@@ -55,6 +58,11 @@ class ProcessTree:
                 signal.signal(signal.SIGINT, impatient)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @property
+    def mark(self) -> str:
+        """What finds the processes of this tree."""
+        return self._mark
 
     def start(
         self,

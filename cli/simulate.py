@@ -13,10 +13,12 @@ import yaml
 from rich.console import Console
 
 from cli.checks import CheckedStudy, check_study, study_table
-from cli.flower_engine import run_flower, stage_app
+from cli.flower_app import build_bundle
+from cli.flower_engine import run_flower
 from cli.monitor import RunMonitor
 from cli.processes import ProcessTree
 from cli.results import as_json, collect, results_table
+from cli.run_state import longest, record_end, run_name, run_reason, run_state, settled
 from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError
 from semisam_core.files import read_json_lines, write_atomically, write_json
@@ -139,25 +141,21 @@ class Simulation:
         gpus = min(1.0, torch.cuda.device_count() / sites) if torch.cuda.is_available() else 0.0
         threads = [config.threads for config, _ in self.study.sites]
         outcome = run_flower(
-            stage_app(self.out / "log"),
+            build_bundle(),
             run_config,
             num_sites=sites,
-            cpus_per_site=float(max((t for t in threads if t), default=1)),
+            cpus_per_site=max((t for t in threads if t), default=1),
             gpus_per_site=gpus,
             work=self.out / "log",
             on_tick=monitor.tick,
-            settled=lambda: run_state(self.out) in ("completed", "failed"),
-            max_seconds=_longest(self.study.plan),
+            settled=lambda: settled(self.out),
+            max_seconds=longest(self.study.plan),
         )
         if outcome.status != "completed":
             self.console.print(
                 f"Flower: the run is {outcome.status}. {outcome.details} Log: {outcome.log}", markup=False
             )
-            if run_state(self.out) in ("running", "completed", "not started"):
-                write_json(
-                    self.out / "status.json",
-                    {"state": "failed", "reason": f"Flower says the run is {outcome.status}: {outcome.details}"},
-                )
+            record_end(self.out, outcome.status, outcome.details)
 
     def _child_command(self, plan: Path, folder: Path, only: str | None) -> list[str]:
         command = [sys.executable, "-m", "cli.main", "run-in-process"]
@@ -199,13 +197,6 @@ class Simulation:
         )
 
 
-def _longest(plan: Plan) -> float:
-    """Return how long a study lasts, in seconds, if every wait ends at its deadline."""
-    waits = plan.aggregation
-    a_round = 4 * waits.round_deadline_s + waits.rejoin_window_s + waits.wait_for_quorum_s
-    return 600 + 2 * waits.join_deadline_s + (plan.training.rounds + 2) * a_round
-
-
 def supervised_alone(plan: Plan) -> Plan:
     """Return the plan of the local-only arm: supervised, same steps, same seeds, one site suffices."""
     return plan.alone().model_copy(
@@ -228,29 +219,3 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     except OSError:
         raise ConfigError(f"--resume {folder}: this is no run folder of `semisam simulate`.") from None
     return content
-
-
-def run_name(folder: Path) -> str:
-    """Return the name that sites know a run by, or `none`."""
-    try:
-        return str(yaml.safe_load((folder / "run.json").read_text(encoding="utf-8"))["run"])
-    except OSError:
-        return "none"
-
-
-def _status(folder: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = yaml.safe_load((folder / "status.json").read_text(encoding="utf-8"))
-    except OSError:
-        return {}
-    return content
-
-
-def run_state(folder: Path) -> str:
-    """Return how a run stands: not started, running, completed or failed."""
-    return str(_status(folder).get("state", "not started"))
-
-
-def run_reason(folder: Path) -> str:
-    """Return why a run failed."""
-    return str(_status(folder).get("reason", "see the log folder"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cli.comparison.arms import AnyArm, Arm, OracleArm, Who
 from cli.comparison.cohorts import Cohort
-from cli.simulate import run_state, write_plan
+from cli.run_state import run_state
+from cli.simulate import write_plan
 from semisam_core.files import write_json
 from semisam_core.plan import Plan
 from semisam_core.reporting.bootstrap import CaseKey

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli.simulate import run_name
+from cli.run_state import run_name
 from client.progress import Progress
 from client.site_config import SiteConfig, inventory, load_site_folder
 from semisam_core.consultation import Consultation

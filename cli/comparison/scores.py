@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.comparison.jobs import Job
-from cli.simulate import run_name
+from cli.run_state import run_name
 from semisam_core.errors import SemiSAMError
 from semisam_core.files import read_json_lines, write_json
 from semisam_core.reporting.bootstrap import CaseKey, Scores

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from cli.flower_engine import APP_SETTINGS, stage_app
+from cli.flower_app import APP_SETTINGS, stage_app
 from semisam_core.files import read_json_lines
 from tests.conftest import tiny_plan
 

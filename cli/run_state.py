@@ -1,0 +1,57 @@
+"""How a run stands, read from its folder; and the truth written there where the run could not write it itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from semisam_core.files import write_json
+from semisam_core.plan import Plan
+
+COMPLETED = "completed"
+
+
+def run_name(folder: Path) -> str:
+    """Return the name that sites know a run by, or `none`."""
+    return str(_content(folder / "run.json").get("run", "none"))
+
+
+def run_state(folder: Path) -> str:
+    """Return how a run stands: not started, running, completed or failed."""
+    return str(_content(folder / "status.json").get("state", "not started"))
+
+
+def run_reason(folder: Path) -> str:
+    """Return why a run failed."""
+    return str(_content(folder / "status.json").get("reason", "see the log folder"))
+
+
+def settled(folder: Path) -> bool:
+    """Return whether a run has written its end."""
+    return run_state(folder) in (COMPLETED, "failed")
+
+
+def record_end(folder: Path, status: str, details: str) -> None:
+    """Write down that Flower ended a run otherwise than completed, unless the run itself said why it failed."""
+    by_order = status == "stopped"  # the run itself can only say that it was interrupted
+    if status != COMPLETED and (by_order or run_state(folder) != "failed"):
+        write_json(
+            folder / "status.json",
+            {"state": "failed", "reason": f"Flower says the run is {status}: {details}"},
+        )
+
+
+def longest(plan: Plan) -> float:
+    """Return how long a study lasts, in seconds, if every wait ends at its deadline."""
+    waits = plan.aggregation
+    a_round = 4 * waits.round_deadline_s + waits.rejoin_window_s + waits.wait_for_quorum_s
+    return 600 + 2 * waits.join_deadline_s + (plan.training.rounds + 2) * a_round
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
