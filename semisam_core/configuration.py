@@ -48,12 +48,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the file cannot be read ({error}).") from None
+    return yaml_mapping(text, str(path))
+
+
+def yaml_mapping(text: str, origin: str) -> dict[str, Any]:
+    """Return the mapping in a YAML text.
+
+    Args:
+        text: the YAML.
+        origin: what to call the source in messages, usually the file's path.
+
+    Raises:
+        ConfigError: it is not YAML, or not a mapping.
+    """
     try:
         content = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: this is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: this is not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a mapping of keys to values is expected, found {type(content).__name__}.")
+        raise ConfigError(f"{origin}: a mapping of keys to values is expected, found {type(content).__name__}.")
     return content
 
 
@@ -70,7 +83,13 @@ def parse(model: type[Model], content: dict[str, Any], origin: str) -> Model:
     """
     try:
         # Through JSON, because strict mode then takes lists for tuples but no "3" for 3 and no true for 1.
-        return model.model_validate_json(json.dumps(content, default=str), strict=True)
+        text = json.dumps(content, default=str)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{origin}: only words, numbers, lists and mappings of words to these can stand here ({error})."
+        ) from None
+    try:
+        return model.model_validate_json(text, strict=True)
     except ValidationError as error:
         lines = [_sentence(origin, dict(mistake)) for mistake in error.errors()]
         raise ConfigError("\n".join(lines)) from None

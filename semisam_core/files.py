@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target, flush to disk, then rename over it.
+def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write beside the target, flush to disk, then rename over it; never readable by more than `mode` says.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the target is then as it was.
@@ -27,7 +27,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

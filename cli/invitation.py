@@ -1,0 +1,248 @@
+"""The invitation: one zip by which the collaboration's lead tells a hospital all it needs to join, and no secret.
+
+A hospital gets this file from outside, so reading it trusts nothing in it: names, sizes and hashes are checked, and
+what is not expected is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from pydantic import Field, field_validator
+
+from semisam_core.configuration import Name, StrictModel, parse, yaml_mapping
+from semisam_core.errors import ConfigError, SemiSAMError
+from semisam_core.files import write_atomically
+from semisam_core.plan import Plan
+
+HEADER, PLAN, CA, CODE = "invitation.json", "plan.yaml", "ca.crt", "code.fab"
+LIMITS = {HEADER: 2**16, PLAN: 2**18, CA: 2**16, CODE: 10 * 2**20}
+MAXIMUM_BYTES = 11 * 2**20
+PACKAGES = ("fedsemisam", "flwr", "torch", "monai")
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the same invitation is the same file, whenever it is written
+ADDRESS = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]):[1-9][0-9]{0,4}")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+!_-]{1,64}$")]
+
+
+class InvitationError(SemiSAMError):
+    """An invitation that cannot be used; the message says which file and what is wrong with it."""
+
+
+class _Header(StrictModel):
+    """The content of invitation.json."""
+
+    format: Literal[1]
+    study: Name
+    site: Name
+    address: str
+    plan_hash: Sha256
+    code_hash: Sha256
+    versions: dict[Literal["fedsemisam", "flwr", "torch", "monai"], Version]
+
+    @field_validator("address")
+    @classmethod
+    def _reachable(cls, value: str) -> str:
+        check_address(value)
+        return value
+
+    @field_validator("versions")
+    @classmethod
+    def _all_named(cls, value: dict[str, str]) -> dict[str, str]:
+        if missing := sorted(set(PACKAGES) - set(value)):
+            raise ValueError(f"the version of {', '.join(missing)} is missing")
+        return value
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What a hospital is told, every part checked against the others.
+
+    Attributes:
+        study: the study's name.
+        site: the name under which the lead knows the hospital.
+        address: host:port of the collaboration's server, the only place that a site connects to.
+        plan: the study plan.
+        plan_text: the plan's file as the lead wrote it, with its comments.
+        ca_certificate: PEM certificate that the server's own certificate is signed with.
+        code: the Flower app bundle that will run at the site.
+        versions: package -> version at the lead.
+    """
+
+    study: str
+    site: str
+    address: str
+    plan: Plan
+    plan_text: bytes
+    ca_certificate: bytes
+    code: bytes
+    versions: Mapping[str, str]
+
+    @property
+    def code_hash(self) -> str:
+        """SHA-256 of the code bundle, by which the site approves it."""
+        return sha256(self.code)
+
+
+def sha256(content: bytes) -> str:
+    """Return the SHA-256 of bytes in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_address(address: str) -> None:
+    """Check that an address is host:port, or [IPv6]:port.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not ADDRESS.fullmatch(address) or int(address.rpartition(":")[2]) > 65535:
+        raise ConfigError(f"{address!r} is no address; expected is host:port, with an IPv6 host in brackets")
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the installed version of each package whose version an invitation names."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def write_invitation(path: Path, invitation: Invitation) -> None:
+    """Write an invitation, after checking it as a hospital will.
+
+    Raises:
+        InvitationError: a hospital would refuse it.
+        OSError: the file cannot be written.
+    """
+    header = {
+        "format": 1,
+        "study": invitation.study,
+        "site": invitation.site,
+        "address": invitation.address,
+        "plan_hash": invitation.plan.hash,
+        "code_hash": invitation.code_hash,
+        "versions": dict(invitation.versions),
+    }
+    members = {
+        HEADER: (json.dumps(header, indent=2) + "\n").encode(),
+        PLAN: invitation.plan_text,
+        CA: invitation.ca_certificate,
+        CODE: invitation.code,
+    }
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), content)
+    content = buffer.getvalue()
+    _parse(content, str(path))
+    write_atomically(path, content)
+
+
+def read_invitation(path: Path) -> Invitation:
+    """Read an invitation and check everything in it that can be checked without its sender.
+
+    Raises:
+        InvitationError: the file is missing, too large, no zip, or holds anything but a consistent invitation.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAXIMUM_BYTES + 1)
+    except OSError as error:
+        raise InvitationError(f"{path}: the invitation cannot be read ({error.strerror}).") from None
+    return _parse(content, str(path))
+
+
+def _parse(content: bytes, origin: str) -> Invitation:
+    if len(content) > MAXIMUM_BYTES:
+        raise InvitationError(f"{origin}: larger than an invitation can be ({MAXIMUM_BYTES} bytes).")
+    members = _members(content, origin)
+    header = _header(members[HEADER], origin)
+    plan = _plan(members[PLAN], f"{origin}: {PLAN}")
+    if plan.hash != header.plan_hash:
+        raise InvitationError(f"{origin}: {PLAN} is not the plan whose hash stands in {HEADER}.")
+    if sha256(members[CODE]) != header.code_hash:
+        raise InvitationError(f"{origin}: {CODE} is not the code whose hash stands in {HEADER}.")
+    _check_certificate(members[CA], f"{origin}: {CA}")
+    return Invitation(
+        study=header.study,
+        site=header.site,
+        address=header.address,
+        plan=plan,
+        plan_text=members[PLAN],
+        ca_certificate=members[CA],
+        code=members[CODE],
+        versions={package: header.versions[package] for package in PACKAGES},  # type: ignore[index]
+    )
+
+
+def _members(content: bytes, origin: str) -> dict[str, bytes]:
+    """Return the four files of the zip; no more is unpacked of any than an invitation can hold."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            infos = archive.infolist()
+            names = sorted(info.filename for info in infos)
+            if names != sorted(LIMITS) or archive.comment:
+                raise InvitationError(f"{origin}: expected are exactly {', '.join(LIMITS)}, found {names[:8]}.")
+            return {info.filename: _member(archive, info, origin) for info in infos}
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise InvitationError(f"{origin}: this is not a readable zip file ({error}).") from None
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, origin: str) -> bytes:
+    limit = LIMITS[info.filename]
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 0x1:
+        raise InvitationError(f"{origin}: {info.filename} is encrypted or packed in an unusual way.")
+    if info.file_size > limit:
+        raise InvitationError(f"{origin}: {info.filename} has {info.file_size} bytes, accepted are {limit}.")
+    with archive.open(info) as file:
+        content = file.read(limit + 1)  # what the zip says of the size need not be true
+    if len(content) > limit or len(content) != info.file_size:
+        raise InvitationError(f"{origin}: {info.filename} is not as long as the zip says.")
+    return content
+
+
+def _header(content: bytes, origin: str) -> _Header:
+    try:
+        header = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise InvitationError(f"{origin}: {HEADER} is not a JSON mapping.")
+    try:
+        return parse(_Header, header, f"{origin}: {HEADER}")
+    except ConfigError as error:
+        raise InvitationError(str(error)) from None
+
+
+def _plan(content: bytes, origin: str) -> Plan:
+    try:
+        text = content.decode("utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise InvitationError(f"{origin}: YAML aliases (*name) are not accepted in an invitation's plan.")
+        return parse(Plan, yaml_mapping(text, origin), origin)
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise InvitationError(f"{origin}: this is not valid YAML: {error}") from None
+    except ConfigError as error:
+        raise InvitationError(str(error)) from None
+
+
+def _check_certificate(content: bytes, origin: str) -> None:
+    try:
+        certificate = x509.load_pem_x509_certificate(content)
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        alone = certificate.public_bytes(Encoding.PEM).split() == content.split()
+    except (ValueError, x509.ExtensionNotFound) as error:
+        raise InvitationError(f"{origin}: this is no PEM certificate of a certificate authority ({error}).") from None
+    if not constraints.ca or not alone:
+        raise InvitationError(f"{origin}: expected is one PEM certificate of a certificate authority and nothing else.")

@@ -1,0 +1,1 @@
+"""The collaboration lead's side of a deployed study: study folder, certificates, invitations, SuperLink, runs."""
