@@ -115,10 +115,9 @@ class CodeStore:
         root = self._folder / code_hash / "files"
         found = set()
         for folder, names, files in os.walk(root):
-            for name in (*names, *files):
-                path = Path(folder) / name
-                if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                    raise CodeAlteredError(f"{path}: neither a file nor a folder.")
+            for entry in (Path(folder) / name for name in (*names, *files)):
+                if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+                    raise CodeAlteredError(f"{entry}: neither a file nor a folder.")
             found |= {(Path(folder) / name).relative_to(root).as_posix() for name in files}
         if found != set(bundle.files):
             raise CodeAlteredError(f"{root}: other files than were approved.")
