@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli.site.commands import app as site_app
 from semisam_core.errors import SemiSAMError
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated, annotation-efficient 3D segmentation with frozen promptable foundation models.",
 )
+app.add_typer(site_app, name="site")
 console = Console()
 errors = Console(stderr=True)
 

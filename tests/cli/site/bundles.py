@@ -163,9 +163,7 @@ def fake_link(secret: bytes) -> Iterator[FakeLink]:
 
 
 @contextmanager
-def runner_of(
-    link: FakeLink, secret: bytes, folder: Path, *approved: bytes, seconds: float = 60.0
-) -> Iterator[Runner]:
+def runner_of(link: FakeLink, secret: bytes, folder: Path, *approved: bytes, seconds: float = 60.0) -> Iterator[Runner]:
     """Return a site's runner that takes its tasks from this link; its processes end with the context."""
     folder.mkdir(parents=True, exist_ok=True)
     store = CodeStore(folder / "storage" / "code")

@@ -131,9 +131,7 @@ def test_nothing_but_a_word_leaves_where_the_audit_log_cannot_be_written(
     assert link.reply(asked).error.reason == "audit-log"
 
 
-def test_code_whose_own_package_is_missing_does_not_get_the_installed_one(
-    link: FakeLink, tmp_path: Path
-) -> None:
+def test_code_whose_own_package_is_missing_does_not_get_the_installed_one(link: FakeLink, tmp_path: Path) -> None:
     bundle = echo_fab("import semisam_core\n" + ECHO)
     with runner_of(link, SECRET, tmp_path / "lacking", bundle) as runner:
         asked = link.send(bundle, "hello")
