@@ -206,8 +206,8 @@ def withdraw(
             return
         if not yes and not typer.confirm("Leave the study and stop this site?"):
             raise typer.Exit(1)
-        leave(site)
         book(config, "withdraw")
+        leave(site)
         console.print("This site has withdrawn and does not run. Tell the lead, who can remove its key.")
         console.print("What it contributed to earlier rounds is in the study's models and on record; it cannot be")
         console.print(f"taken out of them. On this machine stay {site.path} (key, plan, logs) and", soft_wrap=True)

@@ -80,9 +80,9 @@ def fab(files: Mapping[str, str | bytes]) -> bytes:
     with zipfile.ZipFile(buffer, "w") as archive:
         for path, content in files.items():
             data = content.encode() if isinstance(content, str) else content
-            archive.writestr(path, data)
+            archive.writestr(zipfile.ZipInfo(path), data)
             lines.append(f"{path},{hashlib.sha256(data).hexdigest()},{len(data) * 8}")
-        archive.writestr(".info/CONTENT", "\n".join(lines))
+        archive.writestr(zipfile.ZipInfo(".info/CONTENT"), "\n".join(lines))
     return buffer.getvalue()
 
 
