@@ -146,7 +146,8 @@ def start(
         connected = "connected to the server" if found.connected else "not connected to the server yet"
         console.print(f"The site works (process {found.process.pid}), {connected}.", highlight=False)
         if not found.connected:
-            console.print(f"{site.running / 'supernode.log'} says why.", highlight=False, soft_wrap=True)
+            log = site.running / "supernode.log"
+            console.print(f"`semisam site doctor` and {log} say why.", highlight=False, soft_wrap=True)
 
 
 @app.command()

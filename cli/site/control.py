@@ -84,7 +84,7 @@ def start(folder: SiteFolder) -> Running:
     folder.running.mkdir(mode=0o700, exist_ok=True)
     (folder.running / "status.json").unlink(missing_ok=True)
     log = folder.running / "supervisor.log"
-    command = [sys.executable, "-m", "cli.main", "site", "start", "--folder", str(folder.path), "--foreground"]
+    command = [sys.executable, "-P", "-m", "cli.main", "site", "start", "--folder", str(folder.path), "--foreground"]
     with log.open("ab") as file:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
     deadline = time.monotonic() + START_S

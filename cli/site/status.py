@@ -82,7 +82,11 @@ def print_status(status: SiteStatus, console: Console) -> None:
     """Print a site's status for people."""
     state = "running" if status.running else "not running"
     if status.running:
-        state += ", connected" if status.connected else ", not connected (running/supernode.log says why)"
+        state += (
+            ", connected"
+            if status.connected
+            else ", not connected; `semisam site doctor` and running/supernode.log say why"
+        )
     if status.withdrawn:
         state += ", withdrawn from the study"
     console.print(f"{status.site} of {status.study} at {status.server}: {state}", markup=False, highlight=False)

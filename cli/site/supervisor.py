@@ -125,14 +125,25 @@ class Supervisor:
         with Workers(tree, self._folder.running / "worker.log") as workers:
             while True:
                 began = time.monotonic()
-                self._one_life(tree, workers)
+                if not self._folder.deployment_file.is_file():
+                    raise ConfigError(f"{self._folder.path}: the site's folder is gone.")
+                try:
+                    self._one_life(tree, workers)
+                except UnansweredError as error:
+                    logger.warning("%s", error)
+                except Exception as error:
+                    logger.error("The site could not go on as it was", exc_info=error)
                 pause = 1.0 if time.monotonic() - began > STEADY_S else min(2 * pause, LONGEST_PAUSE_S)
                 logger.warning("The SuperNode ended; it is started anew in %g s. Its log is %s", pause, self._log_path)
                 self._write_status("waiting to start the SuperNode anew", connected=False)
                 time.sleep(pause)
 
     def _one_life(self, tree: ProcessTree, workers: Workers) -> None:
-        """Start a SuperNode and answer its tasks until it ends or can no more be answered."""
+        """Start a SuperNode and answer its tasks until it ends or can no more be answered.
+
+        Raises:
+            UnansweredError: it has, or a message of it was lost.
+        """
         secret, port = secrets.token_bytes(32), _free_port()
         self._log = ConnectionLog(self._log_path)
         self._starts += 1
@@ -156,10 +167,6 @@ class Supervisor:
                 self._tick()
                 runner.work()
                 time.sleep(POLL_S)
-        except UnansweredError as error:
-            logger.warning("%s", error)
-        except Exception as error:
-            logger.error("A task could not be answered", exc_info=error)
         finally:
             runtime.close()
             _end(self._supernode)

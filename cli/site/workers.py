@@ -39,7 +39,7 @@ class Workers:
 
     def warm(self) -> None:
         """See to it that a process waits for the next task."""
-        if self._spare is None or self._spare.poll() is not None:
+        if self._spare is None:
             self._spare = self._start()
 
     def run(self, job: Mapping[str, Any], seconds: float, tick: Callable[[], None]) -> bool:
@@ -53,6 +53,8 @@ class Workers:
         Raises:
             OutOfTimeError: the process was killed.
         """
+        if self._spare is not None and self._spare.poll() is not None:
+            self.close()
         self.warm()
         process, self._spare = self._spare, None
         assert process is not None

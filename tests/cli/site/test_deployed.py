@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cli.lead.pki import write_certificates
 from cli.processes import MARK
 from cli.site.bundle import sha256
 from semisam_core.files import read_json_lines
@@ -88,6 +90,31 @@ def _marked(mark: str) -> list[psutil.Process]:
 
 def _log(site: Path) -> list[dict[str, object]]:
     return read_json_lines(site / "storage" / "audit.jsonl")
+
+
+def _doctor(site: Path, expected: int) -> dict[str, str]:
+    said = semisam("site", "doctor", "--folder", site, "--no-data", "--json", expected=expected)
+    return {finding["subject"]: f"{finding['level']}: {finding['sentence']}" for finding in json.loads(said)}
+
+
+def test_the_doctor_tells_a_registered_key_from_one_that_is_not(deployed: Deployed, tmp_path: Path) -> None:
+    known = _doctor(deployed.site, 0)
+    assert known["registration"].startswith("ok")
+    assert known["server"].startswith("ok")
+    assert known["clock"].startswith("ok")
+    invitation = deployed.lead.invite(tmp_path / "second.zip", deployed.code)
+    semisam("site", "init", invitation, "--folder", tmp_path / "second")
+    assert "does not take this site's key" in _doctor(tmp_path / "second", 1)["registration"]
+
+
+def test_a_server_that_the_invitations_certificate_does_not_vouch_for_is_noticed(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(deployed.site, other)
+    write_certificates(tmp_path / "tls", "atrium", [], 30)
+    shutil.copy(tmp_path / "tls" / "ca.crt", other / "ca.crt")
+    assert "does not vouch for" in _doctor(other, 1)["server"]
 
 
 def test_the_join_message_of_an_approved_bundle_is_answered(started: Deployed, tmp_path: Path) -> None:
