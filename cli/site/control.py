@@ -17,7 +17,7 @@ from cli.site.folder import SiteFolder
 from semisam_core.errors import ConfigError, SemiSAMError
 from semisam_core.files import write_json
 
-START_S = 60.0
+START_S = 120.0
 STOP_S = 40.0
 KILL_S = 5.0
 TICK_S = 0.2
@@ -90,7 +90,7 @@ def start(folder: SiteFolder) -> Running:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         found = running(folder)
-        if found is not None and (found.connected or time.monotonic() > deadline - START_S / 2):
+        if found is not None and (found.connected or time.monotonic() > deadline - START_S * 2 / 3):
             return found
         if child.poll() is not None:
             raise StartError(f"the site did not start; its log is {log}.")

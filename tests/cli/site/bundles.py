@@ -54,7 +54,7 @@ def main(grid, context):
 """
 ECHO = """\
 import os, signal, sys, time
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 app = ClientApp()
 
@@ -67,6 +67,10 @@ def answer(message, context):
         time.sleep(600)
     if wish == "raise":
         raise ValueError("the name of a patient")
+    if wish == "large":
+        return Message(RecordDict({"said": ConfigRecord({"much": b"x" * 20_000_000})}), reply_to=message)
+    if wish.startswith("error:"):
+        return Message(Error(2, wish.removeprefix("error:")), reply_to=message)
     said = {"say": wish, "site-config": str(context.node_config["site-config"]), "file": __file__,
             "run-config": len(context.run_config), "cli": "cli" in sys.modules}
     return Message(RecordDict({"said": ConfigRecord(said)}), reply_to=message)

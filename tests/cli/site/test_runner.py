@@ -98,6 +98,27 @@ def test_text_of_an_exception_of_approved_code_stays(link: FakeLink, runner: Run
     assert "the name of a patient" in (tmp_path / "worker.log").read_text()
 
 
+def test_an_error_of_approved_code_carries_a_rules_word_or_nothing(link: FakeLink, runner: Runner) -> None:
+    told = link.send(GOOD, "error:site-config")
+    assert runner.work()
+    assert link.reply(told).error.reason == "site-config"
+    tells = link.send(GOOD, "error:/data/north/a-patients-name.nii.gz")
+    assert runner.work()
+    assert link.reply(tells).content.config_records["refusal"]["rule"] == "internal-error"
+
+
+def test_a_reply_that_is_larger_than_the_site_allows_does_not_leave(link: FakeLink, runner: Runner) -> None:
+    asked = link.send(GOOD, "large")
+    assert runner.work()
+    assert dict(link.reply(asked).content.config_records["refusal"]) == {"rule": "egress"}
+
+
+def test_nothing_of_a_message_stays_on_disk(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
+    link.send(GOOD, "hello")
+    assert runner.work()
+    assert not list(tmp_path.glob("task-*"))
+
+
 def test_a_process_that_takes_too_long_is_ended(link: FakeLink, tmp_path: Path) -> None:
     with runner_of(link, SECRET, tmp_path / "slow", GOOD, seconds=25.0) as runner:
         asked = link.send(GOOD, "sleep")
