@@ -20,6 +20,8 @@ from semisam_core.files import read_json_lines
 from tests.cli.site.deployment import Lead, answered, app_folder, bundle_of, eventually, lead, semisam
 from tests.conftest import write_blobs
 
+pytestmark = pytest.mark.slow
+
 EVIL = """\
 from pathlib import Path
 Path({marker!r}).write_text("imported")
