@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli.lead.commands import app as lead
+from cli.lead.commands import app as lead_app
+from cli.site.commands import app as site_app
 from semisam_core.errors import SemiSAMError
 
 app = typer.Typer(
@@ -17,7 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated, annotation-efficient 3D segmentation with frozen promptable foundation models.",
 )
-app.add_typer(lead, name="lead")
+app.add_typer(lead_app, name="lead")
+app.add_typer(site_app, name="site")
 console = Console()
 errors = Console(stderr=True)
 

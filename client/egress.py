@@ -86,9 +86,12 @@ class EgressGate:
         self._book(kind, run, round_number, plan_hash, entry)
         return records
 
-    def refuse(self, kind: str, run: str, round_number: int, rule: RefusalRule, reason: str) -> RecordDict:
-        """Build a refusal. The rule leaves; the reason stays in the audit log."""
-        self._book(kind, run, round_number, "", {"refused": rule.value, "reason_kept_here": reason})
+    def refuse(
+        self, kind: str, run: str, round_number: int, rule: RefusalRule, reason: str, code_hash: str | None = None
+    ) -> RecordDict:
+        """Build a refusal. The rule leaves; the reason, and the hash of refused code, stay in the audit log."""
+        entry = {"refused": rule.value, "reason_kept_here": reason}
+        self._book(kind, run, round_number, "", entry if code_hash is None else entry | {"code": code_hash})
         return RecordDict(
             {
                 REFUSAL_RECORD: ConfigRecord({"rule": rule.value}),

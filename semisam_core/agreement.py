@@ -64,6 +64,10 @@ class RefusalRule(StrEnum):
     INTERNAL = "internal-error"
     SITE_CONFIG = "site-config"
     AUDIT_LOG = "audit-log"
+    CODE_NOT_APPROVED = "code-not-approved"
+    CODE_ALTERED = "code-altered"
+    PROCESS_ENDED = "process-ended"
+    OUT_OF_TIME = "out-of-time"
 
 
 class RejectionRule(StrEnum):
