@@ -125,6 +125,11 @@ class Hospital:
         """What was booked."""
         return read_json_lines(self.folder / "storage" / "audit.jsonl")
 
+    @property
+    def failed_calls(self) -> int:
+        """How often the SuperNode could not reach the server."""
+        return (self.folder / "running" / "supernode.log").read_text().count("Connection attempt failed")
+
     def processes(self, program: str = "") -> list[psutil.Process]:
         """Return this site's living processes, or those of one program."""
         noted = json.loads((self.folder / "running" / "process.json").read_text())
@@ -190,7 +195,17 @@ class Deployment:
         self.lead("start")
         for site in self.hospitals.values():
             site.semisam("doctor")  # exit status 0: nothing stands in the way
-            site.semisam("start")
+        self.start_sites()
+
+    def start_sites(self) -> None:
+        """Start all hospitals, each by a command of its own, side by side."""
+        logs = {name: self.folder / f"{name}-start.log" for name in self.hospitals}
+        commands = {
+            name: begin("site", "start", "--folder", site.folder, out=logs[name])
+            for name, site in self.hospitals.items()
+        }
+        for name, command in commands.items():
+            assert command.wait(COMMAND_S) == 0, logs[name].read_text()
 
     def kill_server(self) -> None:
         """Kill the SuperLink alone, as the system does when memory runs out."""

@@ -29,7 +29,6 @@ class Line:
         self._listener: socket.socket | None = None
         self._threads: list[threading.Thread] = []
         self.carried = 0
-        self.refused = 0
         self.port = 0
         self.restore()
         self._start(self._accept)
