@@ -214,12 +214,12 @@ class Deployment:
         psutil.wait_procs([process], timeout=10)
 
     def end(self) -> None:
-        """Stop everything by the commands."""
+        """Stop by the commands what was not stopped before."""
         try:
             for site in self.hospitals.values():
-                if site.folder.exists():
+                if (site.folder / "running" / "process.json").exists():
                     site.semisam("stop")
-            if self.study.exists():
+            if (self.study / "server" / "superlink.json").exists():
                 self.lead("stop")
         finally:
             with self.line:
