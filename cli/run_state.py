@@ -34,12 +34,15 @@ def settled(folder: Path) -> bool:
 
 def record_end(folder: Path, status: str, details: str) -> None:
     """Write down that Flower ended a run otherwise than completed, unless the run itself said why it failed."""
+    if status == COMPLETED:
+        return
+    end = f"Flower says the run is {status}"
     by_order = status == "stopped"  # the run itself can only say that it was interrupted
-    if status != COMPLETED and (by_order or run_state(folder) != "failed"):
-        write_json(
-            folder / "status.json",
-            {"state": "failed", "reason": f"Flower says the run is {status}: {details}"},
-        )
+    known = run_state(folder) == "failed" and not by_order
+    if by_order and not details:
+        known = run_reason(folder).startswith(end)  # whoever stopped it has said more than Flower knows
+    if not known:
+        write_json(folder / "status.json", {"state": "failed", "reason": f"{end}: {details}" if details else f"{end}."})
 
 
 def longest(plan: Plan) -> float:

@@ -1,0 +1,100 @@
+"""What pages tell a reader to type exists, every `semisam` command with its options; links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer.main
+
+from cli.main import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SERVICES = sorted((ROOT / "docs" / "deploy").iterdir())
+FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^ {4}.+", re.MULTILINE)
+INLINE = re.compile(r"`(semisam [^`]+)`", re.DOTALL)
+SERVICE = re.compile(r"bin/(semisam [^\n]+)")
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+
+
+def _commands(text: str) -> Iterator[str]:
+    """Yield what a page tells to type, one command each, lines that go on joined."""
+    blocks = [*FENCED.findall(text), "\n".join(INDENTED.findall(text))]
+    for block in blocks:
+        for line in block.replace("\\\n", " ").splitlines():
+            before, found, rest = line.partition("semisam ")
+            if found and re.fullmatch(r"\s*((sudo|docker compose exec \S+)( -u \S+)?\s+)?", before):
+                yield found + rest
+    for command in INLINE.findall(text):
+        yield " ".join(command.split())
+
+
+def _mistake(command: str) -> str | None:
+    """Return what is wrong with a command's sub-commands and options, or None."""
+    words = [word for word in shlex.split(command.replace("...", ""), comments=True)[1:] if word]
+    found: click.Command = typer.main.get_command(app)
+    while isinstance(found, click.Group) and words:
+        if words[0].startswith("-"):
+            return f"the option {words[0]} stands before the command"
+        name = words.pop(0)
+        if name not in found.commands:
+            return f"there is no command {name}"
+        found = found.commands[name]
+    known = {"--help"} | {
+        option
+        for each in found.params
+        for option in (*each.opts, *each.secondary_opts)
+        if each.param_type_name == "option"
+    }
+    wrong = [word for word in words if word.startswith("-") and word.split("=")[0] not in known]
+    return f"{wrong[0]} is no option of it" if wrong else None
+
+
+def _cases(paths: list[Path]) -> list[tuple[str, str]]:
+    found = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        commands = _commands(text) if path.suffix == ".md" else SERVICE.findall(text)
+        found += [(str(path.relative_to(ROOT)), command) for command in commands]
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, *SERVICES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_exists_with_its_options(page: Path) -> None:
+    mistakes = [(command, mistake) for _, command in _cases([page]) if (mistake := _mistake(command))]
+    assert mistakes == []
+
+
+def test_the_pages_of_deployment_and_the_readme_have_commands_to_check() -> None:
+    checked = [page for page, _ in _cases([*PAGES, *SERVICES])]
+    for page in ("README.md", "docs/deploy.md", "docs/deploy-site.md", "docs/deploy/semisam-site.service"):
+        assert page in checked
+
+
+@pytest.mark.parametrize(
+    ("command", "mistake"),
+    [
+        ("semisam lead launch", "no command launch"),
+        ("semisam lead run --again --study x", "--again is no option"),
+        ("semisam --study x lead run", "before the command"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_noticed(command: str, mistake: str) -> None:
+    assert mistake in str(_mistake(command))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    targets = [target for target in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_two_pages_of_deployment_name_each_other() -> None:
+    for page, other in (("deploy.md", "deploy-site.md"), ("deploy-site.md", "deploy.md")):
+        assert f"({other})" in (ROOT / "docs" / page).read_text(encoding="utf-8")
