@@ -37,6 +37,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 HEARTBEAT_S = 10.0  # Flower gives a task up after 60 s without one
 MESSAGE_S = 20.0
+STALLED_S = 120.0  # a piece of a message has 5 MiB at most
 TICK_S = 0.1
 
 
@@ -147,7 +148,7 @@ def fetch(client: RuntimeHttpClient, task: Task, seconds: float, tick: Callable[
         tick: called while waiting.
 
     Raises:
-        UnansweredError: there is no message to answer.
+        UnansweredError: there is no message to answer, or no more of it arrives.
         httpx.HTTPError: the SuperNode cannot be asked.
     """
     given = client.PullTaskInput(PullTaskInputRequest())
@@ -160,19 +161,36 @@ def fetch(client: RuntimeHttpClient, task: Task, seconds: float, tick: Callable[
     message = message_from_proto(pulled.messages_list[0])
     message.metadata.__dict__["_message_id"] = tree.object_id
     node, run = Node(node_id=given.context.node_id), given.run.run_id
-    deadline = time.monotonic() + seconds
-    objects = {}
-    for name in dict.fromkeys(part.object_id for part in iterate_object_tree(tree)):
-        request = PullObjectRequest(node=node, run_id=run, object_id=name)
-        while not (answer := client.PullObject(request)).object_available:
-            if time.monotonic() > deadline:
-                raise UnansweredError("the message never arrived whole")
-            _pause(tick)
-        objects[name] = answer.object_content
+    names = dict.fromkeys(part.object_id for part in iterate_object_tree(tree))
+    objects = _objects(client, node, run, list(names), seconds, tick)
     client.ConfirmMessageReceived(
         ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=tree.object_id)
     )
     return Arrived(task.type, given, message, tree.object_id, objects)
+
+
+def _objects(
+    client: RuntimeHttpClient, node: Node, run: int, missing: list[str], seconds: float, tick: Callable[[], None]
+) -> dict[str, bytes]:
+    """Pull a message's objects in whatever order they arrive.
+
+    A SuperNode drops a message whose run ends while it arrives, and does not say so: hence the bound on standing still.
+    """
+    objects: dict[str, bytes] = {}
+    now = time.monotonic()
+    deadline, stalled = now + seconds, now + STALLED_S
+    while missing:
+        for name in list(missing):
+            pulled = client.PullObject(PullObjectRequest(node=node, run_id=run, object_id=name))
+            if pulled.object_available:
+                objects[name] = pulled.object_content
+                missing.remove(name)
+                stalled = time.monotonic() + STALLED_S
+        if missing:
+            if time.monotonic() > min(deadline, stalled):
+                raise UnansweredError("the message never arrived whole")
+            _pause(tick)
+    return objects
 
 
 def answer(client: RuntimeHttpClient, arrived: Arrived, outgoing: Outgoing, outcome: str) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -39,7 +40,7 @@ STEADY_S = 300.0
 LONGEST_PAUSE_S = 60.0
 END_S = 10.0
 # Flower's own lines in the SuperNode's log, from which alone one can tell how the connection is.
-CONNECTED = (b"SuperNode ID:", b"Connection successful")
+CONNECTED = (b"SuperNode ID:", b"Connection successful", b"Received successfully", b"Sent successfully")
 DISCONNECTED = (b"Connection attempt failed", b"Failed to initialize the connection")
 
 
@@ -111,6 +112,8 @@ class Supervisor:
         """
         with only_one(self._folder):
             try:
+                for left in self._folder.running.glob("task-*"):  # of a supervisor that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 with ProcessTree() as tree:
                     self._write_process(tree)
                     self._keep_going(tree)

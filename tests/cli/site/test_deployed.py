@@ -162,8 +162,12 @@ def test_stop_leaves_no_process(started: Deployed) -> None:
 def test_a_supervisor_that_is_killed_takes_its_processes_with_it(started: Deployed) -> None:
     mark = _mark(started.site)
     pid = json.loads((started.site / "running" / "process.json").read_text())["pid"]
+    left = started.site / "running" / "task-of-the-killed"
+    left.mkdir()
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: not _marked(mark), 30)
+    semisam("site", "start", "--folder", started.site)
+    assert not left.exists()
 
 
 def test_a_site_that_withdraws_stops_and_does_not_start_again(started: Deployed) -> None:

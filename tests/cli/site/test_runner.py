@@ -9,9 +9,10 @@ import httpx
 import psutil
 import pytest
 
+from cli.site import runtime
 from cli.site.bundle import sha256
 from cli.site.runner import Runner
-from cli.site.runtime import Runtime
+from cli.site.runtime import Runtime, UnansweredError
 from semisam_core.files import read_json_lines
 from tests.cli.site.bundles import ECHO, FakeLink, echo_fab, fake_link, runner_of
 
@@ -125,6 +126,18 @@ def test_a_process_that_takes_too_long_is_ended(link: FakeLink, tmp_path: Path) 
         assert runner.work()
         assert link.reply(asked).content.config_records["refusal"]["rule"] == "out-of-time"
     assert not [p for p in psutil.Process().children(recursive=True) if "worker.py" in " ".join(p.cmdline())]
+
+
+def test_a_message_that_stops_arriving_is_not_waited_for(
+    link: FakeLink, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "STALLED_S", 0.5)
+    link.send(GOOD, "hello", lost=True)
+    with pytest.raises(UnansweredError, match="never arrived whole"):
+        runner.work()
+    asked = link.send(GOOD, "hello")
+    assert runner.work()
+    assert link.reply(asked).has_content()
 
 
 def test_a_copy_that_was_altered_is_not_used(link: FakeLink, runner: Runner, tmp_path: Path) -> None:

@@ -87,3 +87,6 @@ def test_the_connection_is_what_flower_said_last(tmp_path: Path) -> None:
     with log.open("a") as file:
         file.write("essful after 3.00 seconds and 2 tries.\n")
     assert look.look()
+    with log.open("a") as file:
+        file.write("WARNING : Connection attempt failed, retrying in 2.00 seconds\nINFO :      Received successfully\n")
+    assert look.look()
