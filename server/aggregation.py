@@ -13,15 +13,10 @@ from torch import Tensor
 
 from semisam_core.plan import Aggregation
 from server import robust
-from server.updates import MemoryUpdate as Update
-from server.updates import Update as SiteUpdate
-
-__all__ = ["Update", "combine", "evidence_weights", "votes", "weighted_mean"]
+from server.updates import Update
 
 
-def evidence_weights(
-    updates: Sequence[SiteUpdate], policy: Aggregation, progress: float, classes: int = 1
-) -> list[float]:
+def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float, classes: int = 1) -> list[float]:
     """Return what each update weighs, summing to one.
 
     An update of a site that took no step carries nothing new and weighs 0.
@@ -59,9 +54,7 @@ def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float
     return float(scalars["labeled"] + policy.unlabeled_share * ramp * pseudo_labels / classes)
 
 
-def votes(
-    updates: Sequence[SiteUpdate], shares: Sequence[float], policy: Aggregation, rejected: int = 0
-) -> list[float]:
+def votes(updates: Sequence[Update], shares: Sequence[float], policy: Aggregation, rejected: int = 0) -> list[float]:
     """Return what each update counts under the plan's rule, summing to one.
 
     An update that weighs nothing counts nothing under any rule. Of the others, `weighted-mean` takes the shares as they
@@ -98,7 +91,7 @@ def votes(
     return [share / total if k in kept else 0.0 for k, share in enumerate(shares)]
 
 
-def combine(updates: Sequence[SiteUpdate], counted: Sequence[float], policy: Aggregation) -> dict[str, Tensor]:
+def combine(updates: Sequence[Update], counted: Sequence[float], policy: Aggregation) -> dict[str, Tensor]:
     """Return the combined specialist.
 
     Args:
@@ -117,7 +110,7 @@ def combine(updates: Sequence[SiteUpdate], counted: Sequence[float], policy: Agg
     return weighted_mean([update for update, _ in voters], [vote for _, vote in voters])
 
 
-def weighted_mean(updates: Sequence[SiteUpdate], weights: Sequence[float]) -> dict[str, Tensor]:
+def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return sum_k w_k theta_k, accumulated in double precision in the order of site names.
 
     The fixed order makes the result the same however replies arrive. One tensor of one site is read at a time.
