@@ -32,6 +32,7 @@ WAIT_S = 150.0
 ASKING = """\
 import json, time
 from pathlib import Path
+import semisam_core
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import ServerApp
 app = ServerApp()
@@ -46,6 +47,7 @@ def main(grid, context):
             break
         time.sleep(0.2)
     study = {"run": "first", "round": 0, "final": False, "plan": asked["plan"], "plan-hash": asked["plan-hash"]}
+    study["code-version"] = semisam_core.__version__
     content = RecordDict({"study": ConfigRecord(study)})
     message = Message(content, dst_node_id=nodes[0], message_type="query", group_id="0")
     answers = list(grid.send_and_receive([message], timeout=120))
