@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cli.site.bundle import Bundle, BundleError, read_bundle, sha256
+from cli.invitation import sha256
+from cli.site.bundle import Bundle, BundleError, read_bundle
 from semisam_core.errors import SemiSAMError
 from semisam_core.files import write_atomically, write_json
 

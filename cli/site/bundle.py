@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.metadata
 import io
 import re
@@ -16,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from cli.invitation import sha256
 from semisam_core.errors import SemiSAMError
 
 MAXIMUM_PACKED = 10 * 2**20
@@ -62,11 +62,6 @@ class FileChange:
     added: int
     removed: int
     diff: str
-
-
-def sha256(content: bytes) -> str:
-    """Return the SHA-256 of bytes in hex."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def read_bundle(content: bytes, origin: str) -> Bundle:

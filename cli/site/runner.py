@@ -30,8 +30,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from google.protobuf.message import DecodeError
 
+from cli.invitation import sha256
 from cli.site.approval import CodeAlteredError, CodeStore
-from cli.site.bundle import sha256
 from cli.site.runtime import Arrived, Heartbeat, Outgoing, Runtime, UnansweredError, answer, fetch
 from cli.site.workers import OutOfTimeError, Workers
 from client.egress import EgressGate

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.site.bundle import sha256
+from cli.invitation import sha256
 from semisam_core.files import read_json_lines
 from tests.cli.site.bundles import ECHO, echo_fab
 from tests.cli.site.places import invite, joined, semisam

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cli.invitation import sha256
 from cli.lead.pki import write_certificates
 from cli.processes import MARK
-from cli.site.bundle import sha256
 from semisam_core.files import read_json_lines
 from tests.cli.site.deployment import Lead, answered, app_folder, bundle_of, eventually, lead, semisam
 from tests.conftest import write_blobs

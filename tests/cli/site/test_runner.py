@@ -9,8 +9,8 @@ import httpx
 import psutil
 import pytest
 
+from cli.invitation import sha256
 from cli.site import runtime
-from cli.site.bundle import sha256
 from cli.site.runner import Runner
 from cli.site.runtime import Runtime, UnansweredError
 from semisam_core.files import read_json_lines
