@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from semisam_core.files import write_json
 from semisam_core.plan import Plan, load_plan
 from server.run_folder import RunFolder
 from server.study import Study
+from server.watch import SUPERLINK, SuperLinkWatch
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +42,20 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(_run_path(str(config.get("run-folder", ""))))
     run = _run_name(folder, plan)
     folder.set_status("running", run=run)
-    try:
-        Study(plan, grid, folder, run, _expected_sites(context)).execute()
-    except BaseException as error:
-        reason = str(error) if isinstance(error, SemiSAMError) else f"{type(error).__name__}: {error}"
-        folder.set_status("failed", reason, run=run)
-        raise
+    with SuperLinkWatch(os.environ.get(SUPERLINK, ""), lambda why: folder.set_status("failed", why, run=run)) as watch:
+        try:
+            Study(plan, grid, folder, run, _expected_sites(context)).execute()
+        except BaseException as error:
+            folder.set_status("failed", _reason(error, watch), run=run)
+            raise
     folder.set_status("completed", run=run)
     logger.info("The study is complete; its record is in %s", folder.path)
+
+
+def _reason(error: BaseException, watch: SuperLinkWatch) -> str:
+    if isinstance(error, SemiSAMError):
+        return str(error)
+    return watch.reason if watch.gone else f"{type(error).__name__}: {error}"
 
 
 def _expected_sites(context: Context) -> int:

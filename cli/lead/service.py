@@ -21,6 +21,7 @@ from cli.lead.registration import bring_in_line
 from cli.lead.study import LeadError, Study
 from cli.processes import ProcessTree
 from semisam_core.files import write_json
+from server.watch import SUPERLINK
 
 PROGRAM = Path(__file__).with_name("superlink.py")
 LOG_BYTES = 20 * 2**20
@@ -152,7 +153,7 @@ def _begin(study: Study, tree: ProcessTree, out: IO[bytes]) -> Service:
     command = [sys.executable, "-P", str(PROGRAM), "--host", settings.bind, "--port", str(settings.port)]
     command += ["--control-port", str(settings.control_port), "--tls", str(study.tls)]
     command += ["--database", str(study.server / "superlink.db")]
-    environment = flower_environment(study.server / "flwr-home")
+    environment = flower_environment(study.server / "flwr-home") | {SUPERLINK: settings.control_address}
     process = tree.start(command, stdout=out, stderr=out, env=environment, cwd=study.server / "cwd")
     service = Service(process.pid, psutil.Process(process.pid).create_time(), tree.mark)
     write_json(_record(study), asdict(service))

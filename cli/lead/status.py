@@ -23,6 +23,7 @@ from cli.run_state import run_reason, run_state
 from semisam_core.files import read_json_lines
 
 LAST_EVENTS = 10
+RESUME = "`semisam lead run --resume`"
 EXPIRES_SOON = datetime.timedelta(days=30)
 
 
@@ -52,7 +53,7 @@ def status_of(study: Study) -> dict[str, Any]:
             "problem": problem,
         },
         "sites": _sites(study, nodes),
-        "run": _run(study, active, known=service is None or nodes is not None),
+        "run": _run(study, active, served=service is not None, known=service is None or nodes is not None),
     }
 
 
@@ -128,7 +129,7 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _run(study: Study, active: Sequence[Path], known: bool) -> dict[str, Any] | None:
+def _run(study: Study, active: Sequence[Path], served: bool, known: bool) -> dict[str, Any] | None:
     folder = active[-1] if active and active[-1].parent == study.runs else last_run(study)
     if folder is None:
         return None
@@ -138,7 +139,8 @@ def _run(study: Study, active: Sequence[Path], known: bool) -> dict[str, Any] | 
     elif state in ("running", "not started"):
         # What the run wrote last is not the truth once no process works at it.
         state = "cut short" if known else "unknown"
-        reason = "`semisam lead run --resume` goes on with it." if known else "The SuperLink does not answer."
+        go_on = "" if served else "`semisam lead start`, then "
+        reason = f"{go_on}{RESUME} goes on with it." if known else "The SuperLink does not answer."
     if state == "failed":
         reason = run_reason(folder)
     lines = read_json_lines(folder / "metrics.jsonl")

@@ -1,0 +1,59 @@
+"""A SuperLink that is killed in a run and not started again: what it had started ends, and what is left says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cli.lead.run import last_run, new_run
+from cli.lead.service import control_of, find, stop
+from cli.lead.study import NewStudy, Study
+from server.watch import GONE_S
+from tests.cli.lead.conftest import call, processes_of, two_free_ports, typed, wait_until
+from tests.conftest import tiny_plan
+
+START_S = 120.0
+END_S = 30.0
+
+
+@pytest.fixture
+def patient(tmp_path: Path) -> Study:
+    """Return a study whose run waits for its sites for longer than any test lasts."""
+    plan = tmp_path / "plan.yaml"
+    content = tiny_plan("pseudo_labels=null", "aggregation.join_deadline_s=3600").model_dump(mode="json")
+    plan.write_text(yaml.safe_dump(content))
+    return NewStudy(tmp_path / "atrium", plan, [], two_free_ports(), 2).write()
+
+
+def _status(study: Study) -> dict[str, Any]:
+    folder = last_run(study)
+    path = None if folder is None else folder / "status.json"
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+
+@pytest.mark.slow
+def test_a_killed_server_leaves_no_process_and_a_status_that_says_how_to_go_on(patient: Study) -> None:
+    try:
+        assert typed("start", "--study", str(patient.folder)).returncode == 0
+        with control_of(patient) as control:
+            new_run(patient, control, 2)
+        assert wait_until(lambda: _status(patient).get("phase") == "joining", START_S)
+        service = find(patient)
+        assert service is not None
+        os.kill(service.pid, signal.SIGKILL)
+        assert wait_until(lambda: processes_of(patient.folder) == [], GONE_S + END_S)
+    finally:
+        stop(patient)
+    status = _status(patient)
+    assert status["state"] == "failed"
+    assert f"the SuperLink at {patient.settings.control_address} was gone" in status["reason"]
+    code, output = call("status", "--study", patient.folder)
+    assert code == 0
+    assert "failed" in output
+    assert "`semisam lead start`, then `semisam lead run --resume` go on" in output
