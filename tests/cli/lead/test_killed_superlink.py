@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from cli.lead.run import last_run, new_run
-from cli.lead.service import control_of, find, stop
+from cli.lead.service import control_of, start, stop
 from cli.lead.study import NewStudy, Study
 from server.watch import GONE_S
-from tests.cli.lead.conftest import call, processes_of, two_free_ports, typed, wait_until
+from tests.cli.lead.conftest import call, processes_of, two_free_ports, wait_until
 from tests.conftest import tiny_plan
 
 START_S = 120.0
@@ -40,13 +40,12 @@ def _status(study: Study) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_killed_server_leaves_no_process_and_a_status_that_says_how_to_go_on(patient: Study) -> None:
     try:
-        assert typed("start", "--study", str(patient.folder)).returncode == 0
+        service = start(patient)
         with control_of(patient) as control:
             new_run(patient, control, 2)
         assert wait_until(lambda: _status(patient).get("phase") == "joining", START_S)
-        service = find(patient)
-        assert service is not None
         os.kill(service.pid, signal.SIGKILL)
+        os.waitpid(service.pid, 0)  # as init does, which not every container has
         assert wait_until(lambda: processes_of(patient.folder) == [], GONE_S + END_S)
     finally:
         stop(patient)
