@@ -145,8 +145,8 @@ class _Probe:
         for config in load_site_folder(sites)[:PROBED]:
             case = inventory(config, plan.model_copy(update={"pseudo_labels": None})).cases[0]
             volume = load_scan(case, plan).image[0]
-            planes = sorted({*self._planes, "axial"})
-            views = {plane: View(volume, plan.data.spacing_mm, AXES[plane]) for plane in planes}
+            planes = {*self._planes, "axial"}
+            views: dict[str, View] = {plane: View(volume, plan.data.spacing_mm, AXES[plane]) for plane in planes}
             self._scans.append(views)
 
     def logits(self, generalist: Generalist) -> list[list[Tensor]]:
