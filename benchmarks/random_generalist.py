@@ -287,13 +287,16 @@ def _show_harm(out: Path) -> None:
     """Print what the specialist loses against training without the generalist, for each label count and class."""
     for arm in json.loads((out / "results.json").read_text(encoding="utf-8"))["arms"]:
         for scored in arm["classes"]:
-            if (difference := scored["dice_difference"]) is not None:
-                lost = round(-difference["mean"], 4) + 0.0  # no negative zero
-                print(
-                    f"labels {arm['labeled']}, {scored['target']}: {arm['arm']} loses {lost:+.3f} Dice against "
-                    f"{BASELINE}, {'within' if lost <= LIMIT else 'above'} {LIMIT}",
-                    flush=True,
-                )
+            if (difference := scored["dice_difference"]) is None:
+                continue
+            lost = 0.0 - difference["mean"]
+            known = difference["low"] is not None
+            interval = f" [{0.0 - difference['high']:.3f}, {0.0 - difference['low']:.3f}]" if known else ""
+            print(
+                f"labels {arm['labeled']}, {scored['target']}: {arm['arm']} loses {lost:.3f}{interval} Dice against "
+                f"{BASELINE}; its mean is {'within' if lost <= LIMIT else 'above'} {LIMIT}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
