@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from cli.checks import CheckedStudy, check_study, study_table
-from cli.comparison.arms import Who, arm_of, oracle_arms
+from cli.comparison.arms import Who, arm_of, oracle_arms, oracle_omissions
 from cli.comparison.cohorts import fingerprint, lend_storage, narrowed, write_cohort
 from cli.comparison.definition import Definition, define
 from cli.comparison.jobs import Job, list_jobs, seconds_left
@@ -24,6 +24,7 @@ from cli.run_state import run_reason
 from cli.simulate import write_plan
 from client.site_config import usable_generalists
 from semisam_core.configuration import read_yaml
+from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically, write_json
 
@@ -61,6 +62,7 @@ class Comparison:
         study: the checked plan and sites.
         definition: what is compared.
         jobs: its runs, in order.
+        omissions: why oracles are left out.
         out: the folder that everything is in.
         console: where to show.
     """
@@ -68,6 +70,7 @@ class Comparison:
     study: CheckedStudy
     definition: Definition
     jobs: list[Job]
+    omissions: tuple[str, ...]
     out: Path
     console: Console
 
@@ -90,14 +93,20 @@ class Comparison:
         settings = [(each, narrowed(study.sites, each, study.plan)) for each in definition.labeled]
         pooled = any(arm.who is Who.POOLED for arm in arms)
         cohorts = [write_cohort(out, each, sites, pooled) for each, sites in settings]
-        available = {name for config, _ in study.sites for name in usable_generalists(config, study.plan)}
-        oracles = oracle_arms(study.plan, frozenset(available)) if definition.oracles else ()
+        available = frozenset(
+            name
+            for config, found in study.sites
+            if found.of(Role.VALIDATION)
+            for name in usable_generalists(config, study.plan)
+        )
+        oracles = oracle_arms(study.plan, available) if definition.oracles else ()
+        omissions = oracle_omissions(study.plan, available) if definition.oracles else ()
         jobs = list_jobs(out, arms, oracles, cohorts, definition.seeds)
         write_plan(out / "plan.yaml", study.plan)
         content = yaml.safe_dump(definition.model_dump(mode="json"), sort_keys=False)
         write_atomically(out / DEFINITION, content.encode())
         write_json(out / RECORD, identity)
-        return cls(study, definition, jobs, out, console)
+        return cls(study, definition, jobs, omissions, out, console)
 
     def execute(self, runner: Runner) -> bool:
         """Run what is not finished, then write and show the report; return whether every run completed.
@@ -115,7 +124,7 @@ class Comparison:
                 self._run(job, runner)
         finished = {job: collect_scores(job) for job in self.jobs if job.state == "completed"}
         results = gather(self.jobs, finished, self.study.plan.class_names, self.definition.baseline)
-        report = Report(self.study.plan, self.definition, results)
+        report = Report(self.study.plan, self.definition, results, self.omissions)
         report.write(self.out)
         report.show(self.console)
         self._say(f"Everything is in {self.out}")

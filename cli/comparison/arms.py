@@ -11,6 +11,7 @@ from semisam_core.plan import Plan
 from semisam_core.regularizers import NONE
 
 CLICKS = (1, 3, 5, 10)
+_CLICKED = frozenset({PromptKind.POINTS_2D, PromptKind.POINTS_3D})
 
 
 class Who(StrEnum):
@@ -120,17 +121,42 @@ def arm_of(name: str, plan: Plan) -> Arm:
 
 
 def oracle_arms(plan: Plan, available: frozenset[str]) -> tuple[OracleArm, ...]:
-    """Return the oracle arms of the plan's generalists that some site has: clicks, or boxes where none are taken."""
+    """Return the oracle arms of the plan's generalists that are available: clicks, or boxes where none are taken.
+
+    Args:
+        plan: the study plan.
+        available: the generalists of sites with validation cases.
+    """
     arms: list[OracleArm] = []
     for name in plan.pseudo_labels.generalists if plan.pseudo_labels is not None else ():
         kinds = accepted_prompts(name)
         if name not in available:
             continue
-        if kinds & {PromptKind.POINTS_2D, PromptKind.POINTS_3D}:
+        if kinds & _CLICKED:
             arms += [OracleArm(name, clicks) for clicks in CLICKS]
         elif PromptKind.BOX_2D in kinds:
             arms.append(OracleArm(name, None))
     return tuple(arms)
+
+
+def oracle_omissions(plan: Plan, available: frozenset[str]) -> tuple[str, ...]:
+    """Return a sentence for each generalist of the plan that is not clicked on, saying why.
+
+    Args:
+        plan: the study plan.
+        available: the generalists of sites with validation cases.
+    """
+    reasons: list[str] = []
+    clicks = f"{', '.join(map(str, CLICKS[:-1]))} and {CLICKS[-1]} points"
+    for name in plan.pseudo_labels.generalists if plan.pseudo_labels is not None else ():
+        kinds = accepted_prompts(name)
+        if name not in available:
+            reasons.append(f"{name} has no oracle: no site with validation cases has it.")
+        elif PromptKind.BOX_2D in kinds and not kinds & _CLICKED:
+            reasons.append(f"{name} has no oracle with {clicks}, since it takes no points; it is given boxes.")
+        elif not kinds & _CLICKED:
+            reasons.append(f"{name} has no oracle, since it takes neither points nor boxes.")
+    return tuple(reasons)
 
 
 def _reason_against(what: What, plan: Plan) -> str | None:

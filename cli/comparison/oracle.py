@@ -15,10 +15,10 @@ from torch import Tensor
 
 from cli.run_state import run_name
 from client.progress import Progress
-from client.site_config import SiteConfig, inventory, load_site_folder
+from client.site_config import SiteConfig, annotated_classes, inventory, load_site_folder
 from semisam_core.consultation import Consultation
 from semisam_core.data.cases import Case, Role
-from semisam_core.data.scans import Scan, load_original_label, load_scan, to_original
+from semisam_core.data.scans import Scan, keep_classes, load_original_label, load_scan, to_original
 from semisam_core.errors import CaseError, SemiSAMError
 from semisam_core.evaluation import score_case
 from semisam_core.files import append_json_line, read_json_lines, write_json
@@ -33,29 +33,34 @@ SELECTED_BY = "nothing is trained or selected; prompts come from the labels of t
 
 
 class OracleFailedError(SemiSAMError):
-    """A generalist that could not answer though its prompts are perfect."""
+    """A generalist that could not answer though its prompts are perfect, or had nothing to answer about."""
 
 
 def execute(plan_path: Path, sites: Path, folder: Path, generalist: str, clicks: int | None) -> None:
     """Score a generalist on the validation cases of every site that has it, and leave a record as a run does.
 
     Args:
-        plan_path: planes, slice step, classes and grid are this plan's.
+        plan_path: planes, slice step, classes and the grid on which generalists look are this plan's.
         sites: folder of site files.
         folder: the run folder. A run that was killed goes on with the cases that are not scored yet.
         generalist: its name.
         clicks: clicks in the volume or on each slice; None prompts with tight boxes.
 
     Raises:
-        SemiSAMError: a file or the weights cannot be used, or the generalist fails; also in status.json.
+        SemiSAMError: a file or the weights cannot be used, the generalist fails, or no case could be scored; also in
+            status.json.
     """
     plan = load_plan(plan_path)
     name = _name(folder, plan, generalist)
     write_json(folder / "status.json", {"state": "running", "reason": "", "run": name})
     try:
-        for config in load_site_folder(sites):
-            if generalist in config.generalists:
-                _Oracle(config, plan, name, generalist, clicks).score()
+        configs = [config for config in load_site_folder(sites) if generalist in config.generalists]
+        scored = [_Oracle(config, plan.as_generalists_see, name, generalist, clicks).score() for config in configs]
+        if not any(scored):
+            raise OracleFailedError(
+                f"{generalist}: no validation case could be scored in {sites}. Needed is a site that has it, and "
+                "readable validation cases there whose labels have a class of the plan."
+            )
     except BaseException as error:
         reason = str(error) if isinstance(error, SemiSAMError) else f"{type(error).__name__}: {error}"
         write_json(folder / "status.json", {"state": "failed", "reason": reason, "run": name})
@@ -77,39 +82,44 @@ class _Oracle:
         weights = None if entry.weights == "packaged" else Path(entry.weights)
         self._generalist: Generalist = load_generalist(generalist, config.torch_device(), weights, entry.sha256)
         self._store = EmbeddingStore(config.storage.folder / "embeddings", int(config.storage.embeddings_gb * 1e9))
+        self._annotated = annotated_classes(config, plan)
         policy = policy_of(plan)
         changes: dict[str, object] = {"strategy": Strategy.BOXES, "margins_mm": (0.0,), "smooth_slices": 1}
         if clicks is not None:
             changes |= {"strategy": Strategy.POINTS, "clicks": clicks}
         self._policy = policy.model_copy(update={"prompting": policy.prompting.model_copy(update=changes)})
 
-    def score(self) -> None:
-        """Score every validation case that has no score yet."""
-        done = {(line["case"], line["class"]) for line in read_json_lines(self._folder / "scores.jsonl")}
+    def score(self) -> bool:
+        """Score every validation case that has no score yet; return whether any case has one now."""
+        scores = self._folder / "scores.jsonl"
+        done = {(line["case"], line["class"]) for line in read_json_lines(scores)}
         cases = inventory(self._config, self._plan).of(Role.VALIDATION)
         for number, case in enumerate(cases):
             self._progress("oracle", number, len(cases), "scans")
-            if not {(case.id, name) for name in self._plan.class_names} <= done:
+            if not {(case.id, self._plan.class_names[k - 1]) for k in self._annotated} <= done:
                 self._score(case)
         self._progress("oracle", len(cases), len(cases), "scans")
+        return any("dice" in line for line in read_json_lines(scores))
 
     def _score(self, case: Case) -> None:
         try:
             scan = load_scan(case, self._plan, self._config.storage.folder / "prepared")
-            truth, geometry = load_original_label(case, self._plan)
+            label, geometry = load_original_label(case, self._plan)
         except CaseError as error:
             logger.warning("A case is left out: %s", error)
             return
         answered = to_original(self._answer(scan), scan)
         prediction = torch.cat([torch.full_like(answered[:1], 0.5), answered]).argmax(0)
         tolerance = self._plan.evaluation.surface_tolerance_mm
+        truth = keep_classes(label, self._annotated)
         scores = score_case(prediction, truth, len(self._plan.class_names), geometry.spacing_mm, tolerance)
-        for name, score in zip(self._plan.class_names, scores, strict=True):
-            line = {"round": 0, "case": case.id, "class": name}
+        for k in self._annotated:
+            score = scores[k - 1]
+            line = {"round": 0, "case": case.id, "class": self._plan.class_names[k - 1]}
             append_json_line(self._folder / "scores.jsonl", line | (vars(score) if score else {}))
 
     def _answer(self, scan: Scan) -> Tensor:
-        """Return the generalist's probability of each class (K, H, W, D), 0 where the truth has none to prompt with."""
+        """Return the generalist's probability of each class (K, H, W, D), 0 of classes without truth to prompt with."""
         if scan.label is None:
             raise OracleFailedError(f"{scan.id}: a validation case without a label cannot be prompted with the truth.")
         consultation = Consultation(
@@ -123,11 +133,12 @@ class _Oracle:
         answers = []
         for k in range(1, len(self._plan.class_names) + 1):
             mask = scan.label == k
-            if not bool(mask.any()):
+            if k not in self._annotated or not bool(mask.any()):
                 answers.append(torch.zeros(mask.shape))
                 continue
-            others = (scan.label > 0) & ~mask
-            opinions = consultation.ask(Region(mask.numpy(), others.numpy(), self._plan.data.spacing_mm), mask.float())
+            others = torch.zeros_like(mask)  # clicks in other classes would come on top of those that are counted
+            region = Region(mask.numpy(), others.numpy(), self._plan.data.spacing_mm)
+            opinions = consultation.ask(region, mask.float())
             if not opinions:
                 raise OracleFailedError(
                     f"{self._generalist.card.name} could not answer about a scan of {self._config.site}; "

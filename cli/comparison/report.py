@@ -46,11 +46,13 @@ class Report:
         plan: the study plan.
         definition: what is compared.
         results: the figures.
+        omissions: why oracles are left out.
     """
 
     plan: Plan
     definition: Definition
     results: Sequence[ArmResult]
+    omissions: Sequence[str] = ()
 
     def write(self, folder: Path) -> None:
         """Write report.md, results.json and, where label counts are compared, dice-by-labels.png."""
@@ -106,6 +108,7 @@ class Report:
             notes.append(f"Pooled arms are a {MEANING[Standing.REFERENCE]}.")
         if Standing.ORACLE in standings:
             notes.append(ORACLES)
+        notes += self.omissions
         if unfinished := [title for result in self.results for title in result.unfinished]:
             notes.append(f"Without scores, and left out above: {'; '.join(unfinished)}.")
         return notes

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cli.compare import definition_changes
-from cli.comparison.arms import arm_names, arm_of, oracle_arms
+from cli.comparison.arms import arm_names, arm_of, oracle_arms, oracle_omissions
 from cli.comparison.definition import define, label_counts
-from semisam_core.errors import ConfigError
+from semisam_core.errors import ConfigError, WeightsError
+from semisam_core.generalists import Generalist, GeneralistSpec, PromptKind, registry
 from semisam_core.regularizers import NONE
 from tests.conftest import tiny_plan
+from tests.semisam_core.generalists.fake import CARD
 
 
 def test_without_anything_said_it_is_every_arm_of_the_plan_with_the_plans_seed() -> None:
@@ -79,6 +82,26 @@ def test_a_generalist_is_clicked_on_where_it_takes_clicks_and_boxed_where_it_doe
         "oracle-sam-5-points",
         "oracle-sam-10-points",
     ]
+
+
+def test_every_generalist_without_clicks_has_a_reason_and_one_with_them_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_loader(*_: object) -> Generalist:
+        raise WeightsError("never loaded here")
+
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
+    masked = replace(CARD, name="masked", prompt_kinds=frozenset({PromptKind.MASK_2D}))
+    registry.register(GeneralistSpec(masked, no_loader, packaged=True))
+    plan = tiny_plan("pseudo_labels.generalists=[lite-medsam, sam, sam-med3d, masked]")
+    available = frozenset({"lite-medsam", "sam", "masked"})
+    assert oracle_omissions(plan, available) == (
+        "lite-medsam has no oracle with 1, 3, 5 and 10 points, since it takes no points; it is given boxes.",
+        "sam-med3d has no oracle: no site with validation cases has it.",
+        "masked has no oracle, since it takes neither points nor boxes.",
+    )
+    assert {arm.generalist for arm in oracle_arms(plan, available)} == {"lite-medsam", "sam"}
+    assert oracle_omissions(tiny_plan("pseudo_labels=null"), available) == ()
 
 
 LISTED = {"beta": ["x"], "alpha": ["a", "b", "c"]}
