@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from monai.losses import DiceLoss
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,6 +26,8 @@ def supervised_loss(logits: Tensor, label: Tensor, annotated: Sequence[int] | No
     Raises:
         ValueError: a class is not one of 1..K, or none is annotated.
     """
+    from monai.losses import DiceLoss
+
     target = label.long()
     if (rest := _rest(logits.shape[1], annotated)) is not None:
         known = [k for k in range(logits.shape[1]) if k not in rest]

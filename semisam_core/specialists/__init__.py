@@ -1,4 +1,7 @@
-"""The trainable networks, by name. The specialist is the only thing that is ever sent."""
+"""The trainable networks, by name. The specialist is the only thing that is ever sent.
+
+MONAI is imported where a network is built: it takes seconds, and most commands only read the plan.
+"""
 
 from __future__ import annotations
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from monai.networks.blocks.dynunet_block import UnetResBlock
-from monai.networks.nets import DynUNet
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semisam_core.configuration import StrictModel
 from semisam_core.specialists.layers import GROUPS, Normalization, norm_layer, replace_layers
+
+if TYPE_CHECKING:
+    from monai.networks.blocks.dynunet_block import UnetResBlock
 
 Channels = Annotated[int, Field(ge=1, le=4096)]
 Stride = Annotated[int, Field(ge=1, le=4)]
@@ -61,6 +62,9 @@ class DynUNetArguments(StrictModel):
 
 def build_dynunet(arguments: DynUNetArguments, in_channels: int, out_channels: int) -> nn.Module:
     """Build the network, without deep supervision: one answer, in training and in evaluation."""
+    from monai.networks.blocks.dynunet_block import UnetResBlock
+    from monai.networks.nets import DynUNet
+
     network = DynUNet(
         spatial_dims=3,
         in_channels=in_channels,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from monai.networks.blocks.segresnet_block import ResBlock
-from monai.networks.nets import SegResNet
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semisam_core.configuration import StrictModel
 from semisam_core.specialists.layers import GROUPS, Normalization, norm_layer, replace_layers
+
+if TYPE_CHECKING:
+    from monai.networks.blocks.segresnet_block import ResBlock
 
 Blocks = Annotated[int, Field(ge=1, le=16)]
 
@@ -49,6 +50,9 @@ class SegResNetArguments(StrictModel):
 
 def build_segresnet(arguments: SegResNetArguments, in_channels: int, out_channels: int) -> nn.Module:
     """Build the network; activations and sums are out of place so that per-sample gradients can be taken."""
+    from monai.networks.blocks.segresnet_block import ResBlock
+    from monai.networks.nets import SegResNet
+
     network: nn.Module = SegResNet(
         spatial_dims=3,
         init_filters=arguments.channels,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from monai.networks.nets import SwinUNETR
 from pydantic import Field
 from torch import nn
 
@@ -40,6 +39,8 @@ class SwinUNETRArguments(StrictModel):
 
 def build_swinunetr(arguments: SwinUNETRArguments, in_channels: int, out_channels: int) -> nn.Module:
     """Build the network."""
+    from monai.networks.nets import SwinUNETR
+
     network: nn.Module = SwinUNETR(
         in_channels=in_channels,
         out_channels=out_channels,

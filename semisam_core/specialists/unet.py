@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from monai.networks.nets import UNet
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -52,6 +51,8 @@ class UNetArguments(StrictModel):
 
 def build_unet(arguments: UNetArguments, in_channels: int, out_channels: int) -> nn.Module:
     """Build the network; activations are out of place so that per-sample gradients can be taken."""
+    from monai.networks.nets import UNet
+
     network: nn.Module = UNet(
         spatial_dims=3,
         in_channels=in_channels,

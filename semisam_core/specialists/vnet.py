@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from monai.networks.nets import VNet
 from torch import nn
 
 from semisam_core.configuration import StrictModel
@@ -33,6 +32,8 @@ class VNetArguments(StrictModel):
 
 def build_vnet(arguments: VNetArguments, in_channels: int, out_channels: int) -> nn.Module:
     """Build the network; MONAI's batch norm gives way to instance norm unless the plan asks for it."""
+    from monai.networks.nets import VNet
+
     activation: str | tuple[str, dict[str, Any]] = "prelu"
     if arguments.activation == "elu":
         activation = ("elu", {"inplace": False})

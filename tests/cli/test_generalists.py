@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cli.main import app
 from semisam_core.generalists import generalist_names, generalist_spec
 
-runner = CliRunner(env={"COLUMNS": "200"})
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.main.console", Console(width=200))
 
 
 def _said(*arguments: str) -> str:
