@@ -254,8 +254,12 @@ class Run:
     @property
     def training(self) -> int:
         """The round that sites train in now, or 0."""
-        status = self._status()
-        return int(status["round"]) if status.get("phase") == "training" else 0
+        return self._round_of("training")
+
+    @property
+    def evaluating(self) -> int:
+        """The round whose specialist sites score now, or 0."""
+        return self._round_of("evaluating")
 
     def events(self, *kinds: str, **matching: object) -> list[dict[str, Any]]:
         """Return the lines of the metrics of these kinds that have these values."""
@@ -265,6 +269,10 @@ class Run:
             for line in lines
             if line["event"] in kinds and all(line.get(key) == value for key, value in matching.items())
         ]
+
+    def _round_of(self, phase: str) -> int:
+        status = self._status()
+        return int(status["round"]) if status.get("phase") == phase else 0
 
     def _status(self) -> dict[str, Any]:
         try:

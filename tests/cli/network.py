@@ -19,11 +19,11 @@ class Line:
 
     Args:
         port: where they are carried to.
-        bytes_per_s: how much goes through in both directions together.
+        bytes_per_s: how much goes through in both directions together; may be changed at any time.
     """
 
     def __init__(self, port: int, bytes_per_s: float) -> None:
-        self._target, self._rate = port, bytes_per_s
+        self._target, self.bytes_per_s = port, bytes_per_s
         self._lock, self._ended, self._due = threading.Lock(), threading.Event(), 0.0
         self._open: set[socket.socket] = set()
         self._listener: socket.socket | None = None
@@ -114,7 +114,7 @@ class Line:
     def _wait_for(self, size: int) -> None:
         with self._lock:
             now = time.monotonic()
-            self._due = max(self._due, now) + size / self._rate
+            self._due = max(self._due, now) + size / self.bytes_per_s
             wait = self._due - now
             self.carried += size
         time.sleep(wait)
