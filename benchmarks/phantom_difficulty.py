@@ -16,7 +16,7 @@ from semisam_core.data.patches import TrainingScan
 from semisam_core.data.phantom import DEMO_SCANNERS, write_phantom_site
 from semisam_core.data.scans import Scan, load_scan
 from semisam_core.evaluation import dice_of
-from semisam_core.inference import new_specialist, predict
+from semisam_core.inference import new_specialist, predict, segmentation
 from semisam_core.plan import Plan, load_plan
 from semisam_core.training import new_teacher, train_round
 
@@ -55,7 +55,8 @@ def _train_and_score(plan: Plan, train: Sequence[Scan], test: Sequence[Scan]) ->
     for scan in test:
         if scan.label is None:
             raise ValueError("phantoms have labels")
-        scores.append(dice_of(predict(specialist, scan.image, plan, CPU).argmax(0) == 1, scan.label == 1))
+        found = segmentation(predict(specialist, scan.image, plan, CPU), plan)
+        scores.append(dice_of(found == 1, scan.label == 1))
     return scores
 
 
