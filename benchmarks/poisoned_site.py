@@ -27,6 +27,7 @@ from semisam_core.plan import Plan, load_plan
 from server.app import app as server_app
 
 PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "phantom" / "plan.yaml"
+ALL_THAT_IS_PREDICTED = "task.classes=[{name: liver, value: 1}]"  # islands are scored too
 SCANNERS = {
     **DEMO_SCANNERS,
     "west": Scanner((3.4, 3.4, 4.4), "LAS", gain=600.0, offset=20.0, gamma=1.15, bias=0.30, noise=0.055),
@@ -86,6 +87,7 @@ def main() -> None:
 
 def _plan(rule: str, rounds: int, steps: int) -> Plan:
     changes = (
+        ALL_THAT_IS_PREDICTED,
         "specialist.arguments.channels=[8, 16, 32, 64]",
         "data.spacing_mm=[5.0, 5.0, 6.0]",
         "data.patch=[32, 32, 16]",

@@ -25,7 +25,7 @@ from semisam_core.data.scans import Scan, keep_classes, load_original_label, loa
 from semisam_core.errors import CaseError, SemiSAMError
 from semisam_core.evaluation import ClassScore, score_case, summarise
 from semisam_core.files import append_json_line, write_json
-from semisam_core.inference import new_specialist, predict
+from semisam_core.inference import new_specialist, predict, segmentation
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels import PseudoLabel
@@ -227,7 +227,7 @@ class Site:
         probability = to_original(predict(specialist, scan.image, self.plan, self.device), scan)
         label, geometry = load_original_label(case, self.plan)
         scores = score_case(
-            probability.argmax(0),
+            segmentation(probability, self.plan),
             keep_classes(label, self._annotated),
             len(self.plan.class_names),
             geometry.spacing_mm,
@@ -262,7 +262,7 @@ class Site:
         cases = self._usable(Role.VALIDATION) or self._usable(Role.UNLABELED) or self._usable(Role.LABELED)
         if not cases or (scan := self._scan(cases[0])) is None:
             return
-        prediction = predict(specialist, scan.image, self.plan, self.device)
+        found = segmentation(predict(specialist, scan.image, self.plan, self.device), self.plan)
         sight = self._sight(cases[0])
         pseudo = self._labeler.ask(sight, specialist) if sight is not None and self._labeler.generalists else None
         panel = Panel(
@@ -270,7 +270,7 @@ class Site:
             image=scan.image[0],
             truth=scan.label,
             pseudo_label=pseudo.generalist if pseudo is not None else None,
-            prediction=prediction[1:],
+            prediction=torch.stack([(found == k).float() for k in range(1, len(self.plan.class_names) + 1)]),
             spacing_mm=scan.grid.spacing_mm,
         )
         draw_overview(panel, self.state.folder / "overview.png")

@@ -1,9 +1,12 @@
-"""Prediction with the specialist alone: no generalist, no server."""
+"""Prediction and segmentation with the specialist alone: no generalist, no server."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
+from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor, nn
 
 from semisam_core.plan import Plan
@@ -48,3 +51,38 @@ def predict(network: nn.Module, image: Tensor, plan: Plan, device: torch.device)
             return torch.as_tensor(logits)[0].float().softmax(0).cpu()
     finally:
         network.train(was_training)
+
+
+def segmentation(probability: Tensor, plan: Plan) -> Tensor:
+    """Return what a prediction says of each voxel, which is what is scored and shown.
+
+    Each voxel has its most probable class. Of a class that the plan calls `connected` only the largest connected
+    component stays, by number of voxels, and the rest becomes background, also where another class comes second.
+    Voxels are connected by faces, edges and corners, so that a thin part is not torn off where it runs diagonally. Of
+    components of equal size the one stays that comes first in the order of the array.
+
+    Args:
+        probability: (1 + K, H, W, D) on the CPU, on any grid: that of the plan or the scan's own.
+        plan: which of its K classes are connected.
+
+    Returns:
+        (H, W, D) int64 of class indices: 0 background, k the plan's k-th class.
+    """
+    indices = probability.argmax(0)
+    boxes = ndimage.find_objects(indices.numpy(), max_label=len(plan.task.classes))
+    for k, (target, box) in enumerate(zip(plan.task.classes, boxes, strict=True), start=1):
+        if target.connected and box is not None:
+            inside = indices[box]
+            mask = inside == k
+            inside[mask & ~torch.from_numpy(_largest_component(mask.numpy()))] = 0
+    return indices
+
+
+def _largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the largest component of a mask with at least one voxel."""
+    labels, _ = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    first = int(sizes[labels].argmax())  # the first voxel of all that lie in a component of the greatest size
+    kept: NDArray[np.bool_] = labels == labels.ravel()[first]
+    return kept

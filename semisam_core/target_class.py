@@ -16,11 +16,15 @@ class TargetClass(StrictModel):
 
     One class has one form: `value`, or two `values` or more, kept in ascending order; the other key is left out where
     the plan is written. So equal plans have equal hashes, and `values` changed none of those that do not use it.
+
+    `connected` says that the structure is one piece: of a segmentation only its largest connected component is kept.
+    It, too, is written only where it is used.
     """
 
     name: Name
     value: LabelValue | None = None
     values: tuple[LabelValue, ...] | None = None
+    connected: bool = False
 
     @field_validator("values")
     @classmethod
@@ -42,8 +46,8 @@ class TargetClass(StrictModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_the_other(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: each for key, each in serialize(self).items() if each is not None}
+    def _without_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: each for key, each in serialize(self).items() if each is not None and each is not False}
 
     @property
     def label_values(self) -> tuple[int, ...]:

@@ -137,6 +137,31 @@ def test_every_key_of_a_plan_is_there_and_explained(name: str) -> None:
     assert _unexplained(text) == []
 
 
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("*/plan*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_what_a_class_may_be_called_connected_for_is_explained_above_the_classes(path: Path) -> None:
+    above = path.read_text(encoding="utf-8").partition("  classes:")[0]
+    assert re.search(r"# connected: true where .*only the largest connected\n *# component is scored", above)
+
+
+def test_only_structures_of_one_piece_are_connected() -> None:
+    connected = {
+        name: {target.name for target in load_plan(path).task.classes if target.connected}
+        for name, path in PLANS.items()
+    }
+    of_several = {"seminal-vesicles", "colon", "intestine"}
+    organs = connected.pop("abdominal-organs")
+    assert {"liver", "spleen", "left-kidney", "right-kidney"} <= organs
+    assert not organs & of_several
+    assert connected == {
+        "left-atrium": {"left-atrium"},
+        "pet-heart": {"whole-heart"},
+        "phantom": {"liver"},
+        "whole-tumour": set(),
+    }
+
+
 def test_a_key_without_explanation_is_noticed() -> None:
     assert _unexplained("a:\n  # Why.\n  b: 1\n  c: 2\n\nd: 3\n") == ["6: d"]
     assert _unexplained("a:\n  b: 1\n") == ["2: b"]

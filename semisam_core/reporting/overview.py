@@ -28,7 +28,7 @@ class Panel:
         image: (H, W, D).
         truth: (H, W, D) class indices, or None where there is no label.
         pseudo_label: the generalists' probabilities (K, H, W, D), or None where there are none.
-        prediction: the specialist's foreground probabilities (K, H, W, D).
+        prediction: the specialist's segmentation, one mask of 0 and 1 a class (K, H, W, D).
         spacing_mm: voxel size along H, W, D.
     """
 

@@ -57,6 +57,17 @@ def test_a_union_differs_from_its_parts_in_the_hash() -> None:
     assert len(hashes) == 4
 
 
+@pytest.mark.parametrize("marks", ["value: 1", "values: [1, 2]"])
+def test_only_a_class_that_is_connected_has_another_hash_for_it(marks: str) -> None:
+    unsaid, apart, connected = (
+        tiny_plan(_classes(f"{{name: whole, {marks}{said}}}"))
+        for said in ("", ", connected: false", ", connected: true")
+    )
+    assert unsaid.hash == apart.hash != connected.hash
+    arrived = [plan_from_json(each.canonical_json()).task.classes[0].connected for each in (unsaid, apart, connected)]
+    assert arrived == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("classes", "says"),
     [
@@ -70,6 +81,8 @@ def test_a_union_differs_from_its_parts_in_the_hash() -> None:
         (["{name: a, values: [1, 256]}"], r"task\.classes\.0\.values\.1 = 256: .*less than or equal to 255"),
         (["{name: a, values: [1, 2.5]}"], r"task\.classes\.0\.values\.1 = 2\.5: .*integer"),
         (["{name: a, values: 4}"], r"task\.classes\.0\.values = 4: .*array"),
+        (["{name: a, value: 1, connected: 2}"], r"task\.classes\.0\.connected = 2: .*boolean"),
+        (["{name: a, value: 1, connected: null}"], r"task\.classes\.0\.connected = None: .*boolean"),
         (["{name: a, value: 2}", "{name: b, values: [1, 2]}"], r"every class value must differ.*\[2, 1, 2\]"),
         (["{name: a, values: [1, 2]}", "{name: b, values: [2, 4]}"], r"every class value must differ"),
     ],

@@ -21,7 +21,7 @@ from semisam_core.data.scans import load_scan
 from semisam_core.errors import ConfigError
 from semisam_core.evaluation import dice_of
 from semisam_core.files import read_json_lines
-from semisam_core.inference import new_specialist, predict
+from semisam_core.inference import new_specialist, predict, segmentation
 from semisam_core.plan import Plan
 from server.app import app as server_app
 from tests.conftest import balls, tiny_plan, write_balls, write_nifti, write_site
@@ -68,7 +68,7 @@ def _dice(weights: dict[str, torch.Tensor], plan: Plan, folder: Path) -> list[fl
     scan = load_scan(Case("new", (files[0],), files[1], Role.VALIDATION), plan)
     specialist = new_specialist(plan)
     specialist.load_state_dict(weights)
-    answer = predict(specialist, scan.image, plan, torch.device("cpu")).argmax(0)
+    answer = segmentation(predict(specialist, scan.image, plan, torch.device("cpu")), plan)
     assert scan.label is not None
     return [dice_of(answer == k, scan.label == k) for k in (1, 2)]
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
+from scipy.ndimage import label as find_pieces
 
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.phantom import (
@@ -218,3 +219,14 @@ def test_labels_of_all_organs_suit_every_shipped_plan(tmp_path: Path, plan: Path
     scan = load_scan(Case("north-00", (files[0],), files[1], Role.LABELED), load_plan(plan))
     assert scan.label is not None
     assert scan.label.unique().tolist() == list(range(1 + len(load_plan(plan).task.classes)))
+
+
+@pytest.mark.parametrize("plan", sorted(SHIPPED.glob("plan*.yaml")), ids=lambda path: path.stem)
+def test_an_organ_that_a_shipped_plan_calls_connected_is_one_piece_in_every_patient(plan: Path) -> None:
+    connected = [target.name for target in load_plan(plan).task.classes if target.connected]
+    assert connected
+    for scanner in DEMO_SCANNERS.values():
+        for seed in range(4):
+            _, organs = make_phantom(scanner, seed)
+            pieces = [find_pieces(organs == 1 + ORGAN_NAMES.index(name), np.ones((3, 3, 3)))[1] for name in connected]
+            assert pieces == [1] * len(connected)
