@@ -52,7 +52,13 @@ ALIKE = 0.95  # two answers with a higher Dice than this are one
 DRAWS = 100
 PROBED = 4
 BOXES = ((0.3, 0.3, 0.6, 0.6), (0.5, 0.2, 0.7, 0.4))  # shares of the slice
-OPEN = ("minimum_volume_ml=0", "maximum_volume_ml=1000000", "minimum_agreement=0", "minimum_quality=0")
+OPEN = (
+    "minimum_volume_ml=0",
+    "maximum_volume_ml=1000000",
+    "minimum_agreement=0",
+    "minimum_quality=0",
+    "minimum_confidence=0",
+)
 
 
 def main() -> None:

@@ -72,12 +72,16 @@ class Prompting(StrictModel):
 
 
 class Gates(StrictModel):
-    """What a pseudo-label must satisfy to teach. One that does not is counted and reported, never guessed."""
+    """What a pseudo-label must satisfy to teach. One that does not is counted and reported, never guessed.
+
+    `minimum_confidence` is of the mean of exp(-U) over the voxels that the target calls foreground.
+    """
 
     minimum_volume_ml: float = Field(default=0.5, ge=0)
     maximum_volume_ml: float = Field(default=10_000, gt=0)
     minimum_agreement: Fraction = 0.5
     minimum_quality: Fraction = 0.0
+    minimum_confidence: Fraction = 0.0
     volume_factor: float | None = Field(default=None, gt=1, le=100)
 
     @model_validator(mode="after")

@@ -45,13 +45,9 @@ class PseudoLabel:
         return replace(self, target=target, uncertainty=uncertainty, generalist=generalist)
 
     def confidences(self) -> list[float]:
-        """Return, for each accepted class, the mean of exp(-U) over the voxels that its target calls foreground.
-
-        A target that calls none so vouches for nothing: its confidence is 0.
-        """
+        """Return the confidence in each accepted class."""
         accepted = [k for k, accepted in enumerate(self.valid.tolist()) if accepted]
-        weights = [torch.exp(-self.uncertainty[k].double())[self.target[k] > 0.5] for k in accepted]
-        return [min(1.0, float(inside.mean())) if inside.numel() else 0.0 for inside in weights]
+        return [confidence(self.target[k], self.uncertainty[k]) for k in accepted]
 
 
 @dataclass(frozen=True)
@@ -157,6 +153,15 @@ def confidence_fused(
     return share * mean + (1 - share) * teacher, uncertainty
 
 
+def confidence(target: Tensor, uncertainty: Tensor) -> float:
+    """Return the mean of exp(-U) over the voxels that a target calls foreground; maps of one class, (H, W, D).
+
+    A target that calls none so vouches for nothing: the confidence in it is 0.
+    """
+    inside = torch.exp(-uncertainty.double())[target > 0.5]
+    return min(1.0, float(inside.mean())) if inside.numel() else 0.0
+
+
 def _judge(
     opinions: Mapping[str, Opinion],
     region: Region,
@@ -185,7 +190,10 @@ def _judge(
     agreement = dice_of(torch.from_numpy(kept), torch.from_numpy(region.mask))
     if agreement < gates.minimum_agreement:
         return Refusal.DISAGREEMENT
-    return _ClassAnswer(mean, *confidence_fused(teacher, mean, variance, agreement, policy))
+    target, uncertainty = confidence_fused(teacher, mean, variance, agreement, policy)
+    if gates.minimum_confidence > 0 and confidence(target, uncertainty) < gates.minimum_confidence:
+        return Refusal.LOW_CONFIDENCE
+    return _ClassAnswer(mean, target, uncertainty)
 
 
 def _mean_quality(opinions: Mapping[str, Opinion], trust: Mapping[str, float]) -> float:

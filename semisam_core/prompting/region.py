@@ -24,6 +24,7 @@ class Refusal(StrEnum):
     TOO_LARGE = "too-large"
     IMPLAUSIBLE = "implausible-volume"
     LOW_QUALITY = "low-quality"
+    LOW_CONFIDENCE = "low-confidence"
     DISAGREEMENT = "disagreement"
     FAILED = "failed"
 

@@ -187,6 +187,14 @@ def test_an_answer_that_has_left_its_prompt_is_gated(tmp_path: Path) -> None:
     assert _ask(tmp_path, choosy, image, _teacher(truth), Elsewhere()).refusals == (Refusal.LOW_QUALITY,)
 
 
+def test_an_answer_of_which_too_little_is_certain_is_gated(tmp_path: Path, plan: Plan) -> None:
+    image, truth = _scan()
+    sure = _ask(tmp_path, plan, image, _teacher(truth)).confidences()[0]
+    for minimum, refusal in ((sure - 0.01, None), (sure + 0.01, Refusal.LOW_CONFIDENCE)):
+        choosy = tiny_plan(f"pseudo_labels.gates.minimum_confidence={minimum}")
+        assert _ask(tmp_path, choosy, image, _teacher(truth)).refusals == (refusal,)
+
+
 def test_a_volume_unlike_any_of_the_experts_masks_is_gated(tmp_path: Path) -> None:
     image, truth = _scan()
     plan = tiny_plan("pseudo_labels.gates.volume_factor=1.5")
