@@ -65,11 +65,17 @@ class Post:
     def __init__(self, grid: Grid, clock: Clock) -> None:
         self._grid, self._clock = grid, clock
         self._questions: dict[str, Question] = {}
+        self._registered: dict[int, str] = {}
 
     def connected(self) -> Mapping[int, str]:
         """Return the nodes that Flower has heard of lately, in order, and when each last came online."""
         nodes = sorted(self._grid.get_nodes(), key=lambda node: node.node_id)
+        self._registered |= {node.node_id: node.name for node in nodes}
         return {node.node_id: node.last_activated_at for node in nodes}
+
+    def registered(self, node: int) -> str:
+        """Return the name that a node's key was registered by; empty where there are no keys, as in simulations."""
+        return self._registered.get(node, "")
 
     def ask(self, node: int, site: str, kind: str, number: int, content: RecordDict, deadline_s: float) -> bool:
         """Send one question; return whether Flower took it."""

@@ -221,6 +221,24 @@ def test_a_second_living_site_of_one_name_is_refused_until_the_first_is_gone(tmp
     assert len(late_ones) == 3  # itself, the second refused once, the second taken once the first was gone
 
 
+def test_a_node_that_comes_back_under_another_name_has_no_second_vote(tmp_path: Path) -> None:
+    grid = _grid("alpha", "beta", "gamma", train_s=100)
+    for k in range(5):
+        grid.time.at(10 + 4 * k, lambda k=k: grid.start(f"mallory-{k}", 3))  # type: ignore[misc]
+    record = run(grid, _plan(rounds=1), tmp_path, 3)
+    assert _contributors(record) == ["alpha beta"]
+    assert ("mallory-0", "its node takes part under another name") in _events(record, "refused", "site", "reason")
+
+
+def test_a_site_takes_part_under_the_name_that_its_key_was_admitted_by_and_no_other(tmp_path: Path) -> None:
+    grid = _grid("alpha", "beta", "gamma")
+    grid.registered = {1: "alpha", 2: "beta", 3: "mallory"}
+    grid.time.at(0.5, lambda: grid.start("alpha", 1))  # offline for a moment: its name is free
+    record = run(grid, _plan(), tmp_path, 3)
+    assert _contributors(record) == ["alpha beta"] * 3
+    assert _events(record, "refused", "site", "reason") == [("gamma", "its key was admitted under another name")]
+
+
 def test_a_new_site_may_join_a_running_study(tmp_path: Path) -> None:
     grid = _grid("alpha", train_s=1000)
     grid.time.at(500, lambda: grid.start("beta", 2))
