@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -101,10 +102,17 @@ class Post:
         return [each for each in self._questions.values() if each.kind == kind]
 
     def sweep(self) -> Iterator[tuple[Question, Message | None]]:
-        """Yield what has arrived, None where it cannot be read; one reply at a time is held in memory."""
+        """Yield what has arrived, None where it cannot be read; one reply at a time is held in memory.
+
+        Where the SuperLink answers by an error, as when its database is busy, that says nothing of the site: it is
+        asked again at the next sweep, until the deadline.
+        """
         for identifier in list(self._questions):
             try:
                 replies = list(self._grid.pull_messages([identifier]))
+            except httpx.HTTPStatusError as error:
+                logger.warning("The SuperLink could not be asked for a reply", exc_info=error)
+                continue
             except Exception as error:  # of whatever a site sent; where Flower itself is gone, all else fails too
                 logger.warning("A reply could not be pulled", exc_info=error)
                 yield self._questions.pop(identifier), None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
@@ -321,6 +322,18 @@ def test_a_reply_that_flower_cannot_unpack_costs_its_site_the_round_and_nobody_e
     record = run(grid, _plan(), tmp_path, 2)
     assert _contributors(record) == ["alpha beta", "beta", "alpha beta"]
     assert _events(record, "refused", "site", "reason") == [("alpha", "the reply cannot be read")]
+
+
+def test_a_superlink_that_cannot_answer_for_a_moment_costs_no_site_its_work(tmp_path: Path) -> None:
+    def busy(grid: ScriptedGrid, sent: Message) -> Message:
+        asked = httpx.Request("POST", "https://superlink/v1/runtime/pull-messages")
+        raise httpx.HTTPStatusError("database is locked", request=asked, response=httpx.Response(500, request=asked))
+
+    grid = _grid("alpha", "beta")
+    grid.scripts["alpha", TRAIN, 2] = [busy, busy]
+    record = run(grid, _plan(), tmp_path, 2)
+    assert _contributors(record) == ["alpha beta"] * 3
+    assert record.records("refused") == []
 
 
 def test_an_update_in_the_name_of_another_site_is_refused(tmp_path: Path) -> None:
