@@ -324,16 +324,27 @@ def test_a_reply_that_flower_cannot_unpack_costs_its_site_the_round_and_nobody_e
     assert _events(record, "refused", "site", "reason") == [("alpha", "the reply cannot be read")]
 
 
-def test_a_superlink_that_cannot_answer_for_a_moment_costs_no_site_its_work(tmp_path: Path) -> None:
-    def busy(grid: ScriptedGrid, sent: Message) -> Message:
-        asked = httpx.Request("POST", "https://superlink/v1/runtime/pull-messages")
-        raise httpx.HTTPStatusError("database is locked", request=asked, response=httpx.Response(500, request=asked))
+def _busy(*_: object) -> Any:
+    asked = httpx.Request("POST", "https://superlink/v1/runtime/")
+    raise httpx.HTTPStatusError("database is locked", request=asked, response=httpx.Response(500, request=asked))
 
+
+def test_a_superlink_that_cannot_answer_for_a_moment_costs_no_site_its_work(tmp_path: Path) -> None:
     grid = _grid("alpha", "beta")
-    grid.scripts["alpha", TRAIN, 2] = [busy, busy]
+    grid.scripts["alpha", TRAIN, 2] = [_busy, _busy]
     record = run(grid, _plan(), tmp_path, 2)
     assert _contributors(record) == ["alpha beta"] * 3
     assert record.records("refused") == []
+
+
+@pytest.mark.parametrize("call", ["push_messages", "get_nodes"])
+def test_a_superlink_that_cannot_answer_for_a_moment_does_not_end_the_run(tmp_path: Path, call: str) -> None:
+    grid = _grid("alpha", "beta", train_s=100)
+    well = getattr(grid, call)
+    grid.time.at(99.9, lambda: setattr(grid, call, _busy))
+    grid.time.at(101.5, lambda: setattr(grid, call, well))
+    record = run(grid, _plan(minimum=2), tmp_path, 2)
+    assert _contributors(record) == ["alpha beta"] * 3
 
 
 def test_an_update_in_the_name_of_another_site_is_refused(tmp_path: Path) -> None:
