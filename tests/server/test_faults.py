@@ -452,6 +452,21 @@ def test_a_rule_that_bears_hostile_sites_is_not_stopped_by_one_that_sends_nonsen
     assert grid.time.now_s < 10
 
 
+@pytest.mark.parametrize(
+    ("rule", "minimum", "hostile"),
+    [("median", 3, 2), ("median", 5, 3), ("trimmed-mean", 5, 2), ("krum", 5, 2), ("multi-krum", 5, 2)],
+)
+def test_a_round_of_which_more_is_rejected_than_the_rule_bears_does_not_count(
+    tmp_path: Path, rule: str, minimum: int, hostile: int
+) -> None:
+    grid = _grid(*(f"site-{k}" for k in range(minimum)))
+    for k in range(hostile):
+        grid.always[f"site-{k}", TRAIN] = lambda grid, sent: answer_well(grid, sent, more=ConfigRecord({"x": 1}))
+    plan = _plan(f"aggregation.rule={rule}", minimum=minimum)
+    with pytest.raises(StudyFailedError, match=f"{minimum - hostile} sites contributed, the plan needs {minimum}"):
+        run(grid, plan, tmp_path, minimum)
+
+
 # Too few sites
 
 
