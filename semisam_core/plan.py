@@ -202,6 +202,17 @@ class Aggregation(StrictModel):
         """How many updates the rule needs for what it promises."""
         return least_updates(self.rule, self.trim_share, self.malicious_sites)
 
+    @property
+    def borne(self) -> int:
+        """How many hostile sites the rule bears among the minimum of sites."""
+        return {
+            "weighted-mean": 0,
+            "median": (self.minimum_sites - 1) // 2,
+            "trimmed-mean": int(self.trim_share * self.minimum_sites),
+            "krum": self.malicious_sites,
+            "multi-krum": self.malicious_sites,
+        }[self.rule]
+
 
 class Evaluation(StrictModel):
     """Sliding-window evaluation of whole scans at the site, in the scan's own geometry."""

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from semisam_core.errors import ConfigError, SemiSAMError
 from semisam_core.files import write_json
 from semisam_core.plan import Plan, load_plan
+from server.patience import PatientGrid
 from server.run_folder import RunFolder
 from server.study import Study
 from server.watch import SUPERLINK, SuperLinkWatch
@@ -42,9 +43,12 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(_run_path(str(config.get("run-folder", ""))))
     run = _run_name(folder, plan)
     folder.set_status("running", run=run)
-    with SuperLinkWatch(os.environ.get(SUPERLINK, ""), lambda why: folder.set_status("failed", why, run=run)) as watch:
+    superlink = os.environ.get(SUPERLINK, "")
+    with SuperLinkWatch(superlink, lambda why: folder.set_status("failed", why, run=run)) as watch:
         try:
-            Study(plan, grid, folder, run, _expected_sites(context)).execute()
+            # Between hospitals uploads take time; in simulations a reply that is pulled is a site at work.
+            sites = PatientGrid(grid) if superlink else grid
+            Study(plan, sites, folder, run, _expected_sites(context)).execute()
         except BaseException as error:
             folder.set_status("failed", _reason(error, watch), run=run)
             raise

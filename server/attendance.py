@@ -137,9 +137,9 @@ class Attendance:
         """Return whether a round counts.
 
         A rule that bears hostile sites must not be stopped by one that sends nonsense: there, rejected answers count
-        towards the minimum.
+        towards the minimum, as many as the rule bears.
         """
-        borne = 0 if self._waits.rule == "weighted-mean" else len(phase.rejected)
+        borne = min(len(phase.rejected), self._waits.borne)
         return bool(phase.done) and len(phase.done) + borne >= self._waits.minimum_sites
 
     def _hope(self, phase: Phase) -> bool:

@@ -19,6 +19,7 @@ POLL_S = 0.5
 LOOK_S = 2.0
 RETRY_S = 30.0
 ATTEMPTS = 3
+MISNAMED = "its key was admitted under another name"
 UNREACHABLE = "its SuperNode has stopped sending heartbeats"
 GONE = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
 MAY_PASS = ("refused by rule storage",)
@@ -238,7 +239,8 @@ class Reception:
             reason: str | None = answer.reason
         else:
             again = self.roster.knows(answer.site)
-            reason = self.roster.join(answer, question.node, self.connected)
+            admitted = self.post.registered(question.node) in ("", answer.site)
+            reason = self.roster.join(answer, question.node, self.connected) if admitted else MISNAMED
         if reason is not None:
             if self.roster.decline(question.node, answer.site, reason, self.round):
                 self.folder.record("refused", round=self.round, kind=question.kind, site=answer.site, reason=reason)

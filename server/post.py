@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -65,17 +66,33 @@ class Post:
     def __init__(self, grid: Grid, clock: Clock) -> None:
         self._grid, self._clock = grid, clock
         self._questions: dict[str, Question] = {}
+        self._connected: dict[int, str] = {}
+        self._registered: dict[int, str] = {}
 
     def connected(self) -> Mapping[int, str]:
         """Return the nodes that Flower has heard of lately, in order, and when each last came online."""
-        nodes = sorted(self._grid.get_nodes(), key=lambda node: node.node_id)
-        return {node.node_id: node.last_activated_at for node in nodes}
+        try:
+            nodes = sorted(self._grid.get_nodes(), key=lambda node: node.node_id)
+        except httpx.HTTPStatusError as error:
+            logger.warning("The SuperLink did not say who is connected: %s", error)
+            return self._connected
+        self._registered |= {node.node_id: node.name for node in nodes}
+        self._connected = {node.node_id: node.last_activated_at for node in nodes}
+        return self._connected
+
+    def registered(self, node: int) -> str:
+        """Return the name that a node's key was registered by; empty where there are no keys, as in simulations."""
+        return self._registered.get(node, "")
 
     def ask(self, node: int, site: str, kind: str, number: int, content: RecordDict, deadline_s: float) -> bool:
         """Send one question; return whether Flower took it."""
         lifetime = LIFETIME_IN_DEADLINES * deadline_s
         message = Message(content, dst_node_id=node, message_type=kind, ttl=lifetime, group_id=str(number))
-        identifier = next(iter(self._grid.push_messages([message])), None)
+        try:
+            identifier = next(iter(self._grid.push_messages([message])), None)
+        except httpx.HTTPStatusError as error:
+            logger.warning("The SuperLink did not take a message: %s", error)
+            return False
         if not identifier:
             return False
         due = self._clock.now() + deadline_s
@@ -95,10 +112,17 @@ class Post:
         return [each for each in self._questions.values() if each.kind == kind]
 
     def sweep(self) -> Iterator[tuple[Question, Message | None]]:
-        """Yield what has arrived, None where it cannot be read; one reply at a time is held in memory."""
+        """Yield what has arrived, None where it cannot be read; one reply at a time is held in memory.
+
+        Where the SuperLink answers by an error, as when its database is busy, that says nothing of the site: it is
+        asked again at the next sweep, until the deadline.
+        """
         for identifier in list(self._questions):
             try:
                 replies = list(self._grid.pull_messages([identifier]))
+            except httpx.HTTPStatusError as error:
+                logger.warning("The SuperLink did not answer for a reply: %s", error)
+                continue
             except Exception as error:  # of whatever a site sent; where Flower itself is gone, all else fails too
                 logger.warning("A reply could not be pulled", exc_info=error)
                 yield self._questions.pop(identifier), None

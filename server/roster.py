@@ -10,6 +10,7 @@ from semisam_core.plan import Exclusion
 from server.admission import Admitted
 
 SECOND = "a second site of this name"
+ANOTHER_NAME = "its node takes part under another name"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Roster:
     def __init__(self, policy: Exclusion) -> None:
         self._policy = policy
         self._nodes: dict[str, int] = {}
+        self._names: dict[int, str] = {}
         self._declared: dict[str, Admitted] = {}
         self._known: set[str] = set()
         self._declined: dict[int, Declined] = {}
@@ -80,14 +82,17 @@ class Roster:
         return self._declared.get(site)
 
     def join(self, answer: Admitted, node: int, connected: Collection[int]) -> str | None:
-        """Take a site in, at a new node where its old one is gone; return why not, or None."""
+        """Take a site in, at a new node where its old one is gone; return why not, or None.
+
+        A node has one name for good: with several, one site would have several votes in a round.
+        """
         site = answer.site
+        if self._names.get(node, site) != site:
+            return ANOTHER_NAME
         holder = self._nodes.get(site)
         if holder is not None and holder != node and holder in connected:
             return SECOND
-        for other in [name for name, at in self._nodes.items() if at == node and name != site]:
-            del self._nodes[other]
-        self._nodes[site], self._declared[site] = node, answer
+        self._nodes[site], self._names[node], self._declared[site] = node, site, answer
         self._known.add(site)
         self._declined.pop(node, None)
         return None

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cli.flower_control import FlowerControl, FlowerError, FlowerRun
 from cli.invitation import sha256
-from cli.lead.service import control_of, find, log_file
+from cli.lead.service import alone, control_of, find, log_file
 from cli.lead.study import LeadError, Study
 from cli.monitor import RunMonitor
 from cli.processes import ProcessTree
@@ -130,9 +130,14 @@ def new_run(study: Study, control: FlowerControl, sites: int | None) -> LeadRun:
 
     Raises:
         ConfigError: the plan is wrong.
-        LeadError: a run is in progress.
+        LeadError: a run is in progress, or is being submitted.
         FlowerError: it was not taken.
     """
+    with _submitting(study):
+        return _new_run(study, control, sites)
+
+
+def _new_run(study: Study, control: FlowerControl, sites: int | None) -> LeadRun:
     if active := control.unfinished_runs():
         raise LeadError(
             f"a run is in progress: {active[-1].config.get('run-folder')}. `semisam lead run --resume` follows it, "
@@ -152,9 +157,14 @@ def resumed_run(study: Study, control: FlowerControl, sites: int | None, console
     """Return the run that is in progress, or submit the last one that did not complete once more.
 
     Raises:
-        LeadError: there is none.
+        LeadError: there is none, or a run is being submitted.
         FlowerError: Flower cannot be asked, or did not take it.
     """
+    with _submitting(study):
+        return _resumed_run(study, control, sites, console)
+
+
+def _resumed_run(study: Study, control: FlowerControl, sites: int | None, console: Console) -> LeadRun:
     if active := control.unfinished_runs():
         run = active[-1]
         folder = Path(str(run.config.get("run-folder", "")))
@@ -201,6 +211,11 @@ def stop_runs(study: Study) -> list[Path]:
         if folder.is_dir():
             record_end(folder, "stopped", "`semisam lead stop --run` was given.")
     return folders
+
+
+def _submitting(study: Study) -> contextlib.AbstractContextManager[None]:
+    """Let one command at a time look for a run in progress and submit one: two must never write one run folder."""
+    return alone(study, "submitting", "submitting a run")
 
 
 def _submit(study: Study, control: FlowerControl, folder: Path, plan: Plan, record: RunRecord) -> LeadRun:

@@ -77,7 +77,7 @@ def start(study: Study) -> Service:
         LeadError: it runs already.
         FlowerError: it did not come up; the log says why.
     """
-    with _alone(study), log_file(study).open("ab") as log:
+    with alone(study), log_file(study).open("ab") as log:
         _prepare(study)
         tree = ProcessTree()
         try:
@@ -101,7 +101,7 @@ def serve(study: Study, ready: contextlib.AbstractContextManager[None]) -> None:
     """
     with ProcessTree() as tree, os.fdopen(os.dup(1), "wb") as out:
         try:
-            with _alone(study):
+            with alone(study):
                 _prepare(study)
                 service = _begin(study, tree, out)
             with ready:
@@ -118,7 +118,7 @@ def stop(study: Study) -> bool:
     Raises:
         LeadError: a process could not be ended.
     """
-    with _alone(study):
+    with alone(study):
         service = _recorded(study)
         if service is None:
             return False
@@ -129,6 +129,22 @@ def stop(study: Study) -> bool:
             raise LeadError(f"these processes could not be ended: {', '.join(str(process.pid) for process in left)}.")
         _record(study).unlink(missing_ok=True)
         return found
+
+
+@contextlib.contextmanager
+def alone(study: Study, lock: str = "lock", doing: str = "starting or stopping the SuperLink") -> Iterator[None]:
+    """Let one command at a time do something with a study.
+
+    Raises:
+        LeadError: another command is at it.
+    """
+    study.server.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (study.server / lock).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LeadError(f"another `semisam lead` command is {doing}.") from None
+        yield
 
 
 def log_file(study: Study) -> Path:
@@ -184,15 +200,3 @@ def _recorded(study: Study) -> Service | None:
         return Service(int(content["pid"]), float(content["started"]), str(content["mark"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-@contextlib.contextmanager
-def _alone(study: Study) -> Iterator[None]:
-    """Let one command at a time start or stop the SuperLink."""
-    study.server.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (study.server / "lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LeadError("another `semisam lead` command is starting or stopping the SuperLink.") from None
-        yield

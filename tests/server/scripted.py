@@ -70,12 +70,16 @@ class ScriptedGrid(InProcessGrid):
         self._sent_at: dict[str, float] = {}
         self._lost: set[str] = set()
         self._activations: dict[int, int] = defaultdict(int)
+        self.registered: dict[int, str] = {}  # by which name the key of a node is known to Flower
 
     def get_node_ids(self) -> list[int]:
         return sorted(self.online)
 
     def get_nodes(self) -> list[NodeInfo]:
-        return [NodeInfo(node_id=node, last_activated_at=str(self._activations[node])) for node in self.get_node_ids()]
+        return [
+            NodeInfo(node_id=node, last_activated_at=str(self._activations[node]), name=self.registered.get(node))
+            for node in self.get_node_ids()
+        ]
 
     def kill(self, node: int) -> None:
         """A SuperNode dies: what it was working on is lost."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
@@ -221,6 +222,24 @@ def test_a_second_living_site_of_one_name_is_refused_until_the_first_is_gone(tmp
     assert len(late_ones) == 3  # itself, the second refused once, the second taken once the first was gone
 
 
+def test_a_node_that_comes_back_under_another_name_has_no_second_vote(tmp_path: Path) -> None:
+    grid = _grid("alpha", "beta", "gamma", train_s=100)
+    for k in range(5):
+        grid.time.at(10 + 4 * k, lambda k=k: grid.start(f"mallory-{k}", 3))  # type: ignore[misc]
+    record = run(grid, _plan(rounds=1), tmp_path, 3)
+    assert _contributors(record) == ["alpha beta"]
+    assert ("mallory-0", "its node takes part under another name") in _events(record, "refused", "site", "reason")
+
+
+def test_a_site_takes_part_under_the_name_that_its_key_was_admitted_by_and_no_other(tmp_path: Path) -> None:
+    grid = _grid("alpha", "beta", "gamma")
+    grid.registered = {1: "alpha", 2: "beta", 3: "mallory"}
+    grid.time.at(0.5, lambda: grid.start("alpha", 1))  # offline for a moment: its name is free
+    record = run(grid, _plan(), tmp_path, 3)
+    assert _contributors(record) == ["alpha beta"] * 3
+    assert _events(record, "refused", "site", "reason") == [("gamma", "its key was admitted under another name")]
+
+
 def test_a_new_site_may_join_a_running_study(tmp_path: Path) -> None:
     grid = _grid("alpha", train_s=1000)
     grid.time.at(500, lambda: grid.start("beta", 2))
@@ -303,6 +322,29 @@ def test_a_reply_that_flower_cannot_unpack_costs_its_site_the_round_and_nobody_e
     record = run(grid, _plan(), tmp_path, 2)
     assert _contributors(record) == ["alpha beta", "beta", "alpha beta"]
     assert _events(record, "refused", "site", "reason") == [("alpha", "the reply cannot be read")]
+
+
+def _busy(*_: object) -> Any:
+    asked = httpx.Request("POST", "https://superlink/v1/runtime/")
+    raise httpx.HTTPStatusError("database is locked", request=asked, response=httpx.Response(500, request=asked))
+
+
+def test_a_superlink_that_cannot_answer_for_a_moment_costs_no_site_its_work(tmp_path: Path) -> None:
+    grid = _grid("alpha", "beta")
+    grid.scripts["alpha", TRAIN, 2] = [_busy, _busy]
+    record = run(grid, _plan(), tmp_path, 2)
+    assert _contributors(record) == ["alpha beta"] * 3
+    assert record.records("refused") == []
+
+
+@pytest.mark.parametrize("call", ["push_messages", "get_nodes"])
+def test_a_superlink_that_cannot_answer_for_a_moment_does_not_end_the_run(tmp_path: Path, call: str) -> None:
+    grid = _grid("alpha", "beta", train_s=100)
+    well = getattr(grid, call)
+    grid.time.at(99.9, lambda: setattr(grid, call, _busy))
+    grid.time.at(101.5, lambda: setattr(grid, call, well))
+    record = run(grid, _plan(minimum=2), tmp_path, 2)
+    assert _contributors(record) == ["alpha beta"] * 3
 
 
 def test_an_update_in_the_name_of_another_site_is_refused(tmp_path: Path) -> None:
@@ -408,6 +450,21 @@ def test_a_rule_that_bears_hostile_sites_is_not_stopped_by_one_that_sends_nonsen
     record = run(grid, _plan("aggregation.rule=median", minimum=3), tmp_path, 3)
     assert _contributors(record) == ["alpha beta"] * 3
     assert grid.time.now_s < 10
+
+
+@pytest.mark.parametrize(
+    ("rule", "minimum", "hostile"),
+    [("median", 3, 2), ("median", 5, 3), ("trimmed-mean", 5, 2), ("krum", 5, 2), ("multi-krum", 5, 2)],
+)
+def test_a_round_of_which_more_is_rejected_than_the_rule_bears_does_not_count(
+    tmp_path: Path, rule: str, minimum: int, hostile: int
+) -> None:
+    grid = _grid(*(f"site-{k}" for k in range(minimum)))
+    for k in range(hostile):
+        grid.always[f"site-{k}", TRAIN] = lambda grid, sent: answer_well(grid, sent, more=ConfigRecord({"x": 1}))
+    plan = _plan(f"aggregation.rule={rule}", minimum=minimum)
+    with pytest.raises(StudyFailedError, match=f"{minimum - hostile} sites contributed, the plan needs {minimum}"):
+        run(grid, plan, tmp_path, minimum)
 
 
 # Too few sites
