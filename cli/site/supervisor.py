@@ -18,8 +18,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from cli.processes import MARK, ProcessTree
-from cli.site.folder import SiteFolder, audit_log
+from cli.processes import MARK, ProcessTree, birth
+from cli.site.folder import SiteFolder, audit_log, make_storage
 from cli.site.runner import Runner
 from cli.site.runtime import Runtime, UnansweredError
 from cli.site.workers import Workers
@@ -73,10 +73,16 @@ class ConnectionLog:
         self.connected = False
 
     def look(self) -> bool:
-        """Read what is new; return whether the SuperNode is connected."""
-        with self._path.open("rb") as file:
-            file.seek(self._read)
-            whole, _, _ = file.read().rpartition(b"\n")
+        """Read what is new; return whether the SuperNode is connected, by what was read last if the log is gone."""
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._read:  # it was emptied
+                    self._read = 0
+                file.seek(self._read)
+                whole, _, _ = file.read().rpartition(b"\n")
+        except OSError as error:
+            logger.warning("The SuperNode's log cannot be read: %s", error)
+            return self.connected
         self._read += len(whole)
         for line in whole.splitlines():
             if any(word in line for word in CONNECTED):
@@ -215,7 +221,7 @@ class Supervisor:
 
     def _write_process(self, tree: ProcessTree) -> None:
         own = psutil.Process()
-        content = {"pid": own.pid, "created": own.create_time(), "mark": tree.environment({})[MARK]}
+        content = {"pid": own.pid, "birth": birth(own), "mark": tree.environment({})[MARK]}
         write_json(self._folder.running / "process.json", content)
 
     def _write_status(self, state: str, connected: bool) -> None:
@@ -248,7 +254,7 @@ def work_here(folder: SiteFolder) -> None:
     os.environ.update(_environment(folder))  # this process talks to its own machine without a proxy, too
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    config.storage.folder.mkdir(parents=True, exist_ok=True)
+    make_storage(config)
     Supervisor(folder, config, plan, address).run()
 
 
