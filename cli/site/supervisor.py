@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -15,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import psutil
 
 from cli.processes import MARK, ProcessTree, birth
@@ -193,16 +193,13 @@ class Supervisor:
 
     def _wait_until_ready(self, port: int) -> None:
         deadline = time.monotonic() + READY_S
-        with httpx.Client(trust_env=False, timeout=2.0) as asks:
-            while time.monotonic() < deadline:
-                self._tick()
-                try:
-                    asks.get(f"http://{LOOPBACK}:{port}/health")
-                except httpx.HTTPError:
-                    time.sleep(POLL_S)
-                else:
-                    (self._folder.running / "secret").unlink(missing_ok=True)  # the SuperNode has read it
-                    return
+        assert self._supernode is not None
+        while time.monotonic() < deadline:
+            self._tick()
+            if serves(self._supernode.pid, port):
+                (self._folder.running / "secret").unlink(missing_ok=True)  # the SuperNode has read it
+                return
+            time.sleep(POLL_S)
         raise UnansweredError(f"the SuperNode was not ready within {READY_S:g} s")
 
     def _tick(self) -> None:
@@ -265,6 +262,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait(END_S)
+
+
+def serves(pid: int, port: int) -> bool:
+    """Return whether this very process listens at a port; another user's could have been there first."""
+    with contextlib.suppress(psutil.Error):
+        listening = psutil.Process(pid).net_connections("tcp")
+        return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in listening)
+    return False
 
 
 def _free_port() -> int:
