@@ -111,5 +111,14 @@ class ProcessTree:
             psutil.wait_procs(processes, timeout=0.5)
 
 
+def birth(process: psutil.Process) -> str:
+    """Return what tells a process from every other that had or will have its number.
+
+    It counts from this machine's start, not by the clock, which may be set while the process lives.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {process.create_time() - psutil.boot_time():.2f}"
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,19 @@ from torch import Tensor
 
 
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write beside the target, flush to disk, then rename over it; never readable by more than `mode` says.
+    """Write beside the target, flush to disk, then rename over it; readable by no more than `mode` and the umask let.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the target is then as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

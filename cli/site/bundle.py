@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import importlib.metadata
 import io
 import re
 import stat
 import sys
+import tokenize
 import tomllib
 import zipfile
 import zlib
@@ -94,7 +96,7 @@ def compare(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> list[Fil
         if before.get(path) == after.get(path):
             continue
         kind = "added" if path not in before else "removed" if path not in after else "changed"
-        old, new = (side.get(path, b"").decode("utf-8").splitlines() for side in (before, after))
+        old, new = (_lines(side.get(path, b"")) for side in (before, after))
         lines = list(difflib.unified_diff(old, new, f"approved/{path}", f"offered/{path}", lineterm=""))
         body = lines[2:]
         added, removed = (sum(line.startswith(sign) for line in body) for sign in "+-")
@@ -105,6 +107,12 @@ def compare(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> list[Fil
 def printable(text: str) -> str:
     """Return text in which whatever could steer a terminal, or reorder what is seen, stands as its escape."""
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _lines(content: bytes) -> list[str]:
+    """Return the lines, ended by a newline alone: whatever else ends a line for some and not for others is shown."""
+    lines = content.decode("utf-8").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def _files(archive: zipfile.ZipFile, origin: str) -> dict[str, bytes]:
@@ -148,7 +156,19 @@ def _text(content: bytes, path: str, origin: str) -> bytes:
         text = "\0"
     if "\0" in text:
         raise BundleError(f"{origin}: {path} is not UTF-8 text. What nobody can read is not approved.")
+    if path.endswith(".py") and not _read_as_utf8(content):
+        raise BundleError(f"{origin}: {path} declares another encoding than UTF-8, in which comments can be code.")
     return content
+
+
+def _read_as_utf8(source: bytes) -> bool:
+    """Return whether Python reads this source as UTF-8, as it is shown to people."""
+    # Python ends a line at a lone carriage return, too, where it looks for a declared encoding.
+    lines = io.BytesIO(source.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
+    try:
+        return codecs.lookup(tokenize.detect_encoding(lines.readline)[0]).name in {"utf-8", "utf-8-sig"}
+    except SyntaxError:
+        return False
 
 
 def _packages(files: Mapping[str, bytes]) -> tuple[str, ...]:

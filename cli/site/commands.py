@@ -196,19 +196,19 @@ def withdraw(
         from cli.site.folder import SiteFolder, book
 
         site = SiteFolder.at(folder)
-        config = site.config()
         if undo:
             if not site.withdrawn_file.exists():
                 console.print("This site has not withdrawn.")
                 return
-            book(config, "withdraw-undone")
+            book(site.config(), "withdraw-undone")
             site.withdrawn_file.unlink()
             console.print("This site takes part again; `semisam site start`.")
             return
         if not yes and not typer.confirm("Leave the study and stop this site?"):
             raise typer.Exit(1)
+        leave(site)  # before the YAML is read and the log is written: neither may keep a site from leaving
+        config = site.config()
         book(config, "withdraw")
-        leave(site)
         console.print("This site has withdrawn and does not run. Tell the lead, who can remove its key.")
         console.print("What it contributed to earlier rounds is in the study's models and on record; it cannot be")
         console.print(f"taken out of them. On this machine stay {site.path} (key, plan, logs) and", soft_wrap=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from cli.processes import MARK
+from cli.processes import MARK, birth
 from cli.site.folder import SiteFolder
 from semisam_core.errors import ConfigError, SemiSAMError
 from semisam_core.files import write_json
@@ -52,7 +52,7 @@ def running(folder: SiteFolder) -> Running | None:
     noted = _read(folder, "process.json")
     try:
         process = psutil.Process(int(noted["pid"]))
-        if abs(process.create_time() - float(noted["created"])) > 1.0 or process.status() == psutil.STATUS_ZOMBIE:
+        if birth(process) != noted["birth"] or process.status() == psutil.STATUS_ZOMBIE:
             return None
         return Running(process, str(noted["mark"]), _read(folder, "status.json"))
     except (KeyError, TypeError, ValueError, psutil.Error):
@@ -124,13 +124,17 @@ def stop(folder: SiteFolder) -> bool:
 
 
 def withdraw(folder: SiteFolder) -> bool:
-    """Stop the site and mark it as withdrawn; return whether it was running.
+    """Mark the site as withdrawn and stop it, marked or not; return whether it was running.
 
     Raises:
         StartError: it cannot be stopped.
+        OSError: it cannot be marked, and was stopped.
     """
-    write_json(folder.withdrawn_file, {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    return stop(folder)
+    try:
+        write_json(folder.withdrawn_file, {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    finally:
+        stopped = stop(folder)
+    return stopped
 
 
 def _marked(mark: str) -> list[psutil.Process]:

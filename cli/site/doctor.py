@@ -10,7 +10,7 @@ from rich.progress import Progress
 from cli.invitation import installed_versions
 from cli.site.approval import CodeAlteredError, CodeStore
 from cli.site.bundle import printable
-from cli.site.doctor_data import check_data, check_generalists, check_machine
+from cli.site.doctor_data import check_data, check_generalists, check_machine, check_storage
 from cli.site.doctor_server import check_server
 from cli.site.findings import Finding, Level, fine, problem, warning
 from cli.site.folder import Deployment, SiteFolder
@@ -37,7 +37,7 @@ def examine(folder: SiteFolder, progress: Console, data: bool, server: bool) -> 
     findings = [_check_withdrawn(folder), *_check_versions(deployment)]
     config, plan = _config(folder, deployment, findings), _plan(folder, deployment, findings)
     if config is not None:
-        findings += _check_code(folder.code(config), deployment)
+        findings += [*_check_code(folder.code(config), deployment), check_storage(config.storage.folder)]
     if config is not None and plan is not None:
         findings += check_generalists(config, plan)
         findings += check_machine(config, plan)

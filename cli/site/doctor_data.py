@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,15 @@ def check_machine(config: SiteConfig, plan: Plan) -> list[Finding]:
     if needed > BUSY_SHARE * free:
         return [warning("memory", f"{said}, which is close. Let nothing else run beside it.")]
     return [fine("memory", f"{said}.")]
+
+
+def check_storage(folder: Path) -> Finding:
+    """Check that nobody else on this machine can look into the storage, which holds prepared scans."""
+    if not folder.exists():
+        return fine("storage", f"{folder} is not there yet; it will be its owner's only.")
+    if stat.S_IMODE(folder.stat().st_mode) & 0o077:
+        return warning("storage", f"its mode lets others look into {folder}, with its scans; chmod 700 {folder}")
+    return fine("storage", f"only its owner can look into {folder}.")
 
 
 def _read_all(found: Inventory, plan: Plan, progress: Progress) -> _Seen:

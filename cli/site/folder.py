@@ -149,11 +149,21 @@ def audit_log(config: SiteConfig) -> Path:
     return config.storage.folder / "audit.jsonl"
 
 
+def make_storage(config: SiteConfig) -> None:
+    """Make the site's storage where it is not there yet; only its owner may look into it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    config.storage.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 def book(config: SiteConfig, kind: str, **entry: str) -> None:
     """Write a decision of this site's people into its audit log.
 
     Raises:
         OSError: the log cannot be written.
     """
+    make_storage(config)
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     append_json_line(audit_log(config), {"time": moment, "site": config.site, "kind": kind, **entry})

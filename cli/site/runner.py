@@ -6,10 +6,13 @@ It stands where Flower's own SuperExec would: that one unpacks and imports whate
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -125,12 +128,15 @@ class Runner:
         """Check by the bundle's own content, whatever the wire says its hash is; nothing of it is opened."""
         if arrived.kind != TaskType.CLIENT_APP.value:
             raise _RefusedError(RefusalRule.CODE_NOT_APPROVED, "the task is none for a ClientApp")
+        self._check_approved(offered, "the server wants to run code that is not approved here")
+
+    def _check_approved(self, code_hash: str, otherwise: str) -> None:
         try:
             approved = {entry.hash for entry in self._code.approved()}
         except CodeAlteredError as error:
             raise _RefusedError(RefusalRule.CODE_ALTERED, str(error)) from None
-        if offered not in approved:
-            raise _RefusedError(RefusalRule.CODE_NOT_APPROVED, "the server wants to run code that is not approved here")
+        if code_hash not in approved:
+            raise _RefusedError(RefusalRule.CODE_NOT_APPROVED, otherwise)
 
     def _run(self, arrived: Arrived, code_hash: str) -> Outgoing:
         try:
@@ -153,7 +159,9 @@ class Runner:
                 "node_id": arrived.given.context.node_id,
                 "series_id": arrived.given.context.series_id,
             }
-            ended_well = self._workers.run(job, self._seconds, self._tick)
+            tick = partial(self._tick_while_approved, code_hash)
+            ended_well = self._workers.run(job, self._seconds, tick)
+            tick()
             if not ended_well or not (task / "reply").is_dir():
                 raise _RefusedError(RefusalRule.PROCESS_ENDED, "the process ended without an answer; see worker.log")
             return _take_up(arrived, task / "reply", self._maximum_reply)
@@ -164,6 +172,10 @@ class Runner:
             raise _RefusedError(RefusalRule.STORAGE, str(error)) from None
         finally:
             shutil.rmtree(task, ignore_errors=True)
+
+    def _tick_while_approved(self, code_hash: str) -> None:
+        self._tick()
+        self._check_approved(code_hash, "the approval of this code was taken back while it worked")
 
     def _refusal(self, arrived: Arrived, rule: RefusalRule, reason: str, offered: str) -> Outgoing:
         meta = arrived.message.metadata
@@ -190,12 +202,14 @@ def _lay_out(arrived: Arrived, task: Path) -> None:
 def _take_up(arrived: Arrived, reply: Path, maximum: float) -> Outgoing:
     """Read a process's reply: to this message, of this run, no larger than allowed, no text in an error but a rule."""
     head, tree = ProtoMessage(), ObjectTree()
-    paths = {path.name: path for path in (reply / "objects").iterdir()}
-    if sum(path.stat().st_size for path in paths.values()) > maximum:
-        raise _RefusedError(RefusalRule.EGRESS, "the reply is larger than egress.maximum_update_mb allows")
+    contents: dict[Path, bytes] = {}
+    for path in (reply / "message.pb", reply / "tree.pb", *(reply / "objects").iterdir()):
+        contents[path] = _read(path, maximum)
+        maximum -= len(contents[path])
+    objects = {path.name: content for path, content in contents.items() if path.parent.name == "objects"}
     try:
-        head.ParseFromString((reply / "message.pb").read_bytes())
-        tree.ParseFromString((reply / "tree.pb").read_bytes())
+        head.ParseFromString(contents[reply / "message.pb"])
+        tree.ParseFromString(contents[reply / "tree.pb"])
     except DecodeError:
         raise _RefusedError(RefusalRule.INTERNAL, "the process left no readable reply") from None
     asked, meta = arrived.message.metadata, head.metadata
@@ -208,9 +222,20 @@ def _take_up(arrived: Arrived, reply: Path, maximum: float) -> Outgoing:
     if head.HasField("error") and head.error.reason not in WORDS:
         raise _RefusedError(RefusalRule.INTERNAL, "the process answered with text that may not leave")
     names = {part.object_id for part in iterate_object_tree(tree)}
-    if names != set(paths) or tree.object_id != meta.message_id:
+    if names != set(objects) or tree.object_id != meta.message_id:
         raise _RefusedError(RefusalRule.INTERNAL, "the process left an incomplete reply")
-    return Outgoing(head, tree, {name: path.read_bytes() for name, path in paths.items()})
+    return Outgoing(head, tree, objects)
+
+
+def _read(path: Path, maximum: float) -> bytes:
+    """Read a file that a process left. A link or a pipe, which may have no end, is none."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise _RefusedError(RefusalRule.INTERNAL, "the process left something that is no file")
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        content = file.read(int(maximum) + 1)
+    if len(content) > maximum:
+        raise _RefusedError(RefusalRule.EGRESS, "the reply is larger than egress.maximum_update_mb allows")
+    return content
 
 
 def _outgoing(reply: Message) -> Outgoing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -15,11 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import psutil
 
-from cli.processes import MARK, ProcessTree
-from cli.site.folder import SiteFolder, audit_log
+from cli.processes import MARK, ProcessTree, birth
+from cli.site.folder import SiteFolder, audit_log, make_storage
 from cli.site.runner import Runner
 from cli.site.runtime import Runtime, UnansweredError
 from cli.site.workers import Workers
@@ -73,10 +73,16 @@ class ConnectionLog:
         self.connected = False
 
     def look(self) -> bool:
-        """Read what is new; return whether the SuperNode is connected."""
-        with self._path.open("rb") as file:
-            file.seek(self._read)
-            whole, _, _ = file.read().rpartition(b"\n")
+        """Read what is new; return whether the SuperNode is connected, by what was read last if the log is gone."""
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._read:  # it was emptied
+                    self._read = 0
+                file.seek(self._read)
+                whole, _, _ = file.read().rpartition(b"\n")
+        except OSError as error:
+            logger.warning("The SuperNode's log cannot be read: %s", error)
+            return self.connected
         self._read += len(whole)
         for line in whole.splitlines():
             if any(word in line for word in CONNECTED):
@@ -187,16 +193,13 @@ class Supervisor:
 
     def _wait_until_ready(self, port: int) -> None:
         deadline = time.monotonic() + READY_S
-        with httpx.Client(trust_env=False, timeout=2.0) as asks:
-            while time.monotonic() < deadline:
-                self._tick()
-                try:
-                    asks.get(f"http://{LOOPBACK}:{port}/health")
-                except httpx.HTTPError:
-                    time.sleep(POLL_S)
-                else:
-                    (self._folder.running / "secret").unlink(missing_ok=True)  # the SuperNode has read it
-                    return
+        assert self._supernode is not None
+        while time.monotonic() < deadline:
+            self._tick()
+            if serves(self._supernode.pid, port):
+                (self._folder.running / "secret").unlink(missing_ok=True)  # the SuperNode has read it
+                return
+            time.sleep(POLL_S)
         raise UnansweredError(f"the SuperNode was not ready within {READY_S:g} s")
 
     def _tick(self) -> None:
@@ -215,7 +218,7 @@ class Supervisor:
 
     def _write_process(self, tree: ProcessTree) -> None:
         own = psutil.Process()
-        content = {"pid": own.pid, "created": own.create_time(), "mark": tree.environment({})[MARK]}
+        content = {"pid": own.pid, "birth": birth(own), "mark": tree.environment({})[MARK]}
         write_json(self._folder.running / "process.json", content)
 
     def _write_status(self, state: str, connected: bool) -> None:
@@ -248,7 +251,7 @@ def work_here(folder: SiteFolder) -> None:
     os.environ.update(_environment(folder))  # this process talks to its own machine without a proxy, too
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    config.storage.folder.mkdir(parents=True, exist_ok=True)
+    make_storage(config)
     Supervisor(folder, config, plan, address).run()
 
 
@@ -259,6 +262,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait(END_S)
+
+
+def serves(pid: int, port: int) -> bool:
+    """Return whether this very process listens at a port; another user's could have been there first."""
+    with contextlib.suppress(psutil.Error):
+        listening = psutil.Process(pid).net_connections("tcp")
+        return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in listening)
+    return False
 
 
 def _free_port() -> int:

@@ -54,6 +54,7 @@ def main(grid, context):
 """
 ECHO = """\
 import os, signal, sys, time
+from pathlib import Path
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 app = ClientApp()
@@ -69,6 +70,14 @@ def answer(message, context):
         raise ValueError("the name of a patient")
     if wish == "large":
         return Message(RecordDict({"said": ConfigRecord({"much": b"x" * 20_000_000})}), reply_to=message)
+    if wish in ("pipe", "large-head"):
+        (task,) = Path.cwd().glob("task-*")
+        (task / "reply" / "objects").mkdir(parents=True)
+        if wish == "pipe":
+            os.mkfifo(task / "reply" / "message.pb")
+        else:
+            (task / "reply" / "message.pb").write_bytes(b"x" * 20_000_000)
+        os._exit(0)
     if wish.startswith("error:"):
         return Message(Error(2, wish.removeprefix("error:")), reply_to=message)
     said = {"say": wish, "site-config": str(context.node_config["site-config"]), "file": __file__,

@@ -38,6 +38,19 @@ def test_what_nobody_can_read_is_refused() -> None:
         read_bundle(fab({"pyproject.toml": PYPROJECT, "client/app.py": b"\xff\xfe\x00"}), "a.fab")
 
 
+@pytest.mark.parametrize(
+    "start", ["# coding: unicode_escape\n", "#!x\n# vim: set fileencoding=utf-7 :\n", "\r# -*- coding: utf_7 -*-\n"]
+)
+def test_source_in_which_python_would_read_a_comment_as_code_is_refused(start: str) -> None:
+    with pytest.raises(BundleError, match="another encoding"):
+        read_bundle(echo_fab(**{"client/more.py": start + "# harmless\\nevil()\n"}), "a.fab")
+
+
+@pytest.mark.parametrize("start", ["# -*- coding: utf-8 -*-\n", "# coding: utf8\n", "\ufeff", "\r\n"])
+def test_source_that_python_reads_as_people_do_is_accepted(start: str) -> None:
+    assert "client/more.py" in read_bundle(echo_fab(**{"client/more.py": start + "x = 1\n"}), "a.fab").files
+
+
 @pytest.mark.parametrize("path", ["torch/__init__.py", "json.py", "numpy.py", "flwr/x.py"])
 def test_a_bundle_that_would_take_the_place_of_a_package_is_refused(path: str) -> None:
     with pytest.raises(BundleError, match="would take the place"):
@@ -88,6 +101,13 @@ def test_a_difference_counts_lines_and_shows_them() -> None:
     ]
     assert "+three" in changes[0].diff
     assert "-two" in changes[0].diff
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\x0c", "\x85", "\r", "\x1c"])
+def test_a_line_that_python_takes_into_the_comment_above_it_is_shown_as_changed(end: str) -> None:
+    (change,) = compare({"a.py": b"# the limit\ncheck()\n"}, {"a.py": f"# the limit{end}check()\n".encode()})
+    assert (change.added, change.removed) == (1, 2)
+    assert f"+# the limit{end}check()" in change.diff
 
 
 def test_a_line_that_looks_like_a_header_of_a_difference_is_counted() -> None:

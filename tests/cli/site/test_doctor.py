@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from cli.invitation import installed_versions
 from cli.site.doctor import examine, worst
+from cli.site.doctor_data import check_storage
 from cli.site.doctor_server import _check_clock
 from cli.site.findings import Finding, Level
 from cli.site.folder import SiteFolder
@@ -133,6 +135,16 @@ def test_no_approved_code_is_a_problem(site: Path) -> None:
 def test_a_key_that_others_can_read_is_a_problem(site: Path) -> None:
     (site / "keys" / "site-key").chmod(0o644)
     assert "chmod 600" in _found(_look(site), "key", Level.PROBLEM)
+
+
+def test_storage_is_made_for_its_owner_only_and_the_doctor_says_where_it_is_not(site: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "elsewhere"
+    change(site, f"storage.folder={storage}")
+    assert semisam("site", "approve", invite(tmp_path), "--folder", site, "--yes").exit_code == 0
+    assert stat.S_IMODE(storage.stat().st_mode) == 0o700
+    assert check_storage(storage).level is Level.OK
+    storage.chmod(0o755)
+    assert f"chmod 700 {storage}" in _found(_look(site), "storage", Level.WARNING)
 
 
 def test_another_version_of_flower_is_a_problem_and_of_torch_a_warning(site: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from cli.invitation import sha256
 from cli.site import runtime
+from cli.site.approval import CodeStore
 from cli.site.runner import Runner
 from cli.site.runtime import Runtime, UnansweredError
 from semisam_core.files import read_json_lines
@@ -112,6 +115,31 @@ def test_a_reply_that_is_larger_than_the_site_allows_does_not_leave(link: FakeLi
     asked = link.send(GOOD, "large")
     assert runner.work()
     assert dict(link.reply(asked).content.config_records["refusal"]) == {"rule": "egress"}
+
+
+@pytest.mark.parametrize(("wish", "rule"), [("pipe", "internal-error"), ("large-head", "egress")])
+def test_a_reply_that_was_laid_out_by_approved_code_itself_is_bounded_too(
+    link: FakeLink, runner: Runner, wish: str, rule: str
+) -> None:
+    asked = link.send(GOOD, wish)
+    worked = threading.Thread(target=runner.work, daemon=True)
+    worked.start()
+    worked.join(40)
+    assert not worked.is_alive()
+    assert dict(link.reply(asked).content.config_records["refusal"]) == {"rule": rule}
+
+
+def test_an_approval_that_is_taken_back_ends_the_work_under_way(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
+    asked = link.send(GOOD, "sleep")
+    worked = threading.Thread(target=runner.work, daemon=True)
+    worked.start()
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("task-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    CodeStore(tmp_path / "storage" / "code").revoke(sha256(GOOD))
+    worked.join(20)
+    assert not worked.is_alive()
+    assert link.reply(asked).content.config_records["refusal"]["rule"] == "code-not-approved"
 
 
 def test_nothing_of_a_message_stays_on_disk(link: FakeLink, runner: Runner, tmp_path: Path) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from cli.processes import birth
+from cli.site import control
 from cli.site.control import running
 from cli.site.folder import SiteFolder
 from cli.site.supervisor import ConnectionLog
@@ -44,9 +48,54 @@ def test_a_torn_or_foreign_line_of_the_log_does_not_hide_the_rest(site: Path) ->
 
 
 def test_a_process_that_only_has_the_same_number_is_not_the_site(site: Path) -> None:
-    write_json(site / "running" / "process.json", {"pid": os.getpid(), "created": time.time() - 1e6, "mark": "x"})
+    write_json(site / "running" / "process.json", {"pid": os.getpid(), "birth": "earlier", "mark": "x"})
     assert running(SiteFolder.at(site)) is None
     assert "was not running" in semisam("site", "stop", "--folder", site).output
+
+
+@pytest.fixture
+def supervisor(site: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is noted as the site's supervisor, as the supervisor notes itself."""
+    process = subprocess.Popen(["sleep", "60"])
+    noted = {"pid": process.pid, "birth": birth(psutil.Process(process.pid)), "mark": "none has this"}
+    write_json(site / "running" / "process.json", noted)
+    yield process
+    process.kill()
+    process.wait(10)
+
+
+def test_a_site_is_found_and_stopped_after_the_clock_was_set(
+    site: Path, supervisor: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot = psutil.boot_time()
+    for module in (psutil, psutil._psplatform):
+        monkeypatch.setattr(module, "boot_time", lambda: boot + 3600.0)
+    assert "has stopped" in semisam("site", "stop", "--folder", site).output
+    supervisor.wait(10)  # raises if it lives
+
+
+@pytest.mark.parametrize("broken", ["site.yaml", "storage/audit.jsonl"])
+def test_a_site_is_stopped_and_withdrawn_though_a_file_of_it_is_broken(
+    site: Path, supervisor: subprocess.Popen[bytes], broken: str
+) -> None:
+    (site / broken).unlink()
+    (site / broken).mkdir()
+    assert semisam("site", "withdraw", "--folder", site, "--yes").exit_code == 2
+    supervisor.wait(10)  # raises if it lives
+    assert (site / "withdrawn.json").exists()
+
+
+def test_a_site_that_cannot_be_marked_as_withdrawn_is_stopped_all_the_same(
+    site: Path, supervisor: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(control, "write_json", full)
+    said = semisam("site", "withdraw", "--folder", site, "--yes")
+    assert (said.exit_code, "No space left" in said.output) == (2, True)
+    supervisor.wait(10)  # raises if it lives
 
 
 def test_a_site_that_withdrew_says_so_until_it_is_undone(site: Path) -> None:
@@ -71,6 +120,17 @@ def test_a_folder_that_no_site_joined_in_is_a_sentence(tmp_path: Path) -> None:
     done = semisam("site", "status", "--folder", tmp_path)
     assert done.exit_code == 2
     assert "semisam site init" in done.output
+
+
+def test_a_log_that_is_emptied_or_taken_away_ends_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "supernode.log"
+    look = ConnectionLog(log)
+    log.write_text("WARNING : Connection attempt failed, retrying in 2.00 seconds\n")
+    assert not look.look()
+    log.unlink()
+    assert not look.look()
+    log.write_text("INFO : SuperNode ID: 12\n")
+    assert look.look()
 
 
 def test_the_connection_is_what_flower_said_last(tmp_path: Path) -> None:
