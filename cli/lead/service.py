@@ -19,13 +19,12 @@ import psutil
 from cli.flower_control import FlowerControl, flower_environment, wait_until_healthy
 from cli.lead.registration import bring_in_line
 from cli.lead.study import LeadError, Study
-from cli.processes import ProcessTree
+from cli.processes import ProcessTree, birth
 from semisam_core.files import write_json
 from server.watch import SUPERLINK
 
 PROGRAM = Path(__file__).with_name("superlink.py")
 LOG_BYTES = 20 * 2**20
-SAME_START_S = 2.0
 FOREGROUND_TICK_S = 0.5
 
 
@@ -35,12 +34,12 @@ class Service:
 
     Attributes:
         pid: its process number.
-        started: when that process began, in seconds since 1970.
+        birth: what tells that process from others of its number.
         mark: what all its children carry, see `ProcessTree`.
     """
 
     pid: int
-    started: float
+    birth: str
     mark: str
 
     @property
@@ -48,7 +47,7 @@ class Service:
         """Whether this very process runs."""
         try:
             process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) < SAME_START_S and process.status() != "zombie"
+            return birth(process) == self.birth and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
 
@@ -171,7 +170,7 @@ def _begin(study: Study, tree: ProcessTree, out: IO[bytes]) -> Service:
     command += ["--database", str(study.server / "superlink.db")]
     environment = flower_environment(study.server / "flwr-home") | {SUPERLINK: settings.control_address}
     process = tree.start(command, stdout=out, stderr=out, env=environment, cwd=study.server / "cwd")
-    service = Service(process.pid, psutil.Process(process.pid).create_time(), tree.mark)
+    service = Service(process.pid, birth(psutil.Process(process.pid)), tree.mark)
     write_json(_record(study), asdict(service))
     _wait(study, process)
     with FlowerControl(settings.control_address, study.ca) as control:
@@ -197,6 +196,6 @@ def _record(study: Study) -> Path:
 def _recorded(study: Study) -> Service | None:
     try:
         content = json.loads(_record(study).read_text(encoding="utf-8"))
-        return Service(int(content["pid"]), float(content["started"]), str(content["mark"]))
+        return Service(int(content["pid"]), str(content["birth"]), str(content["mark"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -15,6 +15,7 @@ from rich.console import Console
 from cli.flower_control import FlowerControl, FlowerRun
 from cli.lead.run import LeadRun, RunRecord, new_run, resumed_run
 from cli.lead.study import LeadError, Study
+from cli.processes import birth
 from semisam_core.files import write_atomically, write_json
 
 
@@ -39,7 +40,7 @@ class SlowControl:
 def serving_already(study: Study) -> Study:
     """Return a study whose SuperLink runs, for all that is known of it."""
     process = psutil.Process(os.getpid())
-    record = {"pid": process.pid, "started": process.create_time(), "mark": "a mark that no process carries"}
+    record = {"pid": process.pid, "birth": birth(process), "mark": "a mark that no process carries"}
     write_json(study.server / "superlink.json", record)
     return study
 

@@ -27,6 +27,7 @@ from cli.flower_app import stage_app
 from cli.flower_control import FlowerControl, FlowerError, flower_environment, program
 from cli.lead.service import Service, control_of, find, stop
 from cli.lead.study import Study
+from cli.processes import birth
 from semisam_core.files import write_json
 from tests.cli.lead.conftest import ROOT, call, processes_of, typed, wait_until
 
@@ -208,10 +209,10 @@ def test_a_server_that_runs_is_not_started_twice(serving: Study) -> None:
 
 
 def test_a_process_that_got_the_number_of_an_ended_server_is_not_taken_for_it(study: Study) -> None:
-    write_json(study.server / "superlink.json", {"pid": os.getpid(), "started": 1.0, "mark": "gone"})
+    write_json(study.server / "superlink.json", {"pid": os.getpid(), "birth": "another boot 1.00", "mark": "gone"})
     assert find(study) is None
     assert not stop(study)
-    assert Service(os.getpid(), psutil.Process().create_time(), "x").alive
+    assert Service(os.getpid(), birth(psutil.Process()), "x").alive
 
 
 def test_without_a_server_there_is_no_run_and_status_says_so(study: Study) -> None:
