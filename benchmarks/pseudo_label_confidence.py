@@ -35,10 +35,11 @@ def main() -> None:
     """Print the Dice of pseudo-labels by bands of confidence, and how the two go together in each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparisons", type=Path, nargs="+")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     everything: list[tuple[float, float]] = []
     print("| run | pseudo-labels | Dice | confidence | correlation |\n| --- | ---: | ---: | ---: | ---: |")
-    for comparison in parser.parse_args().comparisons:
+    for comparison in arguments.comparisons:
         for folder in sorted((comparison / "arms" / ARM).glob("*/*")):
             if run_state(folder) != "completed" or not (found := list(_scored(comparison, folder))):
                 continue
