@@ -79,3 +79,12 @@ def test_the_version_that_server_and_sites_compare_is_that_of_the_project() -> N
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert semisam_core.__version__ == project["version"]
+
+
+def test_commands_that_only_read_a_plan_do_without_monai() -> None:
+    modules = "client.site_config, cli.site.supervisor, cli.site.status, cli.lead.run, cli.lead.status"
+    code = f"import sys, {modules}; print('monai' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "False"
