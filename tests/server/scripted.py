@@ -19,8 +19,10 @@ from semisam_core.plan import Plan
 from server.post import Clock
 from server.run_folder import RunFolder
 from server.study import Study
+from tests.conftest import tiny_plan
 
 JOIN = {"labeled": 1, "unlabeled": 0, "validation": 1, "quarantined": 0, "generalists": 0}
+HOUR = 3600.0
 TRAIN = {"labeled": 1, "unlabeled": 0, "accepted": 0, "confidence": 0.0, "steps": 2}
 
 
@@ -192,3 +194,35 @@ def run(grid: ScriptedGrid, plan: Plan, folder: Path, sites: int) -> RunFolder:
 def weights_of(record: RunFolder, number: int, plan: Plan) -> dict[str, torch.Tensor]:
     """Return the global weights after a round."""
     return record.load_round(number, plan)
+
+
+def study_plan(*assignments: str, rounds: int = 3, minimum: int = 1) -> Plan:
+    """Return the tiny plan with bounds that the tests name."""
+    fixed = (
+        f"training.rounds={rounds}",
+        f"aggregation.minimum_sites={minimum}",
+        "aggregation.join_deadline_s=60",
+        f"aggregation.round_deadline_s={HOUR}",
+        "aggregation.wait_for_quorum_s=600",
+        "aggregation.rejoin_window_s=120",
+        "evaluation.every_rounds=100",
+    )
+    return tiny_plan(*fixed, *assignments)
+
+
+def grid_of(*sites: str, train_s: float = 0.0) -> ScriptedGrid:
+    """Return a grid of these sites, each of which trains so long."""
+    grid = ScriptedGrid(Time(), *sites)
+    for site in sites:
+        grid.seconds[site, MessageType.TRAIN] = train_s
+    return grid
+
+
+def contributors(record: RunFolder) -> list[str]:
+    """Return for each round who contributed, by name."""
+    return [" ".join(sorted(line["weights"])) for line in record.records("aggregated")]
+
+
+def events(record: RunFolder, kind: str, *keys: str) -> list[tuple[Any, ...]]:
+    """Return these values of each line of a kind."""
+    return [tuple(line[key] for key in keys) for line in record.records(kind)]

@@ -14,55 +14,28 @@ from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.constant import ErrorCode
 
 from semisam_core.agreement import SITE_RECORD
-from semisam_core.plan import Plan
 from server.run_folder import RunFolder
 from server.study import StudyFailedError
-from tests.conftest import tiny_plan
 from tests.server.scripted import (
-    TRAIN as STEPS,
-)
-from tests.server.scripted import (
+    HOUR,
     ScriptedGrid,
-    Time,
     answer_well,
+    contributors,
+    events,
     fail,
     garbage,
+    grid_of,
     refuse,
     run,
     silent,
+    study_plan,
     weights_of,
 )
+from tests.server.scripted import (
+    TRAIN as STEPS,
+)
 
-TRAIN, QUERY, EVALUATE = MessageType.TRAIN, MessageType.QUERY, MessageType.EVALUATE
-HOUR = 3600.0
-
-
-def _plan(*assignments: str, rounds: int = 3, minimum: int = 1) -> Plan:
-    fixed = (
-        f"training.rounds={rounds}",
-        f"aggregation.minimum_sites={minimum}",
-        "aggregation.join_deadline_s=60",
-        f"aggregation.round_deadline_s={HOUR}",
-        "aggregation.wait_for_quorum_s=600",
-        "aggregation.rejoin_window_s=120",
-        "evaluation.every_rounds=100",
-    )
-    return tiny_plan(*fixed, *assignments)
-
-
-def _grid(*sites: str, train_s: float = 0.0) -> ScriptedGrid:
-    grid = ScriptedGrid(Time(), *sites)
-    for site in sites:
-        grid.seconds[site, TRAIN] = train_s
-    return grid
-
-
-def _contributors(record: RunFolder) -> list[str]:
-    return [" ".join(sorted(line["weights"])) for line in record.records("aggregated")]
-
-
-def _events(record: RunFolder, kind: str, *keys: str) -> list[tuple[Any, ...]]:
-    return [tuple(line[key] for key in keys) for line in record.records(kind)]
+TRAIN, EVALUATE = MessageType.TRAIN, MessageType.EVALUATE
 
 
 def _status(record: RunFolder) -> dict[str, Any]:
@@ -78,22 +51,22 @@ def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 
 def test_a_round_ends_when_all_have_answered_and_waits_no_longer(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=100)
-    run(grid, _plan(), tmp_path, 2)
+    grid = grid_of("alpha", "beta", train_s=100)
+    run(grid, study_plan(), tmp_path, 2)
     assert 300 <= grid.time.now_s < 310
 
 
 def test_a_site_that_hangs_costs_one_deadline_and_is_named(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.scripts["beta", TRAIN, 1] = [silent]
-    record = run(grid, _plan(), tmp_path, 2)
-    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
-    assert _events(record, "silent", "round", "names", "seconds") == [(1, ["beta"], HOUR)]
+    record = run(grid, study_plan(), tmp_path, 2)
+    assert contributors(record) == ["alpha", "alpha beta", "alpha beta"]
+    assert events(record, "silent", "round", "names", "seconds") == [(1, ["beta"], HOUR)]
     assert HOUR <= grid.time.now_s < HOUR + 10
 
 
 def test_a_late_answer_is_recorded_and_never_aggregated(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=10)
+    grid = grid_of("alpha", "beta", train_s=10)
 
     def late(grid: ScriptedGrid, sent: Message) -> Message | None:
         if grid.time.now_s < HOUR + 15:
@@ -103,46 +76,46 @@ def test_a_late_answer_is_recorded_and_never_aggregated(tmp_path: Path) -> None:
 
     grid.scripts["beta", TRAIN, 1] = [late]
     grid.seconds["alpha", TRAIN] = 30
-    record = run(grid, _plan(), tmp_path / "late", 2)
-    assert _contributors(record)[0] == "alpha"
-    ((number, site, seconds),) = _events(record, "late", "round", "site", "seconds")
+    record = run(grid, study_plan(), tmp_path / "late", 2)
+    assert contributors(record)[0] == "alpha"
+    ((number, site, seconds),) = events(record, "late", "round", "site", "seconds")
     assert (number, site) == (1, "beta")
     assert 0 < seconds < 20
-    without = _grid("alpha", "beta")
+    without = grid_of("alpha", "beta")
     without.scripts["beta", TRAIN, 1] = [silent]
-    expected = run(without, _plan(), tmp_path / "silent", 2)
-    assert _contributors(record) == _contributors(expected)
-    assert _same(weights_of(record, 3, _plan()), weights_of(expected, 3, _plan()))
+    expected = run(without, study_plan(), tmp_path / "silent", 2)
+    assert contributors(record) == contributors(expected)
+    assert _same(weights_of(record, 3, study_plan()), weights_of(expected, 3, study_plan()))
 
 
 def test_an_answer_that_outlives_its_message_is_dropped_by_flower_and_not_waited_for(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=10)
+    grid = grid_of("alpha", "beta", train_s=10)
     grid.scripts["beta", TRAIN, 1] = [silent]
     grid.seconds["alpha", TRAIN] = HOUR - 10  # the second round outlasts the life of the first one's message
-    record = run(grid, _plan(), tmp_path, 2)
-    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
+    record = run(grid, study_plan(), tmp_path, 2)
+    assert contributors(record) == ["alpha", "alpha beta", "alpha beta"]
     assert record.records("late") == []
 
 
 def test_a_site_that_is_still_at_work_is_not_asked_for_scores_before_the_end(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.scripts["beta", TRAIN, 1] = [silent]
-    run(grid, _plan("evaluation.every_rounds=1"), tmp_path, 2)
+    run(grid, study_plan("evaluation.every_rounds=1"), tmp_path, 2)
     scored = [(site, number) for site, kind, number in grid.asked if kind == EVALUATE]
     assert ("beta", 1) not in scored
     assert ("beta", 3) in scored
 
 
 def test_sites_that_connect_one_after_another_are_waited_for_until_all_are_there(tmp_path: Path) -> None:
-    grid = _grid("alpha")
+    grid = grid_of("alpha")
     grid.time.at(20, lambda: grid.start("beta", 2))
     grid.time.at(40, lambda: grid.start("gamma", 3))
-    record = run(grid, _plan(), tmp_path, 3)
-    assert _contributors(record)[0] == "alpha beta gamma"
+    record = run(grid, study_plan(), tmp_path, 3)
+    assert contributors(record)[0] == "alpha beta gamma"
 
 
 def test_the_memory_of_the_server_holds_one_update_at_a_time(tmp_path: Path) -> None:
-    grid = _grid(*(f"site-{k}" for k in range(12)))
+    grid = grid_of(*(f"site-{k}" for k in range(12)))
     shelved: list[int] = []
 
     def counting(grid: ScriptedGrid, sent: Message) -> Message:
@@ -151,152 +124,9 @@ def test_the_memory_of_the_server_holds_one_update_at_a_time(tmp_path: Path) -> 
 
     for name in grid.names.values():
         grid.always[name, TRAIN] = counting
-    run(grid, _plan(rounds=1), tmp_path, 12)
+    run(grid, study_plan(rounds=1), tmp_path, 12)
     assert shelved == list(range(12))  # each is on disk before the next is pulled
     assert list((tmp_path / "incoming").iterdir()) == []
-
-
-# Sites that die, and come back
-
-
-def test_a_site_that_is_killed_does_not_stop_the_round(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", "gamma", train_s=100)
-    grid.time.at(50, lambda: grid.kill(2))
-    record = run(grid, _plan(), tmp_path, 3)
-    assert _contributors(record) == ["alpha gamma"] * 3
-    assert _events(record, "left", "site") == [("beta",)]
-    (reason,) = {line["reason"] for line in record.records("refused")}
-    assert "heartbeats" in reason
-    assert grid.time.now_s < 320
-
-
-def test_a_site_that_comes_back_takes_part_in_the_next_round(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=1000)
-    grid.time.at(50, lambda: grid.kill(2))
-    grid.time.at(500, lambda: grid.start("beta", 2))
-    record = run(grid, _plan(), tmp_path, 2)
-    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
-    assert _events(record, "rejoined", "site", "round") == [("beta", 1)]
-    assert grid.time.now_s < 3050  # nobody waited for it in the first round
-
-
-def test_a_site_that_is_back_within_the_window_still_takes_part_in_the_round(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=1000)
-    grid.time.at(30, lambda: grid.kill(2))
-    grid.time.at(90, lambda: grid.start("beta", 2))
-    record = run(grid, _plan(), tmp_path, 2)
-    assert _contributors(record) == ["alpha beta"] * 3
-    assert grid.time.now_s < 3000 + 120 + 10
-
-
-def test_a_site_that_is_offline_for_a_moment_is_not_waited_for_in_vain(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=1000)
-
-    def blink() -> None:
-        grid.kill(2)
-        grid.start("beta", 2)
-
-    grid.time.at(500, blink)
-    record = run(grid, _plan(), tmp_path, 2)
-    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
-    assert _events(record, "rejoined", "site", "round") == [("beta", 1)]
-    assert grid.time.now_s < 3050
-
-
-def test_a_site_under_a_new_node_takes_the_place_of_its_old_one(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=1000)
-    grid.time.at(50, lambda: grid.kill(2))
-    grid.time.at(500, lambda: grid.start("beta", 77))
-    record = run(grid, _plan(), tmp_path, 2)
-    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
-
-
-def test_a_second_living_site_of_one_name_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=1000)
-    grid.time.at(200, lambda: grid.start("beta", 3))
-    grid.time.at(1200, lambda: grid.kill(2))
-    record = run(grid, _plan(rounds=4), tmp_path, 2)
-    assert _events(record, "refused", "site", "reason")[0] == ("beta", "a second site of this name")
-    assert _contributors(record)[2:] == ["alpha beta"] * 2
-    late_ones = [site for site, kind, _ in grid.asked if kind == QUERY and site == "beta"]
-    assert len(late_ones) == 3  # itself, the second refused once, the second taken once the first was gone
-
-
-def test_a_node_that_comes_back_under_another_name_has_no_second_vote(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", "gamma", train_s=100)
-    for k in range(5):
-        grid.time.at(10 + 4 * k, lambda k=k: grid.start(f"mallory-{k}", 3))  # type: ignore[misc]
-    record = run(grid, _plan(rounds=1), tmp_path, 3)
-    assert _contributors(record) == ["alpha beta"]
-    assert ("mallory-0", "its node takes part under another name") in _events(record, "refused", "site", "reason")
-
-
-def test_a_site_takes_part_under_the_name_that_its_key_was_admitted_by_and_no_other(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", "gamma")
-    grid.registered = {1: "alpha", 2: "beta", 3: "mallory"}
-    grid.time.at(0.5, lambda: grid.start("alpha", 1))  # offline for a moment: its name is free
-    record = run(grid, _plan(), tmp_path, 3)
-    assert _contributors(record) == ["alpha beta"] * 3
-    assert _events(record, "refused", "site", "reason") == [("gamma", "its key was admitted under another name")]
-
-
-def test_a_new_site_may_join_a_running_study(tmp_path: Path) -> None:
-    grid = _grid("alpha", train_s=1000)
-    grid.time.at(500, lambda: grid.start("beta", 2))
-    record = run(grid, _plan(), tmp_path, 1)
-    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
-    assert _events(record, "joined", "site") == [("alpha",), ("beta",)]
-
-
-def test_a_site_that_joins_slowly_delays_nobody(tmp_path: Path) -> None:
-    grid = _grid("alpha", train_s=100)
-    grid.seconds["beta", QUERY] = 50
-    grid.time.at(10, lambda: grid.start("beta", 2))
-    record = run(grid, _plan("aggregation.rejoin_window_s=0"), tmp_path, 1)
-    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
-    assert grid.time.now_s < 310
-
-
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [
-        (refuse("version"), "refused by rule version"),
-        (refuse("plan-hash"), "refused by rule plan-hash"),
-        (garbage, "names no site"),
-        (fail(ErrorCode.CLIENT_APP_CRASHED), "ClientApp was killed"),
-    ],
-)
-def test_a_site_that_may_not_join_is_recorded_and_the_others_go_on(
-    tmp_path: Path, script: Callable[..., Message], words: str
-) -> None:
-    grid = _grid("alpha", "beta")
-    grid.always["beta", QUERY] = script
-    record = run(grid, _plan(), tmp_path, 2)
-    (reason,) = [line["reason"] for line in record.records("refused")]
-    assert words in reason
-    assert _contributors(record) == ["alpha"] * 3
-
-
-def test_a_site_of_another_plan_is_refused_at_joining(tmp_path: Path) -> None:
-    def other_plan(grid: ScriptedGrid, sent: Message) -> Message:
-        return answer_well(
-            grid, sent, **{SITE_RECORD: ConfigRecord({"site": "beta", "round": 0, "plan-hash": "0" * 64})}
-        )
-
-    grid = _grid("alpha", "beta")
-    grid.always["beta", QUERY] = other_plan
-    record = run(grid, _plan(), tmp_path, 2)
-    assert [line["reason"] for line in record.records("refused")] == ["the reply is about another round or plan"]
-    assert _contributors(record) == ["alpha"] * 3
-
-
-def test_a_site_that_refused_to_join_is_asked_again_when_it_has_been_started_anew(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=1000)
-    grid.scripts["beta", QUERY, 0] = [refuse("site-config")]
-    grid.time.at(100, lambda: grid.kill(2))
-    grid.time.at(200, lambda: grid.start("beta", 2))
-    record = run(grid, _plan(), tmp_path, 2)
-    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
 
 
 # Sites that answer badly
@@ -304,11 +134,11 @@ def test_a_site_that_refused_to_join_is_asked_again_when_it_has_been_started_ane
 
 @pytest.mark.parametrize("script", [refuse("storage"), garbage, fail(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)])
 def test_a_bad_answer_costs_its_site_the_round_and_nobody_else(tmp_path: Path, script: Callable[..., Message]) -> None:
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.scripts["beta", TRAIN, 2] = [script]
-    record = run(grid, _plan(), tmp_path, 2)
-    assert _contributors(record) == ["alpha beta", "alpha", "alpha beta"]
-    ((number, site, reason),) = _events(record, "refused", "round", "site", "reason")
+    record = run(grid, study_plan(), tmp_path, 2)
+    assert contributors(record) == ["alpha beta", "alpha", "alpha beta"]
+    ((number, site, reason),) = events(record, "refused", "round", "site", "reason")
     assert (number, site) == (2, "beta")
     assert "secret" not in reason
 
@@ -317,11 +147,11 @@ def test_a_reply_that_flower_cannot_unpack_costs_its_site_the_round_and_nobody_e
     def torn(grid: ScriptedGrid, sent: Message) -> Message:
         raise ValueError("no such object")
 
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.scripts["alpha", TRAIN, 2] = [torn]
-    record = run(grid, _plan(), tmp_path, 2)
-    assert _contributors(record) == ["alpha beta", "beta", "alpha beta"]
-    assert _events(record, "refused", "site", "reason") == [("alpha", "the reply cannot be read")]
+    record = run(grid, study_plan(), tmp_path, 2)
+    assert contributors(record) == ["alpha beta", "beta", "alpha beta"]
+    assert events(record, "refused", "site", "reason") == [("alpha", "the reply cannot be read")]
 
 
 def _busy(*_: object) -> Any:
@@ -330,72 +160,72 @@ def _busy(*_: object) -> Any:
 
 
 def test_a_superlink_that_cannot_answer_for_a_moment_costs_no_site_its_work(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.scripts["alpha", TRAIN, 2] = [_busy, _busy]
-    record = run(grid, _plan(), tmp_path, 2)
-    assert _contributors(record) == ["alpha beta"] * 3
+    record = run(grid, study_plan(), tmp_path, 2)
+    assert contributors(record) == ["alpha beta"] * 3
     assert record.records("refused") == []
 
 
 @pytest.mark.parametrize("call", ["push_messages", "get_nodes"])
 def test_a_superlink_that_cannot_answer_for_a_moment_does_not_end_the_run(tmp_path: Path, call: str) -> None:
-    grid = _grid("alpha", "beta", train_s=100)
+    grid = grid_of("alpha", "beta", train_s=100)
     well = getattr(grid, call)
     grid.time.at(99.9, lambda: setattr(grid, call, _busy))
     grid.time.at(101.5, lambda: setattr(grid, call, well))
-    record = run(grid, _plan(minimum=2), tmp_path, 2)
-    assert _contributors(record) == ["alpha beta"] * 3
+    record = run(grid, study_plan(minimum=2), tmp_path, 2)
+    assert contributors(record) == ["alpha beta"] * 3
 
 
 def test_an_update_in_the_name_of_another_site_is_refused(tmp_path: Path) -> None:
-    plan = _plan()
+    plan = study_plan()
 
     def forged(grid: ScriptedGrid, sent: Message) -> Message:
         about = {"site": "alpha", "round": 1, "plan-hash": plan.hash}
         return answer_well(grid, sent, **{SITE_RECORD: ConfigRecord(about)})
 
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.scripts["beta", TRAIN, 1] = [forged]
     record = run(grid, plan, tmp_path, 2)
-    assert _contributors(record)[0] == "alpha"
-    assert _events(record, "refused", "site", "reason") == [
+    assert contributors(record)[0] == "alpha"
+    assert events(record, "refused", "site", "reason") == [
         ("beta", "the reply is not of the site that joined from its node")
     ]
 
 
 def test_a_site_that_keeps_failing_is_left_out_and_asked_again_later(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.always["beta", TRAIN] = refuse("training-diverged")
-    plan = _plan("aggregation.exclusion={after_failures: 2, rounds: 2}", rounds=7)
+    plan = study_plan("aggregation.exclusion={after_failures: 2, rounds: 2}", rounds=7)
     record = run(grid, plan, tmp_path, 2)
     asked = [number for site, kind, number in grid.asked if (site, kind) == ("beta", TRAIN)]
     assert asked == [1, 2, 5]  # left out of 3 and 4; failed again in 5, left out of 6 and 7
-    assert _events(record, "excluded", "site", "round", "until") == [("beta", 2, 4), ("beta", 5, 7)]
+    assert events(record, "excluded", "site", "round", "until") == [("beta", 2, 4), ("beta", 5, 7)]
     assert {line["reason"] for line in record.records("excluded")} == {"refused by rule training-diverged"}
-    assert _contributors(record) == ["alpha"] * 7
+    assert contributors(record) == ["alpha"] * 7
 
 
 def test_a_round_that_succeeds_ends_a_row_of_failures(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     for number in (1, 2, 4, 5):
         grid.scripts["beta", TRAIN, number] = [refuse("training-diverged")]
-    record = run(grid, _plan(rounds=6), tmp_path, 2)
+    record = run(grid, study_plan(rounds=6), tmp_path, 2)
     assert record.records("excluded") == []
 
 
 def test_leaving_out_never_takes_a_study_below_its_quorum(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", "gamma")
+    grid = grid_of("alpha", "beta", "gamma")
     grid.scripts["gamma", TRAIN, 1] = [refuse("training-diverged")]
     grid.scripts["beta", TRAIN, 2] = [refuse("training-diverged")]
-    plan = _plan("aggregation.exclusion={after_failures: 1, rounds: 5}", minimum=2)
+    plan = study_plan("aggregation.exclusion={after_failures: 1, rounds: 5}", minimum=2)
     record = run(grid, plan, tmp_path, 3)
-    assert _events(record, "excluded", "site", "round") == [("gamma", 1), ("beta", 2)]
-    assert _contributors(record) == ["alpha beta", "alpha gamma", "alpha beta gamma"]
+    assert events(record, "excluded", "site", "round") == [("gamma", 1), ("beta", 2)]
+    assert contributors(record) == ["alpha beta", "alpha gamma", "alpha beta gamma"]
 
 
 def test_a_resumed_server_remembers_who_is_left_out(tmp_path: Path) -> None:
-    plan = _plan("aggregation.exclusion={after_failures: 2, rounds: 2}", rounds=6)
-    grid = _grid("alpha", "beta")
+    plan = study_plan("aggregation.exclusion={after_failures: 2, rounds: 2}", rounds=6)
+    grid = grid_of("alpha", "beta")
     grid.always["beta", TRAIN] = refuse("training-diverged")
 
     def dies(grid: ScriptedGrid, sent: Message) -> Message:
@@ -404,7 +234,7 @@ def test_a_resumed_server_remembers_who_is_left_out(tmp_path: Path) -> None:
     grid.scripts["alpha", TRAIN, 4] = [dies]
     with pytest.raises(KeyboardInterrupt):
         run(grid, plan, tmp_path, 2)
-    again = _grid("alpha", "beta")
+    again = grid_of("alpha", "beta")
     again.always["beta", TRAIN] = refuse("training-diverged")
     run(again, plan, tmp_path, 2)
     assert [number for site, kind, number in again.asked if (site, kind) == ("beta", TRAIN)] == [5]
@@ -416,20 +246,20 @@ def test_a_resumed_server_remembers_who_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["none", "momentum", "adam"])
 def test_a_study_whose_newest_checkpoint_is_torn_goes_on_from_the_one_before(tmp_path: Path, optimizer: str) -> None:
     rate = "null" if optimizer == "none" else "0.5"
-    plan = _plan(f"aggregation.server_optimizer={{name: {optimizer}, learning_rate: {rate}}}", rounds=4)
-    whole = run(_grid("alpha", "beta"), plan, tmp_path / "whole", 2)
-    record = run(_grid("alpha", "beta"), plan, tmp_path / "torn", 2)
+    plan = study_plan(f"aggregation.server_optimizer={{name: {optimizer}, learning_rate: {rate}}}", rounds=4)
+    whole = run(grid_of("alpha", "beta"), plan, tmp_path / "whole", 2)
+    record = run(grid_of("alpha", "beta"), plan, tmp_path / "torn", 2)
     path = tmp_path / "torn" / "checkpoints" / "round-00004.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     run(grid, plan, tmp_path / "torn", 2)
     assert {number for _, kind, number in grid.asked if kind == TRAIN} == {4}
     assert _same(weights_of(record, 4, plan), weights_of(whole, 4, plan))
-    assert _events(record, "set-aside", "checkpoint") == [(4,)]
+    assert events(record, "set-aside", "checkpoint") == [(4,)]
 
 
 def test_a_site_is_told_once_by_which_rule_its_answer_was_left_out(tmp_path: Path) -> None:
-    plan, told = _plan(), []
+    plan, told = study_plan(), []
 
     def listening(grid: ScriptedGrid, sent: Message) -> Message:
         study = sent.content.config_records["study"]
@@ -437,18 +267,18 @@ def test_a_site_is_told_once_by_which_rule_its_answer_was_left_out(tmp_path: Pat
         steps = {"metrics": MetricRecord(dict(STEPS) | {"steps": 0})} if study["round"] == 1 else {}
         return answer_well(grid, sent, **steps)
 
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.always["beta", TRAIN] = listening
     record = run(grid, plan, tmp_path, 2)
     assert told == [(1, None, None), (2, "steps-and-change-disagree", 1), (3, None, None)]
-    assert _contributors(record) == ["alpha", "alpha beta", "alpha beta"]
+    assert contributors(record) == ["alpha", "alpha beta", "alpha beta"]
 
 
 def test_a_rule_that_bears_hostile_sites_is_not_stopped_by_one_that_sends_nonsense(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", "gamma")
+    grid = grid_of("alpha", "beta", "gamma")
     grid.always["gamma", TRAIN] = lambda grid, sent: answer_well(grid, sent, more=ConfigRecord({"x": 1}))
-    record = run(grid, _plan("aggregation.rule=median", minimum=3), tmp_path, 3)
-    assert _contributors(record) == ["alpha beta"] * 3
+    record = run(grid, study_plan("aggregation.rule=median", minimum=3), tmp_path, 3)
+    assert contributors(record) == ["alpha beta"] * 3
     assert grid.time.now_s < 10
 
 
@@ -459,10 +289,10 @@ def test_a_rule_that_bears_hostile_sites_is_not_stopped_by_one_that_sends_nonsen
 def test_a_round_of_which_more_is_rejected_than_the_rule_bears_does_not_count(
     tmp_path: Path, rule: str, minimum: int, hostile: int
 ) -> None:
-    grid = _grid(*(f"site-{k}" for k in range(minimum)))
+    grid = grid_of(*(f"site-{k}" for k in range(minimum)))
     for k in range(hostile):
         grid.always[f"site-{k}", TRAIN] = lambda grid, sent: answer_well(grid, sent, more=ConfigRecord({"x": 1}))
-    plan = _plan(f"aggregation.rule={rule}", minimum=minimum)
+    plan = study_plan(f"aggregation.rule={rule}", minimum=minimum)
     with pytest.raises(StudyFailedError, match=f"{minimum - hostile} sites contributed, the plan needs {minimum}"):
         run(grid, plan, tmp_path, minimum)
 
@@ -471,62 +301,62 @@ def test_a_round_of_which_more_is_rejected_than_the_rule_bears_does_not_count(
 
 
 def test_a_round_waits_for_a_quorum_and_says_for_whom(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=100)
+    grid = grid_of("alpha", "beta", train_s=100)
     seen: list[dict[str, Any]] = []
     grid.time.at(50, lambda: grid.kill(2))
     grid.time.at(300, lambda: seen.append(json.loads((tmp_path / "status.json").read_text())))
     grid.time.at(400, lambda: grid.start("beta", 2))
-    record = run(grid, _plan(minimum=2), tmp_path, 2)
-    assert _contributors(record) == ["alpha beta"] * 3
+    record = run(grid, study_plan(minimum=2), tmp_path, 2)
+    assert contributors(record) == ["alpha beta"] * 3
     assert [site for site, kind, number in grid.asked if (kind, number) == (TRAIN, 1)] == ["alpha", "beta", "beta"]
     assert seen[0]["state"] == "running"
     assert seen[0]["waiting_for"] == ["beta"]
     assert "Round 1: 1 sites contributed, the plan needs 2. Waiting until" in seen[0]["reason"]
-    assert _events(record, "waiting", "round", "sites") == [(1, ["beta"])]
+    assert events(record, "waiting", "round", "sites") == [(1, ["beta"])]
 
 
 def test_a_quorum_that_does_not_come_ends_the_study_at_its_bound_with_all_work_kept(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", train_s=100)
+    grid = grid_of("alpha", "beta", train_s=100)
     grid.time.at(150, lambda: grid.kill(2))
-    plan = _plan(minimum=2)
+    plan = study_plan(minimum=2)
     with pytest.raises(StudyFailedError, match=r"Round 2: 1 sites contributed, the plan needs 2. beta: .*heartbeats"):
         run(grid, plan, tmp_path, 2)
     assert 700 < grid.time.now_s < 900
     assert RunFolder(tmp_path).last_round() == 1
-    again = _grid("alpha", "beta")
-    whole = run(_grid("alpha", "beta"), plan, tmp_path / "whole", 2)
+    again = grid_of("alpha", "beta")
+    whole = run(grid_of("alpha", "beta"), plan, tmp_path / "whole", 2)
     assert _same(weights_of(run(again, plan, tmp_path, 2), 3, plan), weights_of(whole, 3, plan))
 
 
 def test_sites_that_refuse_for_good_are_not_waited_for(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.always["beta", TRAIN] = refuse("training-diverged")
     with pytest.raises(StudyFailedError, match="beta: refused by rule training-diverged"):
-        run(grid, _plan(minimum=2), tmp_path, 2)
+        run(grid, study_plan(minimum=2), tmp_path, 2)
     assert grid.time.now_s < 10
 
 
 def test_a_site_whose_disk_was_full_is_asked_again_while_a_quorum_is_missing(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.scripts["beta", TRAIN, 1] = [refuse("storage"), refuse("storage")]
-    record = run(grid, _plan(minimum=2), tmp_path, 2)
-    assert _contributors(record) == ["alpha beta"] * 3
+    record = run(grid, study_plan(minimum=2), tmp_path, 2)
+    assert contributors(record) == ["alpha beta"] * 3
     assert grid.time.now_s < 70
 
 
 def test_a_site_is_asked_a_few_times_in_a_round_and_no_more(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta")
+    grid = grid_of("alpha", "beta")
     grid.always["beta", TRAIN] = refuse("storage")
     with pytest.raises(StudyFailedError, match="beta: refused by rule storage"):
-        run(grid, _plan(minimum=2), tmp_path, 2)
+        run(grid, study_plan(minimum=2), tmp_path, 2)
     assert [site for site, kind, _ in grid.asked if kind == TRAIN].count("beta") == 3
 
 
 def test_the_status_names_the_sites_that_are_waited_for(tmp_path: Path) -> None:
-    grid = _grid("alpha", "beta", "gamma")
+    grid = grid_of("alpha", "beta", "gamma")
     grid.seconds["beta", TRAIN] = grid.seconds["gamma", TRAIN] = 100
     seen: list[dict[str, Any]] = []
     grid.time.at(50, lambda: seen.append(json.loads((tmp_path / "status.json").read_text())))
-    run(grid, _plan(), tmp_path, 3)
+    run(grid, study_plan(), tmp_path, 3)
     (status,) = seen
     assert (status["phase"], status["round"], status["waiting_for"]) == ("training", 1, ["beta", "gamma"])
