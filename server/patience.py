@@ -8,7 +8,8 @@ would keep the server from hearing anybody else, and from ending a round at its 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
@@ -17,22 +18,31 @@ from flwr.supercore.run import Run
 
 PATIENCE_S = 5.0
 AT_ONCE = 8
+LONG_S = 1800.0
 
 
 class PatientGrid(Grid):
     """Passes everything on to Flower's grid, and goes on pulling in the background what takes long.
 
     A reply whose tensors are all there is pulled while the caller waits, so that one is in memory at a time. Of those
-    that take longer there are at most so many; the caller gets nothing for them until they are there.
+    that take longer there are at most so many; the caller gets nothing for them until they are there. One that has
+    been under way for half an hour no longer counts: a site may begin one in every round, and must not fill all places.
 
     Args:
         grid: Flower's way to the sites; its pulling must allow several threads.
         patience_s: how long one pull is waited for, in seconds.
         at_once: how many pulls may be under way.
+        now: seconds of a clock that never goes back.
     """
 
-    def __init__(self, grid: Grid, patience_s: float = PATIENCE_S, at_once: int = AT_ONCE) -> None:
-        self._grid, self._patience_s, self._at_once = grid, patience_s, at_once
+    def __init__(
+        self,
+        grid: Grid,
+        patience_s: float = PATIENCE_S,
+        at_once: int = AT_ONCE,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._grid, self._patience_s, self._at_once, self._now = grid, patience_s, at_once, now
         self._pulls: dict[str, _Pull] = {}
 
     def set_run(self, run: Run) -> None:
@@ -77,9 +87,10 @@ class PatientGrid(Grid):
     def _pulled(self, identifier: str) -> list[Message]:
         pull = self._pulls.get(identifier)
         if pull is None:
-            if len(self._pulls) >= self._at_once:
+            now = self._now()
+            if sum(each.began > now - LONG_S for each in self._pulls.values()) >= self._at_once:
                 return []
-            pull = self._pulls[identifier] = _Pull(self._grid, identifier)
+            pull = self._pulls[identifier] = _Pull(self._grid, identifier, now)
             pull.thread.join(self._patience_s)
         if pull.thread.is_alive():
             return []
@@ -87,7 +98,8 @@ class PatientGrid(Grid):
 
 
 class _Pull:
-    def __init__(self, grid: Grid, identifier: str) -> None:
+    def __init__(self, grid: Grid, identifier: str, began: float) -> None:
+        self.began = began
         self._replies: list[Message] = []
         self._error: Exception | None = None
         # A daemon, since a program that ends must not wait for what a site never sends.

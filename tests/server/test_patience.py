@@ -14,7 +14,7 @@ from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 
 from server.app import app
-from server.patience import PatientGrid
+from server.patience import LONG_S, PatientGrid
 from server.run_folder import RunFolder
 from server.study import Study
 from tests.conftest import tiny_plan
@@ -110,6 +110,25 @@ def test_no_more_slow_uploads_are_held_in_memory_than_agreed(grid: StallingGrid,
     record = _run(grid, tmp_path, at_once=2)
     assert grid.at_once == 2
     assert _contributors(record) == [5, 5]
+
+
+def test_an_upload_that_has_been_under_way_for_very_long_gives_its_place_up() -> None:
+    class Stuck(StallingGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            if "stuck" in message_ids:
+                assert self.uploaded.wait(30)
+            return [Message(RecordDict(), dst_node_id=1, message_type=TRAIN)]
+
+    grid, now = Stuck(Time()), [0.0]
+    patient = PatientGrid(grid, PATIENCE_S, at_once=1, now=lambda: now[0])
+    try:
+        assert patient.pull_messages(["stuck"]) == []
+        assert patient.pull_messages(["whole"]) == []
+        now[0] = 2 * LONG_S
+        assert patient.pull_messages(["stuck"]) == []
+        assert len(patient.pull_messages(["whole"])) == 1
+    finally:
+        grid.uploaded.set()
 
 
 def test_what_pulling_raises_reaches_the_caller(tmp_path: Path) -> None:
