@@ -6,13 +6,15 @@ Flower's own command goes on serving its Runtime API when the connection's loop 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 
 
 def main() -> None:
-    """Run the SuperNode with this process's arguments."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    """Run the SuperNode with this process's arguments, of which the first is the supervisor's process number."""
+    # Asked for now, the parent might be another already: a supervisor may die before this line.
+    threading.Thread(target=_end_with, args=(int(sys.argv.pop(1)),), daemon=True).start()
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     flower_supernode()

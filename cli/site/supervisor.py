@@ -183,7 +183,7 @@ class Supervisor:
     def _start(self, tree: ProcessTree, secret: bytes, port: int) -> subprocess.Popen[bytes]:
         secret_file = self._folder.running / "secret"
         write_atomically(secret_file, secret, 0o600)
-        command = [sys.executable, "-I", str(SUPERNODE), "--superlink", self._address]
+        command = [sys.executable, "-I", str(SUPERNODE), str(os.getpid()), "--superlink", self._address]
         command += ["--root-certificates", str(self._folder.ca_file)]
         command += ["--auth-supernode-private-key", str(self._folder.private_key)]
         command += ["--isolation", "process", "--host", LOOPBACK, "--port", str(port)]

@@ -67,8 +67,8 @@ class OnlyFrom(MetaPathFinder):
 
 
 def main() -> None:
-    """Wait for one task, do it, and end."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    """Wait for one task, do it, and end; sooner where the process whose number is the argument is not the parent."""
+    threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     for name in PRELOAD:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

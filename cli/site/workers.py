@@ -92,7 +92,7 @@ class Workers:
         # -B: nothing is written beside approved code.
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-I", "-B", str(WORKER)],
+                [sys.executable, "-I", "-B", str(WORKER), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

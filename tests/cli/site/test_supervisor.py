@@ -10,21 +10,23 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from cli.site import worker
-from cli.site.supervisor import serves
+from cli.site.supervisor import SUPERNODE, serves
+from cli.site.workers import WORKER
 
 # What approved code may do, beside the watch that every worker keeps over its supervisor.
 STARTS_ANOTHER = f"""
-import os, subprocess, sys
+import subprocess, sys
 sys.path.insert(0, {str(Path(worker.__file__).parent)!r})
 import worker
 print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
-worker._end_with(os.getppid())
+worker._end_with(int(sys.argv[1]))
 """
 STARTS_A_WORKER = """
-import subprocess, sys
-subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True).wait()
+import os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())], start_new_session=True).wait()
 """
 
 
@@ -56,3 +58,15 @@ def test_what_approved_code_started_ends_with_the_supervisor() -> None:
         if left:
             psutil.Process(started).kill()
     assert not left
+
+
+@pytest.mark.parametrize("program", [SUPERNODE, WORKER])
+def test_a_program_whose_supervisor_died_before_it_began_ends(program: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    command = [sys.executable, "-I", str(program), str(gone.pid)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as left:
+        try:
+            assert left.wait(30) != 0
+        finally:
+            left.kill()
