@@ -7,6 +7,7 @@ are made and used at one site; they are neither stored nor sent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -170,7 +171,8 @@ def background_only(image: Tensor, classes: int) -> Tensor:
 def spherical_k_means(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Return up to k unit vectors (P, C) around which unit vectors (N, C) lie, by cosine similarity; all if N <= k.
 
-    Starts are chosen by k-means++ (Arthur and Vassilvitskii, SODA 2007).
+    Starts are chosen by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): of a few candidates the one that leaves
+    the vectors least far from their starts. By a single draw, two starts may share a group and another has none.
     """
     if len(vectors) <= k:
         return vectors
@@ -179,7 +181,9 @@ def spherical_k_means(vectors: Tensor, k: int, generator: torch.Generator) -> Te
         distances = (1 - (vectors @ centres.T).amax(1)).clamp_min(0)
         if float(distances.sum()) <= 1e-6 * len(vectors):  # all vectors are centres already
             break
-        centres = torch.cat([centres, vectors[torch.multinomial(distances, 1, generator=generator)]])
+        drawn = torch.multinomial(distances, 2 + int(math.log(k)), replacement=True, generator=generator)
+        left = torch.minimum(distances[:, None], 1 - vectors @ vectors[drawn].T).sum(0)
+        centres = torch.cat([centres, vectors[drawn[left.argmin()]][None]])
     for _ in range(ITERATIONS):
         members = F.one_hot((vectors @ centres.T).argmax(1), len(centres)).to(vectors.dtype)  # (N, P)
         sums = members.T @ vectors
