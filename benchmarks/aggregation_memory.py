@@ -20,7 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from semisam_core.agreement import specialist_spec, travelling, weights_sha256
+from semisam_core.contract import specialist_spec, travelling, weights_sha256
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan, load_plan
 from server.admission import Admitted, admit

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semisam_core.cold_start import ColdStarter, Prototypes
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.scans import Scan, load_scan
 from semisam_core.evaluation import dice_of
 from semisam_core.generalists import EmbeddingStore, load_generalist
 from semisam_core.plan import Plan, load_plan
 from semisam_core.prompting import meaningful_components
-from semisam_core.pseudo_labels import make_pseudo_label
+from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes
+from semisam_core.pseudo_labels.fusion import make_pseudo_label
 
 PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "left-atrium" / "plan.yaml"
 SCANS = ("la_023", "la_030", "la_020", "la_011", "la_024")

@@ -30,7 +30,7 @@ from semisam_core.generalists.lite_medsam import LiteMedSAM, to_frames
 from semisam_core.generalists.slices import intensity_limits
 from semisam_core.inference import new_specialist, predict
 from semisam_core.plan import Plan, load_plan
-from semisam_core.pseudo_labels import PseudoLabel, make_pseudo_label
+from semisam_core.pseudo_labels.fusion import PseudoLabel, make_pseudo_label
 from semisam_core.training import new_teacher, train_round
 
 PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "left-atrium" / "plan.yaml"

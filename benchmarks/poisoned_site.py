@@ -18,9 +18,9 @@ import yaml
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from flwr.clientapp import ClientApp
 
-from cli.inprocess_grid import run_in_process
 from client.app import app as honest_app
-from semisam_core.agreement import SPECIALIST_RECORD
+from engines.in_process_grid import run_in_process
+from semisam_core.contract import SPECIALIST_RECORD
 from semisam_core.data.phantom import DEMO_SCANNERS, Scanner, write_phantom_site
 from semisam_core.files import read_json_lines
 from semisam_core.plan import Plan, load_plan

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli.run_state import run_name, run_state
 from client.site_config import inventory, load_site_folder
+from engines.run_state import run_name, run_state
 from semisam_core.data.cases import Role
 from semisam_core.data.scans import load_scan
 from semisam_core.evaluation import dice_of
 from semisam_core.generalists import scan_key
 from semisam_core.plan import load_plan
-from semisam_core.pseudo_labels import PseudoLabelStore
+from semisam_core.pseudo_labels.store import PseudoLabelStore
 
 ARM = "federated-semisam"
 BANDS = (0.0, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 1.0)

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semisam_core.consultation import Consultation, Opinion, weighted_moments
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.patches import TrainingScan
 from semisam_core.data.scans import Scan, load_scan
@@ -28,9 +27,10 @@ from semisam_core.files import save_tensors, write_json
 from semisam_core.generalists import EmbeddingStore, load_generalist
 from semisam_core.inference import new_specialist, predict
 from semisam_core.plan import Plan, load_plan
+from semisam_core.plan_sections.pseudo_labels import PseudoLabels
 from semisam_core.prompting import Refusal, find_region, meaningful_components
-from semisam_core.pseudo_label_plan import PseudoLabels
-from semisam_core.pseudo_labels import confidence_fused
+from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, GeneralistOutput, weighted_moments
+from semisam_core.pseudo_labels.fusion import confidence_fused
 from semisam_core.training import new_teacher, train_round
 
 PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "left-atrium" / "plan.yaml"
@@ -161,17 +161,17 @@ class _Study:
             region = find_region(teacher, self.plan.data.spacing_mm, policy.prompting, policy.gates)
             if isinstance(region, Refusal):
                 continue  # no pseudo-label for this scan; the table says on how many it is based
-            consultation = Consultation(
+            ensemble = GeneralistEnsemble(
                 scan.image[0], self.plan.data.spacing_mm, [load_generalist("lite-medsam", DEVICE)], self._store, policy
             )
-            opinions = consultation.ask(region, teacher)
-            mean, variance = weighted_moments(opinions, {})
+            outputs = ensemble.ask(region, teacher)
+            mean, variance = weighted_moments(outputs, {})
             scores[lever] = dice_of(mean > 0.5, truth)
             if lever == CHOSEN and COLUMNS[column] is not None:
                 kept = torch.from_numpy(meaningful_components((mean > 0.5).numpy(), policy.prompting.component_share))
                 scores["components judged in 3D"] = dice_of(kept, truth)
                 agreement = dice_of(kept, torch.from_numpy(region.mask))
-                scores |= _fused(teacher, mean, variance, agreement, truth, opinions, self.plan, policy)
+                scores |= _fused(teacher, mean, variance, agreement, truth, outputs, self.plan, policy)
                 scores["volume"] = float(kept.sum() * math.prod(self.plan.data.spacing_mm) / 1000)
         return scores
 
@@ -189,7 +189,7 @@ def _fused(
     variance: Tensor,
     agreement: float,
     truth: Tensor,
-    opinions: Mapping[str, Opinion],
+    outputs: Mapping[str, GeneralistOutput],
     plan: Plan,
     policy: PseudoLabels,
 ) -> dict[str, float]:
@@ -199,7 +199,7 @@ def _fused(
     claimed = truth | (teacher > 0.05) | (mean > 0.05)
     right = (target > 0.5) == truth
     trusted = claimed & (torch.exp(-uncertainty) > 0.5)
-    agreed = claimed & (torch.stack([each > 0.5 for each in next(iter(opinions.values())).maps]).float().std(0) == 0)
+    agreed = claimed & (torch.stack([each > 0.5 for each in next(iter(outputs.values())).maps]).float().std(0) == 0)
     return {
         "fused, half and half": dice_of(plain > 0.5, truth),
         "fused by agreement (default)": dice_of(target > 0.5, truth),

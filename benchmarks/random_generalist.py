@@ -29,18 +29,18 @@ from rich.console import Console
 from segment_anything import modeling
 from torch import Tensor, nn
 
-from cli.compare import RECORD, Comparison, Request, definition_changes
-from cli.comparison.jobs import Job
-from cli.comparison.runner import ChildRunner
 from client.site_config import inventory, load_site_folder
-from semisam_core.consultation import AXES, View
+from experiments.comparison.compare import RECORD, Comparison, Request, definition_changes
+from experiments.comparison.jobs import Job
+from experiments.comparison.runner import ChildRunner
 from semisam_core.data.scans import load_scan
 from semisam_core.evaluation import dice_of
 from semisam_core.files import read_json_lines, write_atomically
 from semisam_core.generalists import Generalist, Prompts, SliceBox, load_generalist
 from semisam_core.generalists.cards import SAM
 from semisam_core.plan import Plan, load_plan
-from semisam_core.pseudo_labels import policy_of
+from semisam_core.pseudo_labels.fusion import policy_of
+from semisam_core.pseudo_labels.views import AXES, View
 
 BASELINE, ARM = "federated-regularizer", "federated-semisam"
 LIMIT = 0.02

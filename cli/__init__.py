@@ -1,1 +1,1 @@
-"""The `semisam` command: the one room that knows the other three."""
+"""The `semisam` command: parses and prints; a command imports the room it needs."""

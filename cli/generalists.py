@@ -11,7 +11,7 @@ from rich.table import Table
 from client.site_config import SiteConfig, load_site_config
 from semisam_core.errors import WeightsError
 from semisam_core.generalists import GeneralistSpec, generalist_names, generalist_spec, load_generalist
-from semisam_core.generalists.timing import measure
+from semisam_core.prompting.timing import measure
 
 
 def show_generalists(site: Path | None, timed: bool, console: Console) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli.lead.commands import app as lead_app
-from cli.site.commands import app as site_app
+from cli.lead_commands import app as lead_app
+from cli.site_commands import app as site_app
 from semisam_core.errors import SemiSAMError
 
 app = typer.Typer(
@@ -46,7 +46,7 @@ def simulate(
 
     Example: semisam simulate --plan site_configs/phantom/plan.yaml --sites site_configs/phantom/sites
     """
-    from cli.simulate import Simulation
+    from experiments.simulate import Simulation
 
     try:
         simulation = Simulation.prepare(plan, sites, out, resume, assignments or [], engine, local_baseline, console)
@@ -91,8 +91,8 @@ def compare(
 
     Example: semisam compare --plan plan.yaml --sites sites/ --out comparison --seeds 0,1,2 --labeled 1 --labeled all
     """
-    from cli.compare import Comparison, Request, definition_changes
-    from cli.comparison.runner import ChildRunner
+    from experiments.comparison.compare import Comparison, Request, definition_changes
+    from experiments.comparison.runner import ChildRunner
 
     try:
         changes = definition_changes(arms, baseline, seeds, labeled, oracles, engine)
@@ -114,7 +114,7 @@ def check(plan: PlanOption, sites: SitesOption, assignments: SetOption = None) -
 
     Example: semisam check --plan plan.yaml --sites sites/
     """
-    from cli.checks import check_study, study_table
+    from experiments.checks import check_study, study_table
 
     try:
         study = check_study(plan, sites, assignments or [])
@@ -195,7 +195,7 @@ def run_in_process(
     only: Annotated[str | None, typer.Option(help="One site's name.")] = None,
 ) -> None:
     """Run a study inside this process; `simulate` starts it as a child."""
-    from cli.in_process import execute
+    from engines.in_process import execute
 
     try:
         execute(plan, sites, run_folder, only)
@@ -213,7 +213,7 @@ def run_oracle(
     clicks: Annotated[int | None, typer.Option(help="Clicks; boxes by default.", min=1)] = None,
 ) -> None:
     """Score a generalist with true prompts inside this process; `compare` starts it as a child."""
-    from cli.comparison.oracle import execute
+    from experiments.comparison.oracle import execute
 
     try:
         execute(plan, sites, run_folder, generalist, clicks)

@@ -16,7 +16,7 @@ from client.egress import EgressError, EgressGate, arriving_tensors
 from client.site import NoUsableCaseError, Site, SiteReport, WeightsNotAgreedError
 from client.site_config import SiteConfig, load_site_config, load_site_folder
 from client.state import RUN_NAME
-from semisam_core.agreement import (
+from semisam_core.contract import (
     JOIN_SCALARS,
     REJECTED,
     REJECTED_ROUND,

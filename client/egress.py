@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from client.site_config import Egress
-from semisam_core.agreement import (
+from semisam_core.contract import (
     METRICS_RECORD,
     REFUSAL_RECORD,
     SITE_RECORD,

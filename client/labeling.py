@@ -11,31 +11,32 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from client.progress import Progress
+from client.progress import ProgressLog
 from client.site_config import SiteConfig, annotated_classes, usable_generalists
-from semisam_core.calibration import LabeledExample, learn
-from semisam_core.cold_start import ColdStarter, Prototypes, background_only, cold_start_of
 from semisam_core.data.scans import Scan, resample
 from semisam_core.errors import WeightsError
 from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist, scan_key
 from semisam_core.inference import predict
 from semisam_core.plan import Plan
-from semisam_core.pseudo_labels import Experience, PseudoLabel, PseudoLabelStore, make_pseudo_label, policy_of
+from semisam_core.pseudo_labels.calibration import LabeledExample, calibrate
+from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes, background_only, cold_start_of
+from semisam_core.pseudo_labels.fusion import Calibration, PseudoLabel, make_pseudo_label, policy_of
+from semisam_core.pseudo_labels.store import PseudoLabelStore
 
 logger = logging.getLogger(__name__)
 CALIBRATION_SCANS = 8
 
 
 @dataclass(frozen=True)
-class Sight:
+class ScanPair:
     """One scan, on the grid on which the specialist learns and on the one on which generalists look."""
 
     scan: Scan
     closer: Scan
 
 
-Scans = Iterable[tuple[str, Callable[[], Sight | None]]]
-Predict = Callable[[Sight], Tensor]
+Scans = Iterable[tuple[str, Callable[[], ScanPair | None]]]
+Predict = Callable[[ScanPair], Tensor]
 
 
 class Labeler:
@@ -49,7 +50,9 @@ class Labeler:
         progress: where to report.
     """
 
-    def __init__(self, config: SiteConfig, plan: Plan, folder: Path, device: torch.device, progress: Progress) -> None:
+    def __init__(
+        self, config: SiteConfig, plan: Plan, folder: Path, device: torch.device, progress: ProgressLog
+    ) -> None:
         self._config, self._plan, self._device, self._progress = config, plan, device, progress
         self._closer = plan.as_generalists_see
         self._kept = PseudoLabelStore(folder / "pseudo_labels")
@@ -114,20 +117,20 @@ class Labeler:
     def _label(
         self, unlabeled: Scans, labeled: Scans, predict_by: Predict, kept: PseudoLabelStore, anew: bool
     ) -> dict[str, PseudoLabel]:
-        experience: Experience | None = None
+        calibration: Calibration | None = None
         found: dict[str, PseudoLabel] = {}
         cases = list(unlabeled)
         for done, (case, load) in enumerate(cases):
             self._progress("pseudo-label", done, len(cases), "scans")
-            sight = load()
-            if sight is None:
+            pair = load()
+            if pair is None:
                 continue
-            key = scan_key(sight.scan.image)
+            key = scan_key(pair.scan.image)
             label = None if anew else kept.load(key)
             if label is None:
-                if experience is None:
-                    experience = self._experience(predict_by, labeled)
-                label = self._ask(sight, predict_by(sight), experience)
+                if calibration is None:
+                    calibration = self._calibration(predict_by, labeled)
+                label = self._ask(pair, predict_by(pair), calibration)
                 kept.save(key, label)
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")
@@ -148,47 +151,47 @@ class Labeler:
     def _by_prototypes(self, starter: ColdStarter, labeled: Scans) -> Predict:
         learned: list[Prototypes] = []  # when the first scan needs them: mostly pseudo-labels are there already
 
-        def predict_by(sight: Sight) -> Tensor:
+        def predict_by(pair: ScanPair) -> Tensor:
             try:
                 if not learned:
                     learned.append(starter.learn((each.closer.image, label) for each, label in _labeled(labeled)))
-                return starter.rough(sight.closer.image, learned[0])
+                return starter.rough(pair.closer.image, learned[0])
             except (RuntimeError, ValueError) as error:  # as when it is asked: one scan does not stop the others
                 logger.warning("The generalist failed on a scan in a cold start: %s", error)
-                return self._nothing(sight)
+                return self._nothing(pair)
 
         return predict_by
 
-    def _nothing(self, sight: Sight) -> Tensor:
-        return background_only(sight.closer.image, len(self._plan.task.classes))
+    def _nothing(self, pair: ScanPair) -> Tensor:
+        return background_only(pair.closer.image, len(self._plan.task.classes))
 
     def _embedded(self, done: int, total: int) -> None:
         self._progress("embed", done, total, "slices")
 
-    def ask(self, sight: Sight, network: nn.Module, experience: Experience | None = None) -> PseudoLabel:
+    def ask(self, pair: ScanPair, network: nn.Module, calibration: Calibration | None = None) -> PseudoLabel:
         """Ask this site's generalists about one scan, prompted by a network; the answer is on the specialist's grid."""
-        return self._ask(sight, self._predict(network, sight), experience)
+        return self._ask(pair, self._predict(network, pair), calibration)
 
-    def _ask(self, sight: Sight, prediction: Tensor, experience: Experience | None) -> PseudoLabel:
-        closer = sight.closer
+    def _ask(self, pair: ScanPair, prediction: Tensor, calibration: Calibration | None) -> PseudoLabel:
+        closer = pair.closer
         label = make_pseudo_label(
-            closer.image, prediction, self.generalists, self._embeddings, self._closer, experience, self._embedded
+            closer.image, prediction, self.generalists, self._embeddings, self._closer, calibration, self._embedded
         )
-        return label.moved(lambda maps: resample(maps, closer.grid, sight.scan.grid))
+        return label.moved(lambda maps: resample(maps, closer.grid, pair.scan.grid))
 
-    def _experience(self, predict_by: Predict, labeled: Scans) -> Experience:
+    def _calibration(self, predict_by: Predict, labeled: Scans) -> Calibration:
         examples = (LabeledExample(each.closer.image, label, predict_by(each)) for each, label in _labeled(labeled))
         annotated = annotated_classes(self._config, self._plan)
-        return learn(examples, self.generalists, self._embeddings, self._closer, annotated)
+        return calibrate(examples, self.generalists, self._embeddings, self._closer, annotated)
 
-    def _predict(self, network: nn.Module, sight: Sight) -> Tensor:
-        prediction = predict(network, sight.scan.image, self._plan, self._device)
-        return resample(prediction, sight.scan.grid, sight.closer.grid)
+    def _predict(self, network: nn.Module, pair: ScanPair) -> Tensor:
+        prediction = predict(network, pair.scan.image, self._plan, self._device)
+        return resample(prediction, pair.scan.grid, pair.closer.grid)
 
 
-def _labeled(scans: Scans) -> Iterator[tuple[Sight, Tensor]]:
+def _labeled(scans: Scans) -> Iterator[tuple[ScanPair, Tensor]]:
     """Yield the first labeled scans with their labels on the generalists' grid."""
     for _, load in list(scans)[:CALIBRATION_SCANS]:
-        sight = load()
-        if sight is not None and sight.closer.label is not None:
-            yield sight, sight.closer.label
+        pair = load()
+        if pair is not None and pair.closer.label is not None:
+            yield pair, pair.closer.label

@@ -11,7 +11,7 @@ from semisam_core.files import append_json_line
 INTERVAL_S = 0.5
 
 
-class Progress:
+class ProgressLog:
     """Appends (phase, done, total) at most twice a second, and always the first and last of a phase.
 
     Args:

@@ -14,11 +14,11 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from client.labeling import Labeler, Sight
-from client.progress import Progress
+from client.labeling import Labeler, ScanPair
+from client.progress import ProgressLog
 from client.site_config import SiteConfig, annotated_classes, inventory
 from client.state import RunState
-from semisam_core.agreement import disagreement, specialist_spec, tensor_specs, travelling
+from semisam_core.contract import disagreement, specialist_spec, tensor_specs, travelling
 from semisam_core.data.cases import Case, Inventory, Quarantined, Role
 from semisam_core.data.patches import TrainingScan
 from semisam_core.data.scans import Scan, keep_classes, load_original_label, load_scan, to_original
@@ -28,10 +28,10 @@ from semisam_core.files import append_json_line, write_json
 from semisam_core.inference import new_specialist, predict, segmentation
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal
-from semisam_core.pseudo_labels import PseudoLabel
-from semisam_core.regularizers import Regularizer, build_regularizer, teaches
+from semisam_core.pseudo_labels.fusion import PseudoLabel
+from semisam_core.regularizers import Regularizer, teaches
 from semisam_core.reporting.overview import Panel, draw_overview
-from semisam_core.training import new_teacher, train_round
+from semisam_core.training import new_regularizer, new_teacher, train_round
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Site:
     def __init__(self, config: SiteConfig, plan: Plan, run: str, round_number: int) -> None:
         self.config, self.plan, self.round = config, plan, round_number
         self.state = RunState(config.storage.folder, run)
-        self.progress = Progress(self.state.folder / "progress.jsonl", round_number)
+        self.progress = ProgressLog(self.state.folder / "progress.jsonl", round_number)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = config.torch_device()
@@ -207,7 +207,7 @@ class Site:
         return teacher
 
     def _regularizer_at_start(self) -> Regularizer | None:
-        regularizer = build_regularizer(self.plan, self.device)
+        regularizer = new_regularizer(self.plan, self.device)
         if regularizer is not None and regularizer.own is not None:
             kept, fresh = self.state.load_networks(self.round), regularizer.own.state()
             if kept is not None and (mistake := disagreement(kept, tensor_specs(fresh))):
@@ -263,8 +263,8 @@ class Site:
         if not cases or (scan := self._scan(cases[0])) is None:
             return
         found = segmentation(predict(specialist, scan.image, self.plan, self.device), self.plan)
-        sight = self._sight(cases[0])
-        pseudo = self._labeler.ask(sight, specialist) if sight is not None and self._labeler.generalists else None
+        pair = self._scan_pair(cases[0])
+        pseudo = self._labeler.ask(pair, specialist) if pair is not None and self._labeler.generalists else None
         panel = Panel(
             site=self.config.site,
             image=scan.image[0],
@@ -299,13 +299,13 @@ class Site:
             return None
         return scan if scan.label is None else replace(scan, label=keep_classes(scan.label, self._annotated))
 
-    def _sight(self, case: Case) -> Sight | None:
+    def _scan_pair(self, case: Case) -> ScanPair | None:
         scan = self._scan(case)
         seen_by_generalists = self.plan.as_generalists_see
         if scan is None or seen_by_generalists == self.plan:
-            return None if scan is None else Sight(scan, scan)
+            return None if scan is None else ScanPair(scan, scan)
         closer = self._load(case, seen_by_generalists)
-        return None if closer is None else Sight(scan, closer)
+        return None if closer is None else ScanPair(scan, closer)
 
     def _check_cases(self) -> None:
         if self._checked:
@@ -320,8 +320,8 @@ class Site:
         self._check_cases()
         return [c for c in self._found.cases if c.role in roles and c.id not in self._quarantined]
 
-    def _loaders(self, role: Role) -> list[tuple[str, Callable[[], Sight | None]]]:
-        return [(case.id, partial(self._sight, case)) for case in self._usable(role)]
+    def _loaders(self, role: Role) -> list[tuple[str, Callable[[], ScanPair | None]]]:
+        return [(case.id, partial(self._scan_pair, case)) for case in self._usable(role)]
 
     def _loader(self, case: Case, label: PseudoLabel | None) -> Callable[[], TrainingScan]:
         def load() -> TrainingScan:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from semisam_core.agreement import CLASS_SCORES
 from semisam_core.configuration import StrictModel, parse, read_yaml
+from semisam_core.contract import CLASS_SCORES
 from semisam_core.data.cases import Inventory, find_cases
 from semisam_core.errors import ConfigError
 from semisam_core.generalists.registry import accepted_prompts

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from semisam_core.plan import Optimizer
+from semisam_core.plan_sections.training import Optimizer
 
 GRADIENT_NORM = 10.0
 

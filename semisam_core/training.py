@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from semisam_core.agreement import travelling
+from semisam_core.contract import travelling
 from semisam_core.data.patches import Batch, PatchStream, TrainingScan
 from semisam_core.losses import (
     confidence_aware_loss,
@@ -21,7 +21,16 @@ from semisam_core.losses import (
 )
 from semisam_core.optimizers import build_optimizer, descend, learning_rate
 from semisam_core.plan import Plan
-from semisam_core.regularizers import LabeledPatches, Losses, Regularizer, Step, build_regularizer
+from semisam_core.regularizers import (
+    LabeledPatches,
+    Losses,
+    Regularizer,
+    RegularizerContext,
+    Step,
+    UnlabeledPatches,
+    build_regularizer,
+)
+from semisam_core.specialists import build_specialist
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ def train_round(
     Raises:
         FloatingPointError: a loss is not finite; the weights must then not be used.
     """
-    regularizer = regularizer or build_regularizer(plan, device)
+    regularizer = regularizer or new_regularizer(plan, device)
     trainer = _Trainer(plan, specialist, teacher, regularizer, labeled, unlabeled, seed, device, annotated)
     steps = plan.training.steps_per_round if trainer.has_work else 0
     first = (round_number - 1) * plan.training.steps_per_round
@@ -80,6 +89,17 @@ def train_round(
         if on_step is not None:
             on_step(step + 1, steps)
     return trainer.result(steps)
+
+
+def new_regularizer(plan: Plan, device: torch.device) -> Regularizer | None:
+    """Return the plan's regularizer with fresh networks of its own, or None where the plan has none."""
+    chosen, channels, classes = plan.specialist, len(plan.task.channels), len(plan.task.classes)
+
+    def new_specialist(seed: int) -> nn.Module:
+        return build_specialist(chosen.name, chosen.arguments, channels, classes, seed)
+
+    context = RegularizerContext(plan.seed, channels, classes, plan.training, new_specialist, device)
+    return build_regularizer(plan.regularizer.name, context)
 
 
 def new_teacher(specialist: nn.Module) -> nn.Module:
@@ -175,8 +195,7 @@ class _Trainer:
             student=self._specialist,
             teacher=self._teacher,
             labeled=labeled,
-            unlabeled=replace(
-                batch,
+            unlabeled=UnlabeledPatches(
                 image=batch.image.to(device),
                 target=batch.target.to(device),
                 uncertainty=batch.uncertainty.to(device),

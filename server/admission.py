@@ -10,7 +10,8 @@ from flwr.app import Message, MessageType
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from semisam_core.agreement import (
+from semisam_core.configuration import Name
+from semisam_core.contract import (
     JOIN_SCALARS,
     METRICS_RECORD,
     REFUSAL_RECORD,
@@ -23,7 +24,6 @@ from semisam_core.agreement import (
     evaluation_scalars,
     scalar_mistake,
 )
-from semisam_core.configuration import Name
 from semisam_core.plan import Plan
 from server.arrays import NotAdmittedError, read_tensors
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from semisam_core.plan import Aggregation
+from semisam_core.plan_sections.aggregation import Aggregation
 from server import robust
 from server.updates import Update
 

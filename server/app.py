@@ -15,10 +15,10 @@ from flwr.serverapp import Grid, ServerApp
 from semisam_core.errors import ConfigError, SemiSAMError
 from semisam_core.files import write_json
 from semisam_core.plan import Plan, load_plan
-from server.patience import PatientGrid
+from server.patient_grid import PatientGrid
 from server.run_folder import RunFolder
 from server.study import Study
-from server.watch import SUPERLINK, SuperLinkWatch
+from server.superlink_watch import SUPERLINK, SuperLinkWatch
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from semisam_core.agreement import RejectionRule, TensorSpec
+from semisam_core.contract import RejectionRule, TensorSpec
 from semisam_core.errors import SemiSAMError
 
 HEADER_BYTES = 1024

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from semisam_core.aggregation_plan import ServerOptimizer as Settings
 from semisam_core.plan import Plan
+from semisam_core.plan_sections.aggregation import ServerOptimizerSettings
 from semisam_core.specialists import outline_specialist
 
 FIRST, SECOND = "first.", "second."
@@ -30,7 +30,7 @@ class ServerOptimizer:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._settings: Settings = plan.aggregation.server_optimizer
+        self._settings: ServerOptimizerSettings = plan.aggregation.server_optimizer
         chosen, task = plan.specialist, plan.task
         outline = outline_specialist(chosen.name, chosen.arguments, len(task.channels), len(task.classes))
         self._parameters = {name for name, _ in outline.named_parameters()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from semisam_core.aggregation_plan import Admission
-from semisam_core.agreement import RejectionRule
+from semisam_core.contract import RejectionRule
+from semisam_core.plan_sections.aggregation import Admission
 from server.admission import Rejected
 from server.updates import ShelvedUpdate
 

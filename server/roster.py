@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from semisam_core.plan import Exclusion
+from semisam_core.plan_sections.aggregation import Exclusion
 from server.admission import Admitted
 
 SECOND = "a second site of this name"

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semisam_core.agreement import disagreement, specialist_spec, weights_sha256
+from semisam_core.contract import disagreement, specialist_spec, weights_sha256
 from semisam_core.errors import ConfigError, SemiSAMError
 from semisam_core.files import append_json_line, read_json_lines, save_tensors, write_atomically, write_json
 from semisam_core.plan import Plan
-from server.events import counted
+from server.metrics_log import counted
 
 logger = logging.getLogger(__name__)
 RESERVE_BYTES = 65_536

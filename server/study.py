@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 import semisam_core
-from semisam_core.agreement import (
+from semisam_core.contract import (
     REJECTED,
     REJECTED_ROUND,
     SPECIALIST_RECORD,
@@ -27,11 +27,11 @@ from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from server.admission import Admitted, Rejected
 from server.aggregation import combine, evidence_weights, votes
-from server.attendance import Attendance, TooFewSitesError
-from server.collection import Phase, Reception
+from server.exchange import Phase, Reception
+from server.messages import Clock, Mailbox
 from server.optimizer import ServerOptimizer
 from server.outliers import outliers
-from server.post import Clock, Post
+from server.quorum import Attendance, TooFewSitesError
 from server.roster import Roster
 from server.run_folder import Checkpoint, RunFolder
 from server.updates import UpdateShelf
@@ -72,7 +72,7 @@ class Study:
         self._told: dict[str, Any] = {}
         reception = Reception(
             self.plan,
-            Post(self.grid, self.clock),
+            Mailbox(self.grid, self.clock),
             self._roster,
             self.folder,
             self.clock,

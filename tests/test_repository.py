@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("semisam_core", "client", "server")
+UPPER_ROOMS = ("deployment", "engines", "experiments", "cli")
 
 
 def _imports(path: Path) -> set[str]:
@@ -28,7 +29,7 @@ def _imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_know_only_the_core(room: str) -> None:
-    forbidden = {*ROOMS, "cli", "tests"} - {room, "semisam_core"}
+    forbidden = {*ROOMS, *UPPER_ROOMS, "tests"} - {room, "semisam_core"}
     for path in (ROOT / room).rglob("*.py"):
         assert not _imports(path) & forbidden, path
 
@@ -49,9 +50,9 @@ def test_every_package_that_is_imported_is_asked_for() -> None:
     asked = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
     declared = {_normal(re.split(r"[<>=\[; ]", requirement)[0]) for requirement in asked}
     shipped = importlib.metadata.packages_distributions()
-    for room in (*ROOMS, "cli"):
+    for room in (*ROOMS, *UPPER_ROOMS):
         for path in (ROOT / room).rglob("*.py"):
-            for name in _imports(path) - set(sys.stdlib_module_names) - {*ROOMS, "cli"}:
+            for name in _imports(path) - set(sys.stdlib_module_names) - {*ROOMS, *UPPER_ROOMS}:
                 distributions = {_normal(each) for each in shipped.get(name, [name])}
                 assert distributions & declared, f"{path.name} imports {name}, of {sorted(distributions)}"
 
@@ -82,7 +83,8 @@ def test_the_version_that_server_and_sites_compare_is_that_of_the_project() -> N
 
 
 def test_commands_that_only_read_a_plan_do_without_monai() -> None:
-    modules = "client.site_config, cli.site.supervisor, cli.site.status, cli.lead.run, cli.lead.status"
+    site, lead = "deployment.site", "deployment.lead"
+    modules = f"client.site_config, {site}.supervisor, {site}.status, {lead}.run, {lead}.status"
     code = f"import sys, {modules}; print('monai' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True

@@ -17,13 +17,13 @@ from pydantic import BaseModel
 
 from client.site import Site
 from client.site_config import load_site_config
-from semisam_core.agreement import TRAIN_SCALARS, evaluation_scalars, scalar_mistake
 from semisam_core.configuration import read_yaml
+from semisam_core.contract import TRAIN_SCALARS, evaluation_scalars, scalar_mistake
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.scans import load_scan
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan, load_plan, plan_from_json
-from semisam_core.target_class import TargetClass
+from semisam_core.plan_sections.task import TargetClass
 from tests.conftest import write_nifti, write_site
 
 FOLDER = Path(__file__).resolve().parents[1] / "site_configs"

@@ -7,7 +7,7 @@ its bias field, noise, gain, contrast, voxel size and axes. All lengths are mill
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
+from semisam_core.progress import ProgressCallback
+
 Volume = NDArray[np.float32]
-Progress = Callable[[int, int], None]
 
 _EXTENT_MM = (206.0, 206.0, 128.0)
 
@@ -117,7 +118,7 @@ def write_phantom_site(
     seed: int,
     prefix: str,
     target_organs: Sequence[str] = ("liver",),
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> None:
     """Write a hospital's scans and labels: images/<prefix>-00.nii.gz and labels/<prefix>-00.nii.gz and so on.
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from semisam_core.data.cases import Case
 from semisam_core.errors import CaseError
 from semisam_core.files import save_tensors
-from semisam_core.plan import Data, Plan
+from semisam_core.plan import Plan
+from semisam_core.plan_sections.task import Data
 
 AFFINE_TOLERANCE_MM = 1e-2
 PREPARED_VERSION = "1"

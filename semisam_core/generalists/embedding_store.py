@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from semisam_core.files import write_atomically
 from semisam_core.generalists.base import Generalist, VolumeGrid
+from semisam_core.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
+
 
 _SUFFIX = ".safetensors"
 _FORMAT = "2"
@@ -72,7 +73,7 @@ class EmbeddingStore:
         volume: Tensor,
         grid: VolumeGrid,
         units: Sequence[int],
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> dict[int, Tensor]:
         """Return the embeddings of a scan's units, encoding only those which are not kept yet.
 

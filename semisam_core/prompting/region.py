@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from semisam_core.pseudo_label_plan import Gates, Prompting
+from semisam_core.plan_sections.pseudo_labels import Gates, Prompting
 
 Mask = NDArray[np.bool_]
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from semisam_core.generalists.base import Point, PromptKind, Prompts, Segmentation
+from semisam_core.plan_sections.pseudo_labels import Prompting, Strategy
 from semisam_core.prompting.boxes import slice_boxes
 from semisam_core.prompting.clicks import deepest_voxel, next_click, scribble
 from semisam_core.prompting.region import Mask, Region
-from semisam_core.pseudo_label_plan import Prompting, Strategy
 
 Ask = Callable[[Prompts], Segmentation]
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptRequest:
     """One class of one scan, put to one generalist.
 
     Attributes:
@@ -43,7 +43,7 @@ class Question:
     ask: Ask
     step: int = 1
 
-    def within(self, region: Region) -> Question:
+    def within(self, region: Region) -> PromptRequest:
         """Return the same question about another region."""
         return replace(self, region=region)
 
@@ -74,7 +74,7 @@ def prompted_slices(mask: Mask, step: int) -> list[int]:
     return chosen
 
 
-def consult(question: Question) -> list[Segmentation]:
+def consult(question: PromptRequest) -> list[Segmentation]:
     """Put a region to a generalist by the plan's strategy; return one answer a prompt set, at least one.
 
     Raises:
@@ -83,12 +83,12 @@ def consult(question: Question) -> list[Segmentation]:
     return _STRATEGIES[question.settings.strategy](question)
 
 
-def _boxes(question: Question) -> list[Segmentation]:
+def _boxes(question: PromptRequest) -> list[Segmentation]:
     margins = sorted(question.settings.margins_mm)
     return [_ask_boxes(question, margins[len(margins) // 2])]
 
 
-def _ask_boxes(question: Question, margin_mm: float) -> Segmentation:
+def _ask_boxes(question: PromptRequest, margin_mm: float) -> Segmentation:
     chosen = set(question.slices())
     boxes = tuple(
         box for box in slice_boxes(question.region, margin_mm, question.settings.smooth_slices) if box.index in chosen
@@ -97,7 +97,7 @@ def _ask_boxes(question: Question, margin_mm: float) -> Segmentation:
     return question.ask(Prompts(boxes=boxes, points=points))
 
 
-def _mask(question: Question) -> list[Segmentation]:
+def _mask(question: PromptRequest) -> list[Segmentation]:
     inside = torch.from_numpy(question.region.mask)
     # Outside of the region the mask says background, however sure the specialist was of what is not prompted.
     mask = torch.where(inside, question.probability.clamp_min(0.51), question.probability.clamp_max(0.49))
@@ -108,7 +108,7 @@ def _mask(question: Question) -> list[Segmentation]:
     return [question.ask(Prompts(mask=mask))]
 
 
-def _points(question: Question) -> list[Segmentation]:
+def _points(question: PromptRequest) -> list[Segmentation]:
     """Click, look at the answer, click where it is most wrong; stop where it agrees, or after the last click."""
     clicks: list[Point] = list(_foreign_clicks(question))
     answer: Segmentation | None = None
@@ -125,7 +125,7 @@ def _points(question: Question) -> list[Segmentation]:
     return [answer]
 
 
-def _next_clicks(question: Question, said: Mask, clicks: list[Point]) -> Iterable[Point]:
+def _next_clicks(question: PromptRequest, said: Mask, clicks: list[Point]) -> Iterable[Point]:
     """Yield the next click in the volume, or on each slice of the region; never one that was given before."""
     region = question.region
     given = {point.position for point in clicks}
@@ -143,7 +143,7 @@ def _next_clicks(question: Question, said: Mask, clicks: list[Point]) -> Iterabl
             yield Point(position, positive)
 
 
-def _scribbles(question: Question) -> list[Segmentation]:
+def _scribbles(question: PromptRequest) -> list[Segmentation]:
     region, count = question.region, question.settings.scribble_points
     points = list(_foreign_clicks(question))
     if question.volumetric:
@@ -155,7 +155,7 @@ def _scribbles(question: Question) -> list[Segmentation]:
     return [question.ask(Prompts(points=tuple(points)))]
 
 
-def _propagated(question: Question) -> list[Segmentation]:
+def _propagated(question: PromptRequest) -> list[Segmentation]:
     region = question.region
     areas = region.mask.sum((0, 1))
     index, touched = int(areas.argmax()), np.flatnonzero(areas)
@@ -172,7 +172,7 @@ def _propagated(question: Question) -> list[Segmentation]:
     return [question.ask(Prompts(points=(Point((float(row), float(column), float(index))),), span=span))]
 
 
-def _uncertainty_rectified(question: Question) -> list[Segmentation]:
+def _uncertainty_rectified(question: PromptRequest) -> list[Segmentation]:
     """Ask once for each margin: about boxes of that margin, or about the region grown by it."""
     margins = question.settings.margins_mm
     if question.takes(PromptKind.BOX_2D):
@@ -181,7 +181,7 @@ def _uncertainty_rectified(question: Question) -> list[Segmentation]:
     return [answer for margin in margins for answer in single(question.within(question.region.grown(margin)))]
 
 
-def _foreign_clicks(question: Question) -> Iterable[Point]:
+def _foreign_clicks(question: PromptRequest) -> Iterable[Point]:
     """Yield negative clicks in the other classes' foreground: in the volume, or on each slice of the region."""
     region = question.region
     if not question.settings.class_aware or not region.others.any():
@@ -198,11 +198,11 @@ def _foreign_clicks(question: Question) -> Iterable[Point]:
         yield Point((float(row), float(column), float(index)), positive=False)
 
 
-def _takes_mask(question: Question) -> bool:
+def _takes_mask(question: PromptRequest) -> bool:
     return question.takes(PromptKind.MASK_3D if question.volumetric else PromptKind.MASK_2D)
 
 
-_STRATEGIES: dict[Strategy, Callable[[Question], list[Segmentation]]] = {
+_STRATEGIES: dict[Strategy, Callable[[PromptRequest], list[Segmentation]]] = {
     Strategy.BOXES: _boxes,
     Strategy.MASK: _mask,
     Strategy.POINTS: _points,

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
 
 from semisam_core.regularizers.adversarial import DeepAdversarial
-from semisam_core.regularizers.base import LabeledPatches, Losses, Regularizer, Step
+from semisam_core.regularizers.base import (
+    LabeledPatches,
+    Losses,
+    Regularizer,
+    RegularizerContext,
+    Step,
+    UnlabeledPatches,
+)
 from semisam_core.regularizers.cross_pseudo import CrossPseudoSupervision
 from semisam_core.regularizers.entropy_minimisation import EntropyMinimisation
 from semisam_core.regularizers.interpolation import InterpolationConsistency
 from semisam_core.regularizers.mean_teacher import MeanTeacher
 from semisam_core.regularizers.own_networks import OwnNetworks
 from semisam_core.regularizers.uncertainty_aware import UncertaintyAwareMeanTeacher
-
-if TYPE_CHECKING:
-    from semisam_core.plan import Plan
 
 __all__ = [
     "NONE",
@@ -27,8 +28,10 @@ __all__ = [
     "Losses",
     "OwnNetworks",
     "Regularizer",
+    "RegularizerContext",
     "RegularizerSpec",
     "Step",
+    "UnlabeledPatches",
     "build_regularizer",
     "check_regularizer",
     "teaches",
@@ -42,21 +45,21 @@ class RegularizerSpec:
     """What plan and site need to know of a regularizer before building it.
 
     Attributes:
-        build: (plan, device) -> the regularizer of one round.
+        build: context -> the regularizer of one round.
         patches: the fewest unlabeled patches a step must have.
         needs_labels: whether it teaches nothing at a site without labeled scans.
     """
 
-    build: Callable[[Plan, torch.device], Regularizer]
+    build: Callable[[RegularizerContext], Regularizer]
     patches: int = 1
     needs_labels: bool = False
 
 
 REGULARIZERS: Mapping[str, RegularizerSpec] = {
-    "mean-teacher": RegularizerSpec(lambda plan, device: MeanTeacher()),
-    "ua-mt": RegularizerSpec(lambda plan, device: UncertaintyAwareMeanTeacher()),
-    "entropy-minimisation": RegularizerSpec(lambda plan, device: EntropyMinimisation()),
-    "ict": RegularizerSpec(lambda plan, device: InterpolationConsistency(), patches=2),
+    "mean-teacher": RegularizerSpec(lambda context: MeanTeacher()),
+    "ua-mt": RegularizerSpec(lambda context: UncertaintyAwareMeanTeacher()),
+    "entropy-minimisation": RegularizerSpec(lambda context: EntropyMinimisation()),
+    "ict": RegularizerSpec(lambda context: InterpolationConsistency(), patches=2),
     "cps": RegularizerSpec(CrossPseudoSupervision),
     "dan": RegularizerSpec(DeepAdversarial, needs_labels=True),
 }
@@ -78,16 +81,15 @@ def check_regularizer(name: str, unlabeled_batch: int) -> None:
         )
 
 
-def build_regularizer(plan: Plan, device: torch.device) -> Regularizer | None:
-    """Return the plan's regularizer, or None for `none`.
+def build_regularizer(name: str, context: RegularizerContext) -> Regularizer | None:
+    """Return the regularizer of this name, or None for `none`.
 
-    The initial weights of its own networks depend on the plan alone.
+    The initial weights of its own networks depend on the study's seed alone.
 
     Raises:
         ValueError: the name is unknown.
     """
-    name = plan.regularizer.name
-    return None if name == NONE else _spec(name).build(plan, device)
+    return None if name == NONE else _spec(name).build(context)
 
 
 def teaches(name: str, labeled: int) -> bool:

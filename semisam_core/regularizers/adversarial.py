@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
 from semisam_core.losses import merge_rest
-from semisam_core.regularizers.base import Losses, Step
+from semisam_core.regularizers.base import Losses, RegularizerContext, Step
 from semisam_core.regularizers.own_networks import OwnNetworks, initial_seed
-
-if TYPE_CHECKING:
-    from semisam_core.plan import Plan
 
 FEATURES = (16, 32, 64, 128)
 LEARNING_RATE = 1e-4
@@ -57,15 +52,14 @@ class DeepAdversarial:
     and the term does not apply.
 
     Args:
-        plan: channels, classes and seed.
-        device: where to compute.
+        context: channels, classes, seed and device.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, context: RegularizerContext) -> None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(initial_seed(plan.seed, "discriminator"))
-            discriminator = Discriminator(len(plan.task.channels) + 1 + len(plan.task.classes))
-        self._discriminator = discriminator.to(device)
+            torch.manual_seed(initial_seed(context.seed, "discriminator"))
+            discriminator = Discriminator(context.channels + 1 + context.classes)
+        self._discriminator = discriminator.to(context.device)
         self.own = OwnNetworks(
             {"discriminator": self._discriminator},
             lambda networks: torch.optim.Adam(networks.parameters(), lr=LEARNING_RATE, betas=BETAS),

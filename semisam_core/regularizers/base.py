@@ -1,18 +1,55 @@
-"""What a regularizer sees of one training step, and what it answers."""
+"""What a regularizer is built from, what it sees of one training step, and what it answers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from semisam_core.plan_sections.training import Training
 from semisam_core.regularizers.own_networks import OwnNetworks
 
-if TYPE_CHECKING:
-    from semisam_core.data.patches import Batch
+
+@dataclass(frozen=True)
+class RegularizerContext:
+    """What a regularizer may know of the study before the round begins.
+
+    Attributes:
+        seed: the study's; a regularizer's own networks start from it.
+        channels: of the image.
+        classes: of the foreground.
+        training: optimizer and schedule, for a network that is trained as the student is.
+        new_specialist: seed -> a network of the student's architecture with fresh weights.
+        device: where to compute.
+    """
+
+    seed: int
+    channels: int
+    classes: int
+    training: Training
+    new_specialist: Callable[[int], nn.Module]
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class UnlabeledPatches:
+    """The step's unlabeled batch and its pseudo-labels.
+
+    Attributes:
+        image: (B, C, H, W, D).
+        target: pseudo-label y (B, K, H, W, D) in [0, 1].
+        uncertainty: U, same shape.
+        valid: (B, K) bool, which classes of `target` were accepted.
+    """
+
+    image: Tensor
+    target: Tensor
+    uncertainty: Tensor
+    valid: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,7 +90,7 @@ class Step:
     student: nn.Module
     teacher: nn.Module
     labeled: LabeledPatches | None
-    unlabeled: Batch
+    unlabeled: UnlabeledPatches
     consistency_weight: float
     generalist_weight: float
     generator: torch.Generator

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from semisam_core.losses import confidence_aware_loss, supervised_loss
 from semisam_core.optimizers import build_optimizer, learning_rate
-from semisam_core.regularizers.base import Losses, Step
+from semisam_core.regularizers.base import Losses, RegularizerContext, Step
 from semisam_core.regularizers.own_networks import OwnNetworks, initial_seed
-from semisam_core.specialists import build_specialist
-
-if TYPE_CHECKING:
-    from semisam_core.plan import Plan
 
 
 class CrossPseudoSupervision:
@@ -26,15 +19,12 @@ class CrossPseudoSupervision:
     pseudo-labels, and by the student's most probable class, each term at the student's weight.
 
     Args:
-        plan: architecture, optimizer and schedule, which both networks share.
-        device: where to compute.
+        context: architecture, optimizer and schedule, which both networks share.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        training, specialist = plan.training, plan.specialist
-        channels, classes = len(plan.task.channels), len(plan.task.classes)
-        seed = initial_seed(plan.seed, "second")
-        self._second = build_specialist(specialist.name, specialist.arguments, channels, classes, seed).to(device)
+    def __init__(self, context: RegularizerContext) -> None:
+        training = context.training
+        self._second = context.new_specialist(initial_seed(context.seed, "second")).to(context.device)
         self.own = OwnNetworks(
             {"second": self._second},
             lambda networks: build_optimizer(networks, training.optimizer),

@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 import semisam_core
 from client.app import app
 from client.site import Site
-from semisam_core.agreement import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule, RejectionRule
+from semisam_core.contract import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule, RejectionRule
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan

@@ -13,11 +13,11 @@ import torch
 from client.labeling import Labeler
 from client.site import Site, SiteReport
 from client.site_config import load_site_config
-from semisam_core.agreement import TRAIN_SCALARS
+from semisam_core.contract import TRAIN_SCALARS
 from semisam_core.evaluation import dice_of
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from semisam_core.pseudo_labels import PseudoLabel
+from semisam_core.pseudo_labels.fusion import PseudoLabel
 from tests.conftest import blob, tiny_plan, write_nifti
 from tests.semisam_core.generalists.fake import FakeGeneralist
 
@@ -78,13 +78,13 @@ def test_prototypes_prompt_until_their_last_round_and_the_teacher_from_then_on(
 
     def by_prototypes(self: Labeler, *given: object) -> Callable[..., torch.Tensor]:
         predict_by = rough(self, *given)  # type: ignore[arg-type]
-        return lambda sight: events.append(f"prototypes {sight.scan.id}") or predict_by(sight)  # type: ignore[func-returns-value]
+        return lambda pair: events.append(f"prototypes {pair.scan.id}") or predict_by(pair)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(Labeler, "_by_prototypes", by_prototypes)
     monkeypatch.setattr(
         Labeler,
         "_predict",
-        lambda self, net, sight: events.append(f"teacher {sight.scan.id}") or network(self, net, sight),
+        lambda self, net, pair: events.append(f"teacher {pair.scan.id}") or network(self, net, pair),
     )
     seen = []
     for number in (1, 2, 3, 4, 5):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from client.egress import EgressError, EgressGate, arriving_tensors
 from client.site_config import Egress
-from semisam_core.agreement import RefusalRule, TensorSpec, weights_sha256
+from semisam_core.contract import RefusalRule, TensorSpec, weights_sha256
 from semisam_core.files import read_json_lines
 
 SPEC = {"a": TensorSpec((2, 3), torch.float32), "b": TensorSpec((4,), torch.float32)}

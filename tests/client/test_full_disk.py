@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import semisam_core
 from client.app import app
-from semisam_core.agreement import REFUSAL_RECORD, SPECIALIST_RECORD, STUDY_RECORD
+from semisam_core.contract import REFUSAL_RECORD, SPECIALIST_RECORD, STUDY_RECORD
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan

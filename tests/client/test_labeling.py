@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.labeling import Labeler, Sight
-from client.progress import Progress
+from client.labeling import Labeler, ScanPair
+from client.progress import ProgressLog
 from client.site import Site
 from client.site_config import load_site_config
 from semisam_core.files import read_json_lines
@@ -54,7 +54,9 @@ def test_labeled_scans_are_looked_at_only_when_labels_are_made_anew(make_site: M
     looked: list[int] = []
 
     def labels(round_number: int) -> dict[str, object]:
-        labeler = Labeler(config, plan, tmp_path / "run", torch.device("cpu"), Progress(tmp_path / "p", round_number))
+        labeler = Labeler(
+            config, plan, tmp_path / "run", torch.device("cpu"), ProgressLog(tmp_path / "p", round_number)
+        )
         unlabeled = [(case, load) for case, load in _cases(site)]
         return dict(labeler.labels(round_number, teacher, unlabeled, [("case-0", lambda: looked.append(round_number))]))
 
@@ -72,11 +74,11 @@ def test_generalists_look_on_a_grid_of_their_own_and_the_specialist_learns_on_it
     plan = tiny_plan("data.spacing_mm=[4, 4, 4]", "data.patch=[8, 8, 8]", "pseudo_labels.spacing_mm=[2, 2, 2]", *EAGER)
     site = Site(load_site_config(make_site()), plan, "run", 1)
     [(_, load)] = _cases(site)
-    sight = load()
-    assert isinstance(sight, Sight)
-    assert sight.scan.image.shape[1:] == (12, 12, 8)
-    assert sight.closer.image.shape[1:] == (24, 24, 16)
-    label = site._labeler.ask(sight, new_specialist(plan))
+    pair = load()
+    assert isinstance(pair, ScanPair)
+    assert pair.scan.image.shape[1:] == (12, 12, 8)
+    assert pair.closer.image.shape[1:] == (24, 24, 16)
+    label = site._labeler.ask(pair, new_specialist(plan))
     assert label.target.shape == label.uncertainty.shape == (1, 12, 12, 8)
     [fake] = site._labeler.generalists
     assert isinstance(fake, FakeGeneralist)
@@ -88,12 +90,10 @@ def test_a_pseudo_label_lies_where_it_was_found_on_the_finer_grid(make_site: Mak
     plan = tiny_plan("data.spacing_mm=[4, 4, 4]", "data.patch=[8, 8, 8]", "pseudo_labels.spacing_mm=[2, 2, 2]")
     site = Site(load_site_config(make_site()), plan, "run", 1)
     [(_, load)] = _cases(site)
-    sight = load()
-    assert isinstance(sight, Sight)
-    label = site._labeler.ask(sight, _BrightVoxels())
-    said, there = (
-        torch.nonzero(mask).double().mean(0) for mask in (label.generalist[0] > 0.5, sight.scan.image[0] > 1)
-    )
+    pair = load()
+    assert isinstance(pair, ScanPair)
+    label = site._labeler.ask(pair, _BrightVoxels())
+    said, there = (torch.nonzero(mask).double().mean(0) for mask in (label.generalist[0] > 0.5, pair.scan.image[0] > 1))
     assert bool(((said - there).abs() < 0.5).all())
 
 
@@ -106,7 +106,7 @@ class _BrightVoxels(torch.nn.Module):
 
 
 def test_a_phase_with_nothing_to_do_is_not_reported(tmp_path: Path) -> None:
-    progress = Progress(tmp_path / "progress.jsonl", 1)
+    progress = ProgressLog(tmp_path / "progress.jsonl", 1)
     progress("pseudo-label", 0, 0, "scans")
     assert not (tmp_path / "progress.jsonl").exists()
     progress("pseudo-label", 0, 1, "scans")

@@ -10,12 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cli.inprocess_grid import run_in_process
 from client.app import app as client_app
 from client.site import Site, WeightsNotAgreedError
 from client.site_config import load_site_config
 from client.state import RunState
-from semisam_core.agreement import disagreement, specialist_spec, travelling
+from engines.in_process_grid import run_in_process
+from semisam_core.contract import disagreement, specialist_spec, travelling
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan

@@ -18,7 +18,7 @@ from semisam_core.files import read_json_lines
 from semisam_core.generalists.base import PromptKind, Prompts, Segmentation, VolumeGrid
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from semisam_core.pseudo_labels import PseudoLabelStore
+from semisam_core.pseudo_labels.store import PseudoLabelStore
 from tests.conftest import balls, tiny_plan, write_balls, write_site
 from tests.semisam_core.generalists.fake import FakeGeneralist
 

@@ -13,7 +13,7 @@ import torch
 
 from client.site import NoUsableCaseError, Site, WeightsNotAgreedError
 from client.site_config import load_site_config
-from semisam_core.agreement import TRAIN_SCALARS, evaluation_scalars
+from semisam_core.contract import TRAIN_SCALARS, evaluation_scalars
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist

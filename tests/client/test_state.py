@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.progress import Progress
+from client.progress import ProgressLog
 from client.state import RunState
 from semisam_core.files import read_json_lines
 
@@ -51,7 +51,7 @@ def test_a_damaged_teacher_counts_as_absent(tmp_path: Path) -> None:
 
 
 def test_progress_always_says_the_first_and_the_last(tmp_path: Path) -> None:
-    progress = Progress(tmp_path / "progress.jsonl", 2)
+    progress = ProgressLog(tmp_path / "progress.jsonl", 2)
     for done in range(1001):
         progress("train", done, 1000, "steps")
     lines = read_json_lines(tmp_path / "progress.jsonl")
@@ -62,4 +62,4 @@ def test_progress_always_says_the_first_and_the_last(tmp_path: Path) -> None:
 
 def test_progress_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "progress.jsonl").mkdir()
-    Progress(tmp_path / "progress.jsonl", 1)("train", 0, 10, "steps")
+    ProgressLog(tmp_path / "progress.jsonl", 1)("train", 0, 10, "steps")

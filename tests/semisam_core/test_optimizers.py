@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from semisam_core.optimizers import GRADIENT_NORM, build_optimizer, descend
-from semisam_core.plan import Optimizer
+from semisam_core.plan_sections.training import Optimizer
 
 
 def _network() -> nn.Linear:

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from semisam_core.calibration import LabeledExample, learn
 from semisam_core.data.scans import keep_classes
 from semisam_core.generalists import EmbeddingStore
 from semisam_core.inference import new_specialist
 from semisam_core.losses import merge_rest, supervised_loss
-from semisam_core.pseudo_labels import Experience
+from semisam_core.pseudo_labels.calibration import LabeledExample, calibrate
+from semisam_core.pseudo_labels.fusion import Calibration
 from semisam_core.regularizers import Step
 from tests.conftest import balls, tiny_plan
 from tests.semisam_core.generalists.fake import FakeGeneralist
+from tests.semisam_core.pseudo_labels.test_calibration import Vague
 from tests.semisam_core.regularizers.steps import built, noise, step_of
-from tests.semisam_core.test_calibration import Vague
 
 CLASSES = 3
 THREE = "task.classes=[{name: a, value: 1}, {name: b, value: 2}, {name: c, value: 3}]"
@@ -170,12 +170,12 @@ def test_volumes_and_trust_are_learned_of_annotated_classes_alone(tmp_path: Path
     teacher = functional.one_hot(label.long(), 4).movedim(-1, 0).float()
     models, plan = [FakeGeneralist(), Vague()], tiny_plan(THREE)
 
-    def experience(drawn: Tensor, name: str, annotated: tuple[int, ...] | None) -> Experience:
+    def calibration(drawn: Tensor, name: str, annotated: tuple[int, ...] | None) -> Calibration:
         example = LabeledExample(volume, drawn, teacher)
-        return learn([example], models, EmbeddingStore(tmp_path / name, 10**9), plan, annotated)
+        return calibrate([example], models, EmbeddingStore(tmp_path / name, 10**9), plan, annotated)
 
-    whole, partial = experience(label, "a", (1,)), experience(keep_classes(label, (1,)), "b", (1,))
+    whole, partial = calibration(label, "a", (1,)), calibration(keep_classes(label, (1,)), "b", (1,))
     assert whole == partial
     assert partial.volumes_ml == (((label == 1).sum().item() * 8 / 1000,), (), ())
-    misled = experience(keep_classes(label, (1,)), "c", None)
+    misled = calibration(keep_classes(label, (1,)), "c", None)
     assert misled.trust["fake"] < partial.trust["fake"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from semisam_core.agreement import travelling
+from semisam_core.contract import travelling
 from semisam_core.data.patches import TrainingScan
 from semisam_core.inference import new_specialist
 from semisam_core.losses import proximal_loss

@@ -13,10 +13,10 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 
-from cli.inprocess_grid import InProcessGrid
-from semisam_core.agreement import METRICS_RECORD, REFUSAL_RECORD, SITE_RECORD, SPECIALIST_RECORD, STUDY_RECORD
+from engines.in_process_grid import InProcessGrid
+from semisam_core.contract import METRICS_RECORD, REFUSAL_RECORD, SITE_RECORD, SPECIALIST_RECORD, STUDY_RECORD
 from semisam_core.plan import Plan
-from server.post import Clock
+from server.messages import Clock
 from server.run_folder import RunFolder
 from server.study import Study
 from tests.conftest import tiny_plan

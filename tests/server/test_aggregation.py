@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semisam_core.plan import Aggregation
+from semisam_core.plan_sections.aggregation import Aggregation
 from server.aggregation import evidence_weights, weighted_mean
 from server.updates import MemoryUpdate
 

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType
 from flwr.common.constant import ErrorCode
 
-from semisam_core.agreement import SITE_RECORD
+from semisam_core.contract import SITE_RECORD
 from tests.server.scripted import (
     ScriptedGrid,
     answer_well,

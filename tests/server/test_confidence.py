@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cli.inprocess_grid import run_in_process
 from client.app import app as client_app
 from client.site import Site
 from client.site_config import load_site_config
+from engines.in_process_grid import run_in_process
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan

@@ -13,7 +13,7 @@ import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.constant import ErrorCode
 
-from semisam_core.agreement import SITE_RECORD
+from semisam_core.contract import SITE_RECORD
 from server.run_folder import RunFolder
 from server.study import StudyFailedError
 from tests.server.scripted import (

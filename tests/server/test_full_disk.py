@@ -13,7 +13,7 @@ import pytest
 import yaml
 from flwr.app import Context, Message, MessageType, RecordDict
 
-from semisam_core.agreement import weights_sha256
+from semisam_core.contract import weights_sha256
 from semisam_core.plan import Plan
 from server.app import app as server_app
 from server.run_folder import RecordNotKeptError, RunFolder

@@ -15,9 +15,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from torch import Tensor
 
-from semisam_core.aggregation_plan import Admission
-from semisam_core.agreement import RejectionRule
-from semisam_core.plan import Aggregation, Plan
+from semisam_core.contract import RejectionRule
+from semisam_core.plan import Plan
+from semisam_core.plan_sections.aggregation import Admission, Aggregation
 from server.admission import Admitted, Rejected
 from server.aggregation import combine, votes
 from server.outliers import outliers

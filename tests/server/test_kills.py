@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 import server.study
-from cli.inprocess_grid import InProcessGrid
-from cli.results import as_json, collect
 from client.app import app as client_app
+from engines.in_process_grid import InProcessGrid
+from engines.results import as_json, collect
 from semisam_core import files
-from semisam_core.agreement import weights_sha256
+from semisam_core.contract import weights_sha256
 from semisam_core.files import read_json_lines
 from semisam_core.plan import Plan
-from server.post import Post
+from server.messages import Mailbox
 from server.run_folder import RunFolder
 from server.study import Study
 from server.updates import UpdateShelf
@@ -79,7 +79,7 @@ def _second(round_number: int) -> Callable[..., bool]:
 
 
 def _configure() -> None:
-    _die_at(Post, "ask", lambda _, node, site, kind, number, *rest: (site, kind, number) == ("beta", "train", 2))
+    _die_at(Mailbox, "ask", lambda _, node, site, kind, number, *rest: (site, kind, number) == ("beta", "train", 2))
 
 
 def _receive() -> None:

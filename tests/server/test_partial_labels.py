@@ -11,11 +11,11 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from cli.checks import check_study, study_table
-from cli.inprocess_grid import run_in_process
 from client.app import app as client_app
 from client.site import Site
 from client.site_config import load_site_config
+from engines.in_process_grid import run_in_process
+from experiments.checks import check_study, study_table
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.scans import load_scan
 from semisam_core.errors import ConfigError

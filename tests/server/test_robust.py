@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from semisam_core.plan import Aggregation
+from semisam_core.plan_sections.aggregation import Aggregation
 from server import robust
 from server.aggregation import combine, votes, weighted_mean
 from server.updates import MemoryUpdate, UpdateShelf

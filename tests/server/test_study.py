@@ -15,9 +15,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
-from cli.inprocess_grid import InProcessGrid, run_in_process
 from client.app import app as client_app
 from client.site import Site
+from engines.in_process_grid import InProcessGrid, run_in_process
 from semisam_core.errors import ConfigError
 from semisam_core.files import read_json_lines
 from semisam_core.plan import Plan

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from semisam_core.plan_sections.pseudo_labels import Gates, Prompting
 from semisam_core.prompting import Refusal, Region, find_region, meaningful_components
-from semisam_core.pseudo_label_plan import Gates, Prompting
 
 SPACING = (2.0, 2.0, 4.0)
 OPEN = Gates(minimum_volume_ml=0.0, maximum_volume_ml=1e6)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semisam_core.generalists.base import PromptKind, Prompts, Segmentation
-from semisam_core.prompting import Question, Region, consult
+from semisam_core.plan_sections.pseudo_labels import USABLE_KINDS, Prompting, Strategy
+from semisam_core.prompting import PromptRequest, Region, consult
 from semisam_core.prompting.strategies import prompted_slices
-from semisam_core.pseudo_label_plan import USABLE_KINDS, Prompting, Strategy
 
 SHAPE = (20, 18, 12)
 SPACING = (2.0, 2.0, 4.0)
@@ -46,11 +46,11 @@ class Listener:
 
 def _question(
     strategy: Strategy, kinds: set[PromptKind], ask: Listener, others: np.ndarray | None = None, **settings: object
-) -> Question:
+) -> PromptRequest:
     region = Region(TARGET, np.zeros(SHAPE, bool) if others is None else others, SPACING)
     probability = torch.from_numpy(TARGET).float() * 0.8 + 0.1
     prompting = Prompting(strategy=strategy, smooth_slices=1).model_copy(update=settings)
-    return Question(region, probability, frozenset(kinds), prompting, ask)
+    return PromptRequest(region, probability, frozenset(kinds), prompting, ask)
 
 
 def _inside(prompts: Prompts, mask: np.ndarray) -> list[bool]:

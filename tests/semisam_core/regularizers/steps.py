@@ -7,10 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from semisam_core.data.patches import Batch
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from semisam_core.regularizers import REGULARIZERS, LabeledPatches, Losses, Regularizer, Step, build_regularizer
+from semisam_core.regularizers import REGULARIZERS, LabeledPatches, Losses, Regularizer, Step, UnlabeledPatches
+from semisam_core.training import new_regularizer
 from tests.conftest import tiny_plan
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def plan_of(name: str, *changes: str) -> Plan:
 
 
 def built(name: str, *changes: str) -> Regularizer:
-    regularizer = build_regularizer(plan_of(name, *changes), CPU)
+    regularizer = new_regularizer(plan_of(name, *changes), CPU)
     assert regularizer is not None
     return regularizer
 
@@ -34,12 +34,12 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def unlabeled_batch(image: Tensor, classes: int = 1, pseudo_label: bool = False) -> Batch:
+def unlabeled_batch(image: Tensor, classes: int = 1, pseudo_label: bool = False) -> UnlabeledPatches:
     """Return unlabeled patches; a pseudo-label marks the voxels above 0 in the first channel as every class."""
     count, _, *sides = image.shape
     target = (image[:, :1] > 0).float().expand(count, classes, *sides)
     valid = torch.full((count, classes), pseudo_label)
-    return Batch(image, None, target, torch.zeros_like(target), valid)
+    return UnlabeledPatches(image, target, torch.zeros_like(target), valid)
 
 
 def step_of(

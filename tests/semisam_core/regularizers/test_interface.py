@@ -12,7 +12,8 @@ from semisam_core.errors import ConfigError
 from semisam_core.inference import new_specialist
 from semisam_core.optimizers import learning_rate
 from semisam_core.plan import Plan
-from semisam_core.regularizers import REGULARIZERS, build_regularizer, check_regularizer, teaches
+from semisam_core.regularizers import REGULARIZERS, check_regularizer, teaches
+from semisam_core.training import new_regularizer
 from tests.conftest import TINY_PLAN, tiny_plan
 from tests.semisam_core.regularizers.steps import (
     CPU,
@@ -102,7 +103,7 @@ def test_a_site_without_labels_has_finite_losses(name: str) -> None:
 def test_several_classes_are_no_special_case(name: str) -> None:
     two = '[{"name": "blob", "value": 1}, {"name": "rim", "value": 2}]'
     plan = plan_of(name, f"task.classes={two}")
-    regularizer = build_regularizer(plan, CPU)
+    regularizer = new_regularizer(plan, CPU)
     assert regularizer is not None
     student = new_specialist(plan)
     loss = regularizer.losses(step_of(student, classes=2, pseudo_label=True)).student
@@ -172,7 +173,7 @@ def test_the_student_is_asked_about_the_unlabeled_patches_only_once_and_only_if_
 
 
 def test_none_is_no_regularizer() -> None:
-    assert build_regularizer(tiny_plan("regularizer.name=none"), CPU) is None
+    assert new_regularizer(tiny_plan("regularizer.name=none"), CPU) is None
 
 
 ACCEPTED = "accepted: cps, dan, entropy-minimisation, ict, mean-teacher, none, ua-mt"

@@ -12,11 +12,10 @@ from torch import Tensor
 from client.site import Site, SiteReport
 from client.site_config import load_site_config
 from client.state import RunState
-from semisam_core.agreement import TRAIN_SCALARS, disagreement, specialist_spec
+from semisam_core.contract import TRAIN_SCALARS, disagreement, specialist_spec
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from semisam_core.regularizers import build_regularizer
-from semisam_core.training import new_teacher, train_round
+from semisam_core.training import new_regularizer, new_teacher, train_round
 from tests.semisam_core.regularizers.steps import CPU, NAMES, WITH_NETWORKS, noise, plan_of
 from tests.semisam_core.test_training import _labeled, _unlabeled
 
@@ -97,7 +96,7 @@ def test_networks_of_its_own_are_trained_with_the_student_and_kept_at_the_site(m
     plan, path = plan_of(name), make_site()
     list(_rounds(path, plan))
     assert [file.stem for file in _kept(path)] == ["networks-00001", "networks-00002"]
-    fresh = build_regularizer(plan, CPU)
+    fresh = new_regularizer(plan, CPU)
     assert fresh is not None
     assert fresh.own is not None
     state = RunState(load_site_config(path).storage.folder, "run")
@@ -157,7 +156,7 @@ def test_kept_networks_that_are_of_no_use_begin_anew(make_site: MakeSite, damage
 def test_the_discriminator_is_not_trained_at_a_site_without_labels(make_site: MakeSite) -> None:
     plan, path = plan_of("dan", *EAGER), make_site(data=UNLABELED)
     list(_rounds(path, plan))
-    fresh = build_regularizer(plan, CPU)
+    fresh = new_regularizer(plan, CPU)
     kept = RunState(load_site_config(path).storage.folder, "run").load_networks(before=3)
     assert fresh is not None
     assert fresh.own is not None

@@ -16,7 +16,7 @@ from opacus import GradSampleModule
 from safetensors.torch import load_file
 from torch import nn
 
-from semisam_core.agreement import specialist_spec
+from semisam_core.contract import specialist_spec
 from semisam_core.files import save_tensors
 from semisam_core.losses import supervised_loss
 from semisam_core.specialists import build_specialist, check_specialist, outline_specialist, patch_divisor

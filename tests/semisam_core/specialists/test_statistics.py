@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from semisam_core.agreement import disagreement, specialist_spec, travelling
+from semisam_core.contract import disagreement, specialist_spec, travelling
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from semisam_core.specialists import batch_norm_tensors, build_specialist

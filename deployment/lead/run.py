@@ -1,0 +1,264 @@
+"""Submit a run of the study, follow it, and say the truth about its end; go on with one that was cut short."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from deployment.invitation import sha256
+from deployment.lead.service import alone, control_of, find, log_file
+from deployment.lead.study_folder import LeadError, StudyFolder
+from engines.flower_control import FlowerControl, FlowerError, FlowerRun
+from engines.monitor import RunMonitor
+from engines.processes import ProcessTree
+from engines.results import as_json, collect, results_table
+from engines.run_state import COMPLETED, longest, record_end, run_reason, run_state, settled
+from semisam_core.configuration import StrictModel, parse, read_yaml
+from semisam_core.errors import ConfigError
+from semisam_core.files import read_json_lines, write_atomically, write_json
+from semisam_core.plan import Plan, load_plan
+
+TICK_S = 0.5
+ASK_EVERY_S = 10.0
+UNREACHABLE_S = 180.0
+SERVER_APP_GONE_S = 30.0
+KILLED_S = 5.0
+RECORD = "lead.json"
+
+
+class RunRecord(StrictModel):
+    """What the lead keeps of a run beside what the server keeps.
+
+    Attributes:
+        created: when it was submitted first, in seconds since 1970.
+        sites: how many sites it waits for.
+        code_hash: SHA-256 of the code that was submitted last.
+    """
+
+    created: float
+    sites: int
+    code_hash: str
+
+    @classmethod
+    def of(cls, folder: Path) -> RunRecord:
+        """Read a run folder's record.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        return parse(cls, read_yaml(folder / RECORD), str(folder / RECORD))
+
+    def write(self, folder: Path) -> None:
+        """Keep it."""
+        write_json(folder / RECORD, self.model_dump())
+
+
+@dataclass(frozen=True)
+class LeadRun:
+    """A run that Flower works at.
+
+    Attributes:
+        study: whose run it is.
+        folder: its run folder.
+        run_id: Flower's number of it.
+        plan: the plan that it was begun with.
+    """
+
+    study: StudyFolder
+    folder: Path
+    run_id: int
+    plan: Plan
+
+    def follow(self, control: FlowerControl, console: Console) -> bool:
+        """Show the run until it ends, write its report; return whether it completed.
+
+        Raises:
+            LeadError: the SuperLink ended before the run did, or cannot be asked any more.
+        """
+        console.print(f"Run folder: {self.folder}", highlight=False, markup=False, soft_wrap=True)
+        with RunMonitor(self.study.settings.name, self.folder, {}, console) as monitor:
+            run = self._wait(control, monitor.tick)
+        end = run.end or "unknown"
+        record_end(self.folder, end, run.details)
+        self._report(console)
+        completed = end == COMPLETED and run_state(self.folder) == COMPLETED
+        if not completed:
+            console.print(f"The run did not complete: {run_reason(self.folder)}", highlight=False, markup=False)
+        return completed
+
+    def _wait(self, control: FlowerControl, on_tick: Callable[[], None]) -> FlowerRun:
+        deadline = time.monotonic() + longest(self.plan)
+        asked, answered = time.monotonic(), time.monotonic()
+        while time.monotonic() < deadline:
+            on_tick()
+            if find(self.study) is None:
+                raise LeadError(
+                    f"the SuperLink ended before the run did; its log is {log_file(self.study)}. Finished rounds are "
+                    "kept: `semisam lead start`, then `semisam lead run --resume` go on."
+                )
+            if settled(self.folder) or time.monotonic() - asked > ASK_EVERY_S:
+                try:
+                    if (run := control.run(self.run_id)).finished:
+                        return run
+                    answered = time.monotonic()
+                except FlowerError:
+                    if time.monotonic() - answered > UNREACHABLE_S:
+                        raise
+                asked = time.monotonic()
+            time.sleep(TICK_S)
+        control.stop(self.run_id)
+        raise LeadError("the run took longer than all its deadlines together and was stopped.")
+
+    def _report(self, console: Console) -> None:
+        lines = read_json_lines(self.folder / "metrics.jsonl")
+        selected = [line for line in lines if line["event"] == "selected"]
+        chosen_by = selected[-1]["by"] if selected else "nothing, the study did not finish"
+        results = collect(self.folder, {}, self.plan.class_names)
+        write_json(self.folder / "results.json", {"plan_hash": self.plan.hash, "sites": as_json(results)})
+        if results:
+            console.print(results_table(results, f"{self.plan.task.name}, {self.folder.name}", chosen_by))
+
+
+def new_run(study: StudyFolder, control: FlowerControl, sites: int | None) -> LeadRun:
+    """Submit a new run of the study's plan.
+
+    Raises:
+        ConfigError: the plan is wrong.
+        LeadError: a run is in progress, or is being submitted.
+        FlowerError: it was not taken.
+    """
+    with _submitting(study):
+        return _new_run(study, control, sites)
+
+
+def _new_run(study: StudyFolder, control: FlowerControl, sites: int | None) -> LeadRun:
+    if active := control.unfinished_runs():
+        raise LeadError(
+            f"a run is in progress: {active[-1].config.get('run-folder')}. `semisam lead run --resume` follows it, "
+            "`semisam lead stop --run` stops it."
+        )
+    plan = study.plan()
+    began = time.time()
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(began))
+    folder = study.runs / f"{plan.task.name}-{stamp}"
+    folder.mkdir(parents=True)
+    write_atomically(folder / "plan.yaml", study.plan_path.read_bytes())
+    record = RunRecord(created=began, sites=sites or study.settings.sites, code_hash=sha256(study.code()))
+    return _submit(study, control, folder, plan, record)
+
+
+def resumed_run(study: StudyFolder, control: FlowerControl, sites: int | None, console: Console) -> LeadRun:
+    """Return the run that is in progress, or submit the last one that did not complete once more.
+
+    Raises:
+        LeadError: there is none, or a run is being submitted.
+        FlowerError: Flower cannot be asked, or did not take it.
+    """
+    with _submitting(study):
+        return _resumed_run(study, control, sites, console)
+
+
+def _resumed_run(study: StudyFolder, control: FlowerControl, sites: int | None, console: Console) -> LeadRun:
+    if active := control.unfinished_runs():
+        run = active[-1]
+        folder = Path(str(run.config.get("run-folder", "")))
+        if folder.parent != study.runs or not (folder / "plan.yaml").exists():
+            raise LeadError(
+                f"a run that is not of this study is in progress: {folder}. `semisam lead stop --run` ends it."
+            )
+        console.print("The run is still in progress; following it.")
+        return LeadRun(study, folder, run.run_id, load_plan(folder / "plan.yaml"))
+    last = last_run(study)
+    if last is None or run_state(last) == COMPLETED:
+        raise LeadError("no run was cut short; `semisam lead run` begins a new one.")
+    kept, code_hash = RunRecord.of(last), sha256(study.code())
+    if kept.code_hash != code_hash:
+        console.print("The study's code was changed since this run began; it goes on with the new code.")
+    record = RunRecord(created=kept.created, sites=sites or kept.sites, code_hash=code_hash)
+    return _submit(study, control, last, load_plan(last / "plan.yaml"), record)
+
+
+def last_run(study: StudyFolder) -> Path | None:
+    """Return the folder of the run that was begun last."""
+    begun: list[tuple[float, Path]] = []
+    for path in study.runs.glob(f"*/{RECORD}"):
+        try:
+            begun.append((RunRecord.of(path.parent).created, path.parent))
+        except ConfigError:
+            continue
+    return max(begun)[1] if begun else None
+
+
+def stop_runs(study: StudyFolder) -> list[Path]:
+    """Stop whatever run is in progress; return the folders. Returns when no process works at them any more.
+
+    Raises:
+        LeadError: the SuperLink does not run, or the server's program could not be ended.
+    """
+    with control_of(study) as control:
+        active = control.unfinished_runs()
+        for run in active:
+            control.stop(run.run_id)
+    _wait_for_server_app(study)
+    folders = [Path(str(run.config.get("run-folder", ""))) for run in active]
+    for folder in folders:
+        if folder.is_dir():
+            record_end(folder, "stopped", "`semisam lead stop --run` was given.")
+    return folders
+
+
+def _submitting(study: StudyFolder) -> contextlib.AbstractContextManager[None]:
+    """Let one command at a time look for a run in progress and submit one: two must never write one run folder."""
+    return alone(study, "submitting", "submitting a run")
+
+
+def _submit(study: StudyFolder, control: FlowerControl, folder: Path, plan: Plan, record: RunRecord) -> LeadRun:
+    _wait_for_server_app(study)  # two programs must never write one run folder
+    record.write(folder)
+    (folder / "status.json").unlink(missing_ok=True)  # how it ended last time is not how it will end
+    config: dict[str, str | int] = {
+        "plan": str(folder / "plan.yaml"),
+        "num-sites": record.sites,
+        "run-folder": str(folder),
+    }
+    return LeadRun(study, folder, control.submit(study.code(), config), plan)
+
+
+def _wait_for_server_app(study: StudyFolder) -> None:
+    """Wait for the program of an earlier run to end, and end it if it does not.
+
+    Raises:
+        LeadError: it cannot be ended.
+    """
+    service = find(study)
+    if service is None:
+        raise LeadError("the SuperLink ended meanwhile; `semisam lead start` starts it.")
+    tree = ProcessTree(service.mark)
+    for wait_s, end in ((SERVER_APP_GONE_S, False), (KILLED_S, True)):
+        deadline = time.monotonic() + wait_s
+        while working := [process for process in tree.alive() if _is_server_app(process)]:
+            if time.monotonic() > deadline:
+                break
+            if end:
+                for process in working:
+                    with contextlib.suppress(psutil.Error):
+                        process.kill()
+            time.sleep(TICK_S)
+        else:
+            return
+    raise LeadError("the program of an earlier run still works and cannot be ended; `semisam lead stop` and start.")
+
+
+def _is_server_app(process: psutil.Process) -> bool:
+    """Return whether this is a run's program at work; one that has ended and was not waited for is not."""
+    try:
+        named = any("flwr-serverapp" in part for part in process.cmdline())
+        return named and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

@@ -1,0 +1,314 @@
+"""The study folder: what the collaboration's lead keeps, and the file that says where sites find the server."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationInfo, field_validator
+
+from deployment.invitation import Invitation, check_address, installed_versions, sha256, write_invitation
+from deployment.lead.pki import CA_CERTIFICATE, check_host, write_certificates
+from engines.bundle import build_bundle
+from semisam_core.configuration import Name, StrictModel, parse, read_yaml
+from semisam_core.errors import ConfigError, SemiSAMError
+from semisam_core.files import write_atomically
+from semisam_core.plan import Plan, load_plan
+
+FILE = "study.yaml"
+VALID_DAYS = 730
+LOCAL_ONLY = "127.0.0.1"
+SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+TEMPLATE = """\
+# A federated study, at its lead. Sites never see this file; what they get is in sites/*.invitation.zip.
+version: 1
+
+# Lowercase letters, digits and dashes. Appears in invitations and certificates.
+name: {name}
+
+# Host names or IP addresses by which sites reach this server. Invitations tell the first; the server's certificate
+# names them all. Certificates are made once, by `semisam lead init`: a name that is added here is not in them.
+hosts: {hosts}
+
+# The address that the server listens at, and the one port that sites connect to. 0.0.0.0 is every network of this
+# machine, 127.0.0.1 this machine only.
+bind: {bind}
+port: {port}
+
+# Everything but the sites: submitting, stopping, registering. This machine's loopback only, never the network. Flower
+# asks nobody who they are there, so whoever can log in to this machine can use it.
+control_port: {control_port}
+
+# How many sites a run waits for.
+sites: {sites}
+
+# How long the certificates were made to be good for, in days.
+valid_days: {valid_days}
+"""
+
+
+class LeadError(SemiSAMError):
+    """Something that the lead asked for cannot be done as things stand; the message says why and what can."""
+
+
+class Settings(StrictModel):
+    """The content of study.yaml."""
+
+    version: int = Field(ge=1, le=1)
+    name: Name
+    hosts: tuple[str, ...] = Field(min_length=1, max_length=32)
+    bind: str
+    port: int = Field(ge=1, le=65535)
+    control_port: int = Field(ge=1, le=65535)
+    sites: int = Field(ge=1, le=10_000)
+    valid_days: int = Field(ge=1, le=3650)
+
+    @field_validator("hosts")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            check_host(host)
+        return value
+
+    @field_validator("bind")
+    @classmethod
+    def _bind(cls, value: str) -> str:
+        try:
+            ipaddress.ip_address(value)
+        except ValueError:
+            raise ValueError("an IP address of this machine is expected, or 0.0.0.0 for all") from None
+        return value
+
+    @field_validator("control_port")
+    @classmethod
+    def _two_ports(cls, value: int, info: ValidationInfo) -> int:
+        if value == info.data.get("port"):
+            raise ValueError("port and control_port must differ")
+        return value
+
+    @property
+    def address(self) -> str:
+        """Where sites find the server, as host:port."""
+        host = self.hosts[0]
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    @property
+    def control_address(self) -> str:
+        """Where the lead's own commands find it, as host:port."""
+        return f"{LOCAL_ONLY}:{self.control_port}"
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study folder that has been read.
+
+    Attributes:
+        folder: its absolute path.
+        settings: the content of its study.yaml.
+    """
+
+    folder: Path
+    settings: Settings
+
+    @classmethod
+    def load(cls, folder: Path) -> StudyFolder:
+        """Read a study folder.
+
+        Raises:
+            ConfigError: it is none, or its study.yaml is wrong.
+        """
+        path = folder / FILE
+        if not path.exists():
+            raise ConfigError(f"{folder}: this is no study folder (it has no {FILE}); make one: semisam lead init.")
+        return cls(folder.resolve(), parse(Settings, read_yaml(path), str(path)))
+
+    @property
+    def plan_path(self) -> Path:
+        """The study plan."""
+        return self.folder / "plan.yaml"
+
+    @property
+    def code_path(self) -> Path:
+        """The bundle of code that sites are asked to approve and that runs."""
+        return self.folder / "code.fab"
+
+    @property
+    def tls(self) -> Path:
+        """Certificates and their keys."""
+        return self.folder / "tls"
+
+    @property
+    def ca(self) -> Path:
+        """The certificate of the study's own authority."""
+        return self.tls / CA_CERTIFICATE
+
+    @property
+    def keys(self) -> Path:
+        """Public keys of the sites that are admitted, <site>.pub."""
+        return self.folder / "keys"
+
+    @property
+    def invitations(self) -> Path:
+        """What sites are sent, <site>.invitation.zip."""
+        return self.folder / "sites"
+
+    @property
+    def runs(self) -> Path:
+        """One run folder a run."""
+        return self.folder / "runs"
+
+    @property
+    def server(self) -> Path:
+        """The SuperLink's own files: database, Flower's home, log."""
+        return self.folder / "server"
+
+    def plan(self) -> Plan:
+        """Read the plan.
+
+        Raises:
+            ConfigError: it is missing or wrong.
+        """
+        return load_plan(self.plan_path)
+
+    def code(self) -> bytes:
+        """Return the bundle of code.
+
+        Raises:
+            LeadError: it is not there.
+        """
+        try:
+            return self.code_path.read_bytes()
+        except OSError as error:
+            raise LeadError(
+                f"{self.code_path}: cannot be read ({error.strerror}); `semisam lead code --update` makes it."
+            ) from None
+
+    def installed_code_differs(self) -> bool:
+        """Return whether the code that is installed here is not the code that is kept."""
+        return build_bundle() != self.code()
+
+    def update_code(self) -> None:
+        """Keep the code that is installed here."""
+        write_atomically(self.code_path, build_bundle())
+
+    def invite(self, site: str) -> Path:
+        """Write a site's invitation; return where.
+
+        Raises:
+            ConfigError: the plan or the name is wrong.
+            InvitationError: a site would refuse it.
+        """
+        check_site_name(site)
+        plan, text = self.plan(), self.plan_path.read_bytes()
+        invitation = Invitation(
+            study=self.settings.name,
+            site=site,
+            address=self.settings.address,
+            plan=plan,
+            plan_text=text,
+            ca_certificate=self.ca.read_bytes(),
+            code=self.code(),
+            versions=installed_versions(),
+        )
+        path = self.invitations / f"{site}.invitation.zip"
+        write_invitation(path, invitation)
+        return path
+
+
+@dataclass(frozen=True)
+class NewStudy:
+    """What a new study folder is made of.
+
+    Attributes:
+        folder: where; must be empty or missing.
+        plan: a plan to copy, or None for the commented template.
+        hosts: names or addresses by which sites reach the server; none for this machine only.
+        port: the port that sites connect to.
+        sites: how many a run waits for.
+    """
+
+    folder: Path
+    plan: Path | None
+    hosts: Sequence[str]
+    port: int
+    sites: int
+
+    def write(self) -> StudyFolder:
+        """Make the folder: settings, plan, certificates, code.
+
+        Raises:
+            ConfigError: the folder is taken, or plan, host or port are wrong.
+        """
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ConfigError(f"{self.folder}: exists and is not empty; a study is made in a folder of its own.")
+        for host in self.hosts:
+            check_host(host)
+        text = self._plan_text()
+        settings_text = self._settings_text()
+        settings = parse(Settings, yaml.safe_load(settings_text), FILE)
+        check_address(settings.address)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        study = StudyFolder(self.folder.resolve(), settings)
+        write_certificates(study.tls, settings.name, settings.hosts, settings.valid_days)
+        for folder in (study.keys, study.invitations, study.runs, study.server):
+            folder.mkdir(mode=0o700)
+        write_atomically(study.plan_path, text)
+        study.update_code()
+        write_atomically(self.folder / FILE, settings_text.encode())  # last: a folder without it is no study yet
+        return study
+
+    def _plan_text(self) -> bytes:
+        path = self.plan or template_plan()
+        load_plan(path)
+        return path.read_bytes()
+
+    def _settings_text(self) -> str:
+        values: dict[str, Any] = {
+            "name": _study_name(self.folder),
+            "hosts": "[" + ", ".join(f'"{host}"' for host in (self.hosts or [LOCAL_ONLY])) + "]",
+            "bind": "0.0.0.0" if self.hosts else LOCAL_ONLY,
+            "port": self.port,
+            "control_port": self.port + 1 if self.port < 65535 else self.port - 1,
+            "sites": self.sites,
+            "valid_days": VALID_DAYS,
+        }
+        return TEMPLATE.format(**values)
+
+
+def template_plan() -> Path:
+    """Return the commented plan that new studies begin with.
+
+    Raises:
+        ConfigError: this installation has none.
+    """
+    path = Path(__file__).resolve().parents[2] / "site_configs" / "left-atrium" / "plan.yaml"
+    if not path.is_file():
+        raise ConfigError("this installation ships no plan to begin with; give one with --plan.")
+    return path
+
+
+def invitation_differs(study: StudyFolder, invitation: Invitation) -> bool:
+    """Return whether a site was invited to another plan, code or address than the study has now."""
+    now = (study.plan().hash, sha256(study.code()), study.settings.address)
+    return (invitation.plan.hash, invitation.code_hash, invitation.address) != now
+
+
+def check_site_name(site: str) -> None:
+    """Check a site's name, which becomes a file's name here.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not SITE_NAME.fullmatch(site):
+        raise ConfigError(f"{site!r}: a site's name is made of lowercase letters, digits and dashes.")
+
+
+def _study_name(folder: Path) -> str:
+    name = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in folder.resolve().name.lower())
+    return name.strip("-")[:63] or "study"

@@ -1,0 +1,140 @@
+"""What a person sees before code is approved, and what happens when they say yes."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from client.site_config import SiteConfig
+from deployment.invitation import Invitation, read_invitation
+from deployment.site.bundle import MAXIMUM_PACKED, Bundle, BundleError, FileChange, compare, printable, read_bundle
+from deployment.site.code_store import CodeStore
+from deployment.site.site_folder import Deployment, SiteFolder, book
+from semisam_core.errors import ConfigError
+from semisam_core.plan import Plan
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What is to be approved.
+
+    Attributes:
+        bundle: the code.
+        invitation: what it came with, or None for code alone.
+    """
+
+    bundle: Bundle
+    invitation: Invitation | None
+
+
+def read_offer(path: Path) -> Offer:
+    """Read code alone (.fab), or an invitation with code in it (.zip).
+
+    Raises:
+        BundleError: the code cannot be approved.
+        InvitationError: the invitation cannot be used.
+    """
+    if _is_invitation(path):
+        invitation = read_invitation(path)
+        return Offer(read_bundle(invitation.code, str(path)), invitation)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAXIMUM_PACKED + 1)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}).") from None
+    return Offer(read_bundle(content, str(path)), None)
+
+
+def show_offer(offer: Offer, folder: SiteFolder, store: CodeStore, console: Console, whole_diff: bool) -> None:
+    """Print what is in the code, and how it and the plan differ from what holds here.
+
+    Raises:
+        ConfigError: the invitation is for another site or study.
+        CodeAlteredError: the code that was approved last was altered.
+    """
+    bundle = offer.bundle
+    lines = sum(content.count(b"\n") for content in bundle.files.values())
+    size = sum(len(content) for content in bundle.files.values())
+    console.print(f"Code {bundle.hash}", highlight=False)
+    console.print(f"{len(bundle.files)} files, {lines} lines, {size} bytes; runs {bundle.component}", highlight=False)
+    last = store.last()
+    if last is None:
+        console.print("No code has been approved here before; all of it is new.")
+    changes = compare(last.files if last is not None else {}, bundle.files)
+    if last is not None and not changes:
+        console.print("Every file is as in the code that was approved last.")
+    if changes:
+        console.print(_table(changes, bundle))
+    if whole_diff:
+        for change in changes:
+            console.print(printable(change.diff), markup=False, highlight=False, soft_wrap=True)
+    if offer.invitation is not None:
+        _show_plan(offer.invitation, folder, console)
+
+
+def plan_differences(before: Plan, after: Plan) -> list[str]:
+    """Return a line for each key of the plan that differs: key: before -> after."""
+    old, new = (_flat(json.loads(plan.canonical_json())) for plan in (before, after))
+    return [
+        f"{key}: {old.get(key, 'not there')} -> {new.get(key, 'not there')}"
+        for key in sorted(set(old) | set(new))
+        if old.get(key) != new.get(key)
+    ]
+
+
+def approve(offer: Offer, folder: SiteFolder, config: SiteConfig, store: CodeStore) -> None:
+    """Book the approval, then keep the code, and the invitation's plan where there is one.
+
+    Raises:
+        OSError: the storage cannot be written.
+    """
+    book(config, "approve", code=offer.bundle.hash, plan=offer.invitation.plan.hash if offer.invitation else "")
+    store.approve(offer.bundle)
+    if offer.invitation is not None:
+        folder.adopt(offer.invitation)
+
+
+def _is_invitation(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "invitation.json" in archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
+def _table(changes: list[FileChange], bundle: Bundle) -> Table:
+    table = Table("file", "", "lines", "bytes")
+    for change in changes:
+        size = str(len(bundle.files[change.path])) if change.path in bundle.files else "-"
+        table.add_row(escape(printable(change.path)), change.kind, f"+{change.added} -{change.removed}", size)
+    return table
+
+
+def _show_plan(invitation: Invitation, folder: SiteFolder, console: Console) -> None:
+    here: Deployment = folder.deployment()
+    if (invitation.study, invitation.site) != (here.study, here.site):
+        raise ConfigError(
+            f"the invitation is for site {invitation.site} of study {invitation.study}; this folder is site "
+            f"{here.site} of study {here.study}. `semisam site init` makes a folder for another."
+        )
+    for line in plan_differences(folder.plan(), invitation.plan) or ["The plan is as it was."]:
+        console.print(printable(line), markup=False, highlight=False)
+    if invitation.address != here.address:
+        console.print(f"Server: {here.address} -> {invitation.address}", markup=False, highlight=False)
+    if invitation.ca_certificate != folder.ca_file.read_bytes():
+        console.print("The certificate by which the server is known is another one. Ask the lead whether that is so.")
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    if isinstance(value, Mapping) and value:
+        parts = [_flat(nested, f"{key}.{name}" if key else str(name)) for name, nested in value.items()]
+        return {name: nested for part in parts for name, nested in part.items()}
+    return {key: json.dumps(value, ensure_ascii=False)}

@@ -1,0 +1,125 @@
+"""`semisam site doctor`: looks for everything that could fail before it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import Progress
+
+from client.site_config import SiteConfig
+from deployment.invitation import installed_versions
+from deployment.site.bundle import printable
+from deployment.site.code_store import CodeAlteredError, CodeStore
+from deployment.site.doctor_data import check_data, check_generalists, check_machine, check_storage
+from deployment.site.doctor_server import check_server
+from deployment.site.findings import Finding, Level, fine, problem, warning
+from deployment.site.site_folder import Deployment, SiteFolder
+from semisam_core.errors import ConfigError
+from semisam_core.plan import Plan
+
+STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "red"}
+
+
+def examine(folder: SiteFolder, progress: Console, data: bool, server: bool) -> list[Finding]:
+    """Check a site: its files, code, versions, data, models, machine, and the way to the server.
+
+    Args:
+        folder: the site's folder.
+        progress: where a bar is shown while scans are read.
+        data: whether to read scans.
+        server: whether to connect.
+
+    Raises:
+        ConfigError: what the invitation said was altered.
+    """
+    deployment = folder.deployment()
+    findings = [_check_withdrawn(folder), *_check_versions(deployment)]
+    config, plan = _config(folder, deployment, findings), _plan(folder, deployment, findings)
+    if config is not None:
+        findings += [*_check_code(folder.code(config), deployment), check_storage(config.storage.folder)]
+    if config is not None and plan is not None:
+        findings += check_generalists(config, plan)
+        findings += check_machine(config, plan)
+        with Progress(console=progress, transient=True) as bar:
+            task = bar.add_task("reading scans")
+            findings += check_data(
+                config, plan, data, lambda done, total: bar.update(task, completed=done, total=total)
+            )
+    return [*findings, *check_server(folder, deployment.address, server)]
+
+
+def worst(findings: Sequence[Finding]) -> bool:
+    """Return whether anything was found with which the site would fail."""
+    return any(finding.level is Level.PROBLEM for finding in findings)
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print every finding, then how many of each level there are."""
+    for finding in findings:
+        console.print(f"{finding.level.value:8}", style=STYLES[finding.level], end="")
+        said = printable(f"{finding.subject}: {finding.sentence}")
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    counts = {level: sum(finding.level is level for finding in findings) for level in Level}
+    console.print(", ".join(f"{number} {level.value}" for level, number in counts.items()), highlight=False)
+
+
+def _check_withdrawn(folder: SiteFolder) -> Finding:
+    if folder.withdrawn_file.exists():
+        return problem("study", "this site has withdrawn and will not start; `semisam site withdraw --undo`.")
+    return fine("study", "this site takes part.")
+
+
+def _check_versions(deployment: Deployment) -> list[Finding]:
+    here = installed_versions()
+    findings = []
+    for package, theirs in deployment.versions.items():
+        mine = here.get(package, "not installed")
+        if mine == theirs:
+            continue
+        said = f"{mine} here, {theirs} at the lead; pip install {package}=={theirs}"
+        if package == "flwr":
+            findings.append(problem(package, f"{said}. Other versions need not understand each other."))
+        else:
+            findings.append(warning(package, f"{said}. Results may differ in the last digits."))
+    return findings or [fine("versions", "as at the lead.")]
+
+
+def _config(folder: SiteFolder, deployment: Deployment, findings: list[Finding]) -> SiteConfig | None:
+    try:
+        config = folder.config()
+    except ConfigError as error:
+        findings.append(problem("site.yaml", str(error)))
+        return None
+    if config.site != deployment.site:
+        findings.append(
+            problem("site.yaml", f"site = {config.site!r}, but the lead knows this site as {deployment.site!r}.")
+        )
+    else:
+        findings.append(fine("site.yaml", "can be read."))
+    return config
+
+
+def _plan(folder: SiteFolder, deployment: Deployment, findings: list[Finding]) -> Plan | None:
+    try:
+        plan = folder.plan()
+    except ConfigError as error:
+        findings.append(problem("plan.yaml", str(error)))
+        return None
+    if plan.hash != deployment.plan_hash:
+        findings.append(warning("plan.yaml", "not the plan of the invitation; what is checked below may not hold."))
+    return plan
+
+
+def _check_code(store: CodeStore, deployment: Deployment) -> list[Finding]:
+    try:
+        approved = store.approved()
+        for entry in approved:
+            store.verified(entry.hash)
+    except CodeAlteredError as error:
+        return [problem("code", f"{error} Approve it again from the invitation.")]
+    if not approved:
+        return [problem("code", "none is approved, so the site cannot start; `semisam site approve invitation.zip`.")]
+    if deployment.code_hash not in {entry.hash for entry in approved}:
+        return [warning("code", "the invitation's code is not approved; if the lead runs that, it is refused here.")]
+    return [fine("code", "the invitation's code is approved, and the copy of it is as it was.")]

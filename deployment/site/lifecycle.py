@@ -1,0 +1,154 @@
+"""Start and stop a site that works in the background, and tell how it is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from deployment.site.site_folder import SiteFolder
+from engines.processes import MARK, birth
+from semisam_core.errors import ConfigError, SemiSAMError
+from semisam_core.files import write_json
+
+START_S = 120.0
+STOP_S = 40.0
+KILL_S = 5.0
+TICK_S = 0.2
+
+
+class StartError(SemiSAMError):
+    """The site did not start; the message says where its log is."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A site's supervisor that is alive.
+
+    Attributes:
+        process: it.
+        mark: what its children carry in their environment.
+        status: what it wrote last of itself.
+    """
+
+    process: psutil.Process
+    mark: str
+    status: dict[str, Any]
+
+    @property
+    def connected(self) -> bool:
+        """Whether the SuperNode is connected to the server."""
+        return self.status.get("connected") is True
+
+
+def running(folder: SiteFolder) -> Running | None:
+    """Return the site's supervisor, or None. A process that only has the same number is none."""
+    noted = _read(folder, "process.json")
+    try:
+        process = psutil.Process(int(noted["pid"]))
+        if birth(process) != noted["birth"] or process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return Running(process, str(noted["mark"]), _read(folder, "status.json"))
+    except (KeyError, TypeError, ValueError, psutil.Error):
+        return None
+
+
+def check_startable(folder: SiteFolder) -> None:
+    """Check what must be so before a site may work.
+
+    Raises:
+        ConfigError: it has left the study, runs already, or has approved no code.
+    """
+    if folder.withdrawn_file.exists():
+        raise ConfigError(f"{folder.path}: this site has withdrawn from the study; `semisam site withdraw --undo`.")
+    if running(folder) is not None:
+        raise ConfigError(f"{folder.path}: this site is running already; `semisam site status`.")
+    if not folder.code(folder.config()).approved():
+        raise ConfigError("no code is approved here, so nothing could run; `semisam site approve invitation.zip`.")
+
+
+def start(folder: SiteFolder) -> Running:
+    """Start the site in the background; return when it works, connected or not yet.
+
+    Raises:
+        ConfigError: it may not start, see `check_startable`.
+        StartError: it ended at once, or was not there in time.
+    """
+    check_startable(folder)
+    folder.running.mkdir(mode=0o700, exist_ok=True)
+    (folder.running / "status.json").unlink(missing_ok=True)
+    log = folder.running / "supervisor.log"
+    command = [sys.executable, "-P", "-m", "cli.main", "site", "start", "--folder", str(folder.path), "--foreground"]
+    with log.open("ab") as file:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        found = running(folder)
+        if found is not None and (found.connected or time.monotonic() > deadline - START_S * 2 / 3):
+            return found
+        if child.poll() is not None:
+            raise StartError(f"the site did not start; its log is {log}.")
+        time.sleep(TICK_S)
+    child.terminate()
+    raise StartError(f"the site was not there within {START_S:g} s; its log is {log}.")
+
+
+def stop(folder: SiteFolder) -> bool:
+    """End the site and all its processes; return whether it was running.
+
+    Raises:
+        StartError: something of it cannot be ended.
+    """
+    found = running(folder)
+    if found is None:
+        return False
+    with contextlib.suppress(psutil.Error):
+        found.process.terminate()
+    psutil.wait_procs([found.process], timeout=STOP_S)
+    left = [found.process] if found.process.is_running() else []
+    left += _marked(found.mark)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    _, alive = psutil.wait_procs(left, timeout=KILL_S)
+    if alive:
+        raise StartError(f"these processes cannot be ended: {', '.join(str(process.pid) for process in alive)}.")
+    (folder.running / "process.json").unlink(missing_ok=True)
+    return True
+
+
+def withdraw(folder: SiteFolder) -> bool:
+    """Mark the site as withdrawn and stop it, marked or not; return whether it was running.
+
+    Raises:
+        StartError: it cannot be stopped.
+        OSError: it cannot be marked, and was stopped.
+    """
+    try:
+        write_json(folder.withdrawn_file, {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    finally:
+        stopped = stop(folder)
+    return stopped
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+def _read(folder: SiteFolder, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder.running / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,1 @@
+"""How a study is driven: Flower's simulation or in-process; knows Flower's commands and internals."""

@@ -1,0 +1,110 @@
+"""The table at the end of a run, and the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from semisam_core.files import read_json_lines
+from server.metrics_log import counted
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """One line of the table: one site, one class. None where nothing was measured."""
+
+    site: str
+    target: str
+    labeled: int
+    unlabeled: int
+    validation: int
+    quarantined: int
+    accepted: int
+    gated: int
+    local_dice: float | None
+    local_hd95_mm: float | None
+    federated_dice: float | None
+    federated_hd95_mm: float | None
+    missing_distances: int
+
+
+def collect(run_folder: Path, local_folders: Mapping[str, Path], classes: Sequence[str]) -> list[SiteResult]:
+    """Gather what a run and its local-only arms measured, by site and class."""
+    lines = counted(read_json_lines(run_folder / "metrics.jsonl"))
+    joined = {line["site"]: line for line in lines if line["event"] in ("joined", "rejoined")}
+    trained = {line["site"]: line for line in lines if line["event"] == "trained"}
+    scored = scores_of(lines)
+    results = []
+    for site in sorted(joined):
+        local = {}
+        if site in local_folders:
+            local = scores_of(counted(read_json_lines(local_folders[site] / "metrics.jsonl"))).get(site, {})
+        federated, last = scored.get(site, {}), trained.get(site, {})
+        for name in classes:
+            results.append(
+                SiteResult(
+                    site=site,
+                    target=name,
+                    labeled=int(joined[site]["labeled"]),
+                    unlabeled=int(joined[site]["unlabeled"]),
+                    validation=int(joined[site]["validation"]),
+                    quarantined=int(joined[site]["quarantined"]),
+                    accepted=int(last.get("accepted", 0)),
+                    gated=int(last.get("gated", 0)),
+                    local_dice=local.get(f"dice.{name}"),
+                    local_hd95_mm=local.get(f"hd95_mm.{name}"),
+                    federated_dice=federated.get(f"dice.{name}"),
+                    federated_hd95_mm=federated.get(f"hd95_mm.{name}"),
+                    missing_distances=int(federated.get(f"missing_distances.{name}", 0)),
+                )
+            )
+    return results
+
+
+def scores_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return each site's scores in the round that the plan's selection picked."""
+    selected = [line["round"] for line in lines if line["event"] == "selected"]
+    if not selected:
+        return {}
+    return {
+        line["site"]: dict(line) for line in lines if line["event"] == "evaluated" and line["round"] == selected[-1]
+    }
+
+
+def as_json(results: Sequence[SiteResult]) -> list[dict[str, Any]]:
+    """Return the results as plain values."""
+    return [asdict(result) for result in results]
+
+
+def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> Table:
+    """Return the table that people read."""
+    table = Table(
+        title=title,
+        caption="Local: trained alone, supervised, same steps. Pseudo-labels: last round, all classes together. "
+        f"Selected by: {chosen_by}.",
+    )
+    table.add_column("site")
+    table.add_column("class")
+    table.add_column("scans\nlabeled / unlabeled", justify="right")
+    table.add_column("pseudo-labels\naccepted / gated", justify="right")
+    table.add_column("Dice\nlocal / federated", justify="right")
+    table.add_column("HD95 mm\nlocal / federated", justify="right")
+    for r in results:
+        missing = f" ({r.missing_distances} missing)" if r.missing_distances else ""
+        table.add_row(
+            r.site,
+            r.target,
+            f"{r.labeled} / {r.unlabeled}",
+            f"{r.accepted} / {r.gated}",
+            f"{_number(r.local_dice, 3)} / {_number(r.federated_dice, 3)}",
+            f"{_number(r.local_hd95_mm, 1)} / {_number(r.federated_hd95_mm, 1)}{missing}",
+        )
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,1 @@
+"""What a researcher runs on one machine: simulate, check, compare."""

@@ -1,0 +1,203 @@
+"""Compare ways of training by one plan: every arm run, scored case by case, with intervals and paired differences."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from client.site_config import usable_generalists
+from engines.run_state import run_reason
+from experiments.checks import CheckedStudy, check_study, study_table
+from experiments.comparison.arms import Who, arm_of, oracle_arms, oracle_omissions
+from experiments.comparison.cohorts import fingerprint, lend_storage, narrowed, write_cohort
+from experiments.comparison.definition import Definition, define
+from experiments.comparison.jobs import Job, list_jobs, seconds_left
+from experiments.comparison.report import Report
+from experiments.comparison.results import gather
+from experiments.comparison.runner import Runner
+from experiments.comparison.scores import collect_scores
+from experiments.simulate import write_plan
+from semisam_core.configuration import read_yaml
+from semisam_core.data.cases import Role
+from semisam_core.errors import ConfigError
+from semisam_core.files import write_atomically, write_json
+
+RECORD, DEFINITION = "comparison.json", "comparison.yaml"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line.
+
+    Attributes:
+        plan: the study plan.
+        sites: folder of site files.
+        out: the comparison's folder.
+        assignments: changes of the plan.
+        file: a definition; where it is None, a resumed comparison's own, else what follows from the plan.
+        changes: keys of the definition given as options; they replace those of the file.
+        resume: whether the folder holds a comparison to go on with.
+    """
+
+    plan: Path
+    sites: Path
+    out: Path
+    assignments: list[str]
+    file: Path | None
+    changes: dict[str, Any]
+    resume: bool
+
+
+@dataclass
+class Comparison:
+    """One comparison, checked and ready to run.
+
+    Attributes:
+        study: the checked plan and sites.
+        definition: what is compared.
+        jobs: its runs, in order.
+        omissions: why oracles are left out.
+        out: the folder that everything is in.
+        console: where to show.
+    """
+
+    study: CheckedStudy
+    definition: Definition
+    jobs: list[Job]
+    omissions: tuple[str, ...]
+    out: Path
+    console: Console
+
+    @classmethod
+    def prepare(cls, request: Request, console: Console) -> Comparison:
+        """Check everything that can be checked before any work, and make or reopen the folder.
+
+        Raises:
+            ConfigError: what is wrong and what is accepted.
+        """
+        study = check_study(request.plan, request.sites, request.assignments)
+        out = request.out.resolve()
+        identity = {"plan_hash": study.plan.hash, "sites": fingerprint(study.sites)}
+        if request.resume:
+            _check_same(out, identity)
+        elif out.exists() and any(out.iterdir()):
+            raise ConfigError(f"--out {out}: the folder is not empty; choose another, or go on with it: --resume.")
+        definition = _definition(request, study, out)
+        arms = [arm_of(name, study.plan) for name in definition.arms]
+        settings = [(each, narrowed(study.sites, each, study.plan)) for each in definition.labeled]
+        pooled = any(arm.who is Who.POOLED for arm in arms)
+        cohorts = [write_cohort(out, each, sites, pooled) for each, sites in settings]
+        available = frozenset(
+            name
+            for config, found in study.sites
+            if found.of(Role.VALIDATION)
+            for name in usable_generalists(config, study.plan)
+        )
+        oracles = oracle_arms(study.plan, available) if definition.oracles else ()
+        omissions = oracle_omissions(study.plan, available) if definition.oracles else ()
+        jobs = list_jobs(out, arms, oracles, cohorts, definition.seeds)
+        write_plan(out / "plan.yaml", study.plan)
+        content = yaml.safe_dump(definition.model_dump(mode="json"), sort_keys=False)
+        write_atomically(out / DEFINITION, content.encode())
+        write_json(out / RECORD, identity)
+        return cls(study, definition, jobs, omissions, out, console)
+
+    def execute(self, runner: Runner) -> bool:
+        """Run what is not finished, then write and show the report; return whether every run completed.
+
+        A run that fails is said so and left out of the figures; the others go on.
+
+        Args:
+            runner: runs one run to its end, whatever that is.
+        """
+        self.console.print(study_table(self.study))
+        self._say(f"Comparison folder: {self.out}")
+        for number, job in enumerate(self.jobs, start=1):
+            if job.state != "completed":
+                self._say(f"[{number}/{len(self.jobs)}] {job.title}; {_time_left(self.jobs)}")
+                self._run(job, runner)
+        finished = {job: collect_scores(job) for job in self.jobs if job.state == "completed"}
+        results = gather(self.jobs, finished, self.study.plan.class_names, self.definition.baseline)
+        report = Report(self.study.plan, self.definition, results, self.omissions)
+        report.write(self.out)
+        report.show(self.console)
+        self._say(f"Everything is in {self.out}")
+        return len(finished) == len(self.jobs)
+
+    def _run(self, job: Job, runner: Runner) -> None:
+        job.write_plan(self.study.plan)
+        if job.pooled:
+            lend_storage(job.cohort)
+        began = time.monotonic()
+        try:
+            runner(job)
+        finally:
+            job.add_seconds(time.monotonic() - began)
+        if job.state != "completed":
+            self._say(f"  {job.title} did not complete ({job.state}): {run_reason(job.folder)}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def definition_changes(
+    arms: str | None,
+    baseline: str | None,
+    seeds: str | None,
+    labeled: list[str] | None,
+    oracles: bool | None,
+    engine: str,
+) -> dict[str, Any]:
+    """Return the keys of a definition that were given as options.
+
+    Raises:
+        ConfigError: a seed is no number, or the engine cannot be had.
+    """
+    if engine != "in-process":
+        raise ConfigError(
+            f"--engine {engine}: accepted: in-process. A study by flwr run gives the same weights, and takes longer."
+        )
+    changes: dict[str, Any] = {"baseline": baseline, "labeled": labeled or None, "oracles": oracles}
+    changes["arms"] = None if arms is None else [name.strip() for name in arms.split(",")]
+    if seeds is not None:
+        parts = [part.strip() for part in seeds.split(",")]
+        if not all(part.isdecimal() for part in parts):
+            raise ConfigError(f"--seeds {seeds}: expected are numbers by commas, for example 0,1,2.")
+        changes["seeds"] = [int(part) for part in parts]
+    return {key: value for key, value in changes.items() if value is not None}
+
+
+def _definition(request: Request, study: CheckedStudy, out: Path) -> Definition:
+    file = request.file
+    if file is None and request.resume:
+        file = out / DEFINITION
+    content = read_yaml(file) if file is not None else {}
+    return define(content | request.changes, study.plan, str(file) if file is not None else "comparison")
+
+
+def _check_same(out: Path, identity: dict[str, str]) -> None:
+    try:
+        kept = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(f"--resume: {out} is no folder of `semisam compare`.") from None
+    if kept.get("plan_hash") != identity["plan_hash"]:
+        raise ConfigError(
+            f"--resume: {out} compares by another plan (hash {str(kept.get('plan_hash'))[:12]}, now "
+            f"{identity['plan_hash'][:12]}). Give the same plan and --set, or a new --out."
+        )
+    if kept.get("sites") != identity["sites"]:
+        raise ConfigError(
+            f"--resume: the site files or the cases they find have changed since {out} was begun, and its "
+            "finished arms would not compare with new ones. Bring them back, or give a new --out."
+        )
+
+
+def _time_left(jobs: list[Job]) -> str:
+    seconds = seconds_left(jobs)
+    return "time left unknown as yet" if seconds is None else f"about {seconds / 60:.1f} min left"

@@ -1,0 +1,153 @@
+"""The figures of a comparison: each arm's means with intervals, against the baseline, by site with the worst first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from experiments.comparison.arms import Standing
+from experiments.comparison.jobs import Job
+from experiments.comparison.scores import CaseScore, RunScores, by_case, missing_distances
+from semisam_core.reporting.bootstrap import Estimate, estimate, paired_difference
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Scores of one class over some cases. Distances are means over the scores that have one.
+
+    Attributes:
+        dice: mean Dice.
+        hd95_mm: mean 95th percentile of the surface distance, None where no score has one.
+        missing_distances: scores without a distance, since prediction or label is empty.
+    """
+
+    dice: Estimate
+    hd95_mm: Estimate | None
+    missing_distances: int
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class of one arm.
+
+    Attributes:
+        target: the class.
+        overall: over all cases of all sites.
+        dice_difference: arm minus baseline, paired by case and seed; None for the baseline, for oracles, and where
+            nothing is common.
+        hd95_difference_mm: likewise, over pairs of which both have a distance.
+        sites: (site, figures), the lowest Dice first.
+    """
+
+    target: str
+    overall: Figures
+    dice_difference: Estimate | None
+    hd95_difference_mm: Estimate | None
+    sites: tuple[tuple[str, Figures], ...]
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm under one label count.
+
+    Attributes:
+        arm: its name.
+        standing: result, reference or oracle.
+        labeled: the label count, None for an oracle.
+        training_labels: site -> the cases whose labels it trained on.
+        selected_by: what its published specialists were selected by.
+        unfinished: runs of it that have no scores.
+        classes: one for each class that was scored.
+    """
+
+    arm: str
+    standing: Standing
+    labeled: str | None
+    training_labels: Mapping[str, tuple[str, ...]]
+    selected_by: str
+    unfinished: tuple[str, ...]
+    classes: tuple[ClassResult, ...]
+
+    @property
+    def label_total(self) -> int:
+        """How many labeled scans there are to train on, over all sites."""
+        return sum(len(cases) for cases in self.training_labels.values())
+
+
+def gather(
+    jobs: Sequence[Job], finished: Mapping[Job, RunScores], classes: Sequence[str], baseline: str
+) -> list[ArmResult]:
+    """Return the figures of every arm under every label count, in the order of the runs, oracles last.
+
+    Args:
+        jobs: all runs.
+        finished: the scores of those that finished.
+        classes: names of the foreground classes.
+        baseline: the arm that the others are compared with, under the same label count.
+    """
+    groups: dict[tuple[str | None, str], list[Job]] = {}
+    for job in jobs:
+        oracle = job.arm.standing is Standing.ORACLE
+        groups.setdefault((None if oracle else job.cohort.setting, job.arm.name), []).append(job)
+    pooled_scores = {
+        key: [score for job in group if job in finished for score in finished[job].scores]
+        for key, group in groups.items()
+    }
+    results = []
+    for (setting, name), group in groups.items():
+        against = [] if setting is None or name == baseline else pooled_scores.get((setting, baseline), [])
+        scores = pooled_scores[setting, name]
+        results.append(_arm(group, finished, scores, against, classes))
+    return sorted(results, key=lambda result: result.standing is Standing.ORACLE)
+
+
+def as_json(results: Sequence[ArmResult]) -> list[dict[str, Any]]:
+    """Return the figures as plain values."""
+    return [asdict(result) for result in results]
+
+
+def _arm(
+    group: Sequence[Job],
+    finished: Mapping[Job, RunScores],
+    scores: Sequence[CaseScore],
+    against: Sequence[CaseScore],
+    classes: Sequence[str],
+) -> ArmResult:
+    first = group[0]
+    oracle = first.arm.standing is Standing.ORACLE
+    labels: dict[str, tuple[str, ...]] = {}
+    for job in group:
+        labels |= job.training_labels
+    found = (_class(scores, against, target) for target in classes)
+    return ArmResult(
+        arm=first.arm.name,
+        standing=first.arm.standing,
+        labeled=None if oracle else first.cohort.setting,
+        training_labels=labels,
+        selected_by="; ".join(sorted({finished[job].selected_by for job in group if job in finished})),
+        unfinished=tuple(job.title for job in group if job not in finished),
+        classes=tuple(each for each in found if each is not None),
+    )
+
+
+def _class(scores: Sequence[CaseScore], against: Sequence[CaseScore], target: str) -> ClassResult | None:
+    overall = _figures(scores, target, None)
+    if overall is None:
+        return None
+    sites = {site: _figures(scores, target, site) for site in sorted({score.site for score in scores})}
+    ranked = [(site, figures) for site, figures in sites.items() if figures is not None]
+    ranked.sort(key=lambda each: each[1].dice.mean)
+    differences = {
+        measure: paired_difference(by_case(scores, measure, target), by_case(against, measure, target))
+        for measure in ("dice", "hd95_mm")
+    }
+    return ClassResult(target, overall, differences["dice"], differences["hd95_mm"], tuple(ranked))
+
+
+def _figures(scores: Sequence[CaseScore], target: str, site: str | None) -> Figures | None:
+    dice = estimate(by_case(scores, "dice", target, site))
+    if dice is None:
+        return None
+    distance = estimate(by_case(scores, "hd95_mm", target, site))
+    return Figures(dice, distance, missing_distances(scores, target, site))

@@ -1,0 +1,121 @@
+"""The plan's section on aggregation: admission of updates, their weights, the rule that combines them, deadlines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from semisam_core.configuration import Fraction, StrictModel
+
+Rule = Literal["weighted-mean", "median", "trimmed-mean", "krum", "multi-krum"]
+
+
+class Admission(StrictModel):
+    """Which updates of a round are left out for their size.
+
+    `norm_factor`: an update whose change has more than this many times the median norm of the round's changes is left
+    out, where at least three sites took steps. None compares nothing.
+    """
+
+    norm_factor: float | None = Field(default=10.0, gt=1)
+
+
+class ServerOptimizerSettings(StrictModel):
+    """What the server does with the combined specialist; its state is kept beside the checkpoints.
+
+    `none`: takes it as it is. `momentum`: FedAvgM (Hsu et al., 2019). `adam`: FedAdam (Reddi et al., ICLR 2021).
+    `momentum` is the decay of the first moment in both, `second_momentum` and `tau` are adam's beta_2 and tau.
+    """
+
+    name: Literal["none", "momentum", "adam"] = "none"
+    learning_rate: float | None = Field(default=None, gt=0, le=10)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    second_momentum: float = Field(default=0.99, ge=0, lt=1)
+    tau: float = Field(default=1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _has_rate(self) -> ServerOptimizerSettings:
+        if self.name != "none" and self.learning_rate is None:
+            raise ValueError(
+                f"the server optimizer {self.name} needs a learning_rate; 1.0 is usual for momentum, 0.01 for adam"
+            )
+        return self
+
+
+def least_updates(rule: Rule, trim_share: float, malicious_sites: int) -> int:
+    """Return how many updates a rule needs for what it promises.
+
+    A median is none of fewer than 3; a trimmed mean cuts nothing off before trim_share * n reaches 1; Krum's proof
+    asks for n >= 2 f + 3 (Blanchard et al., NeurIPS 2017).
+    """
+    if rule == "median":
+        return 3
+    if rule == "trimmed-mean":
+        return next(n for n in range(3, 100_000) if int(trim_share * n) > 0)
+    if rule in ("krum", "multi-krum"):
+        return 2 * malicious_sites + 3
+    return 1
+
+
+class Exclusion(StrictModel):
+    """A site that fails `after_failures` rounds in a row is left out of the next `rounds` rounds, then asked again."""
+
+    after_failures: int = Field(default=3, ge=1, le=1000)
+    rounds: int = Field(default=2, ge=1, le=1000)
+
+
+class Aggregation(StrictModel):
+    """Which updates are admitted, how they are weighed and combined, and how long anybody is waited for.
+
+    Rules: `weighted-mean` weighs by `weights`. `median` and `trimmed-mean` (without the trim_share at each end) go
+    coordinate by coordinate and weigh all sites alike. `krum` takes the one update that lies closest to the others,
+    `multi-krum` the weighted mean of all but the `malicious_sites` that lie furthest off.
+
+    Weights: `samples`: scans used in training. `equal`: one site, one vote. `evidence`: labeled scans plus
+    `unlabeled_share` of the accepted pseudo-labels, the latter ramped up over the study. `confidence`: likewise, but
+    each accepted pseudo-label counts its mean confidence exp(-U) within the target.
+
+    A round counts if `minimum_sites` contribute. Where fewer do, others are waited for, `wait_for_quorum_s` at most; a
+    site that comes back within `rejoin_window_s` of a round's start still takes part in it.
+    """
+
+    rule: Rule = "weighted-mean"
+    trim_share: float = Field(default=0.2, ge=0.001, lt=0.5)
+    malicious_sites: int = Field(default=1, ge=1)
+    weights: Literal["samples", "equal", "evidence", "confidence"] = "samples"
+    unlabeled_share: Fraction = 0.2
+    admission: Admission = Admission()
+    server_optimizer: ServerOptimizerSettings = ServerOptimizerSettings()
+    minimum_sites: int = Field(default=1, ge=1)
+    join_deadline_s: float = Field(default=600, gt=0)
+    round_deadline_s: float = Field(default=7200, gt=0)
+    wait_for_quorum_s: float = Field(default=600, ge=0)
+    rejoin_window_s: float = Field(default=120, ge=0)
+    exclusion: Exclusion = Exclusion()
+
+    @model_validator(mode="after")
+    def _enough_sites(self) -> Aggregation:
+        if self.minimum_sites < self.least_updates:
+            raise ValueError(
+                f"the rule {self.rule} needs the updates of {self.least_updates} sites "
+                f"(trim_share {self.trim_share:g}, malicious_sites {self.malicious_sites}), "
+                f"and minimum_sites is {self.minimum_sites}"
+            )
+        return self
+
+    @property
+    def least_updates(self) -> int:
+        """How many updates the rule needs for what it promises."""
+        return least_updates(self.rule, self.trim_share, self.malicious_sites)
+
+    @property
+    def tolerated_sites(self) -> int:
+        """How many hostile sites the rule bears among the minimum of sites."""
+        return {
+            "weighted-mean": 0,
+            "median": (self.minimum_sites - 1) // 2,
+            "trimmed-mean": int(self.trim_share * self.minimum_sites),
+            "krum": self.malicious_sites,
+            "multi-krum": self.malicious_sites,
+        }[self.rule]

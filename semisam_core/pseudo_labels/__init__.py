@@ -1,0 +1,1 @@
+"""From prompts to pseudo-labels: ensemble, fusion, calibration, cold start, store."""

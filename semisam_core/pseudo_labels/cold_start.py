@@ -1,0 +1,206 @@
+"""Rough masks before the specialist has learned anything: prototypes of each class in a generalist's embeddings.
+
+The idea of SemiSAM-O1 (arXiv 2604.24109): averages of the frozen encoder's features inside the masks of a site's own
+labeled scans are what a class looks like to it, and unlabeled scans are searched for features like them. Prototypes
+are made and used at one site; they are neither stored nor sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from semisam_core.errors import ConfigError
+from semisam_core.generalists.base import Generalist
+from semisam_core.generalists.embedding_store import EmbeddingStore
+from semisam_core.generalists.slices import FeatureMaps
+from semisam_core.plan import Plan
+from semisam_core.plan_sections.pseudo_labels import ColdStart, PseudoLabels
+from semisam_core.progress import ProgressCallback
+from semisam_core.pseudo_labels.fusion import policy_of
+from semisam_core.pseudo_labels.views import AXES, View, fill_between, smooth_over_slices
+
+POSITIONS = 4096  # of each class and scan, for clustering: bounds memory and time, and scans count alike
+ITERATIONS = 20
+_INSIDE = 0.5  # a feature belongs to a class, or to the scan at all, if more than this share of its place does
+_PURE = (
+    0.99  # to background only if all of it does: borders look like the class, and would get a prototype of their own
+)
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """What each class looks like in one generalist's embeddings.
+
+    Attributes:
+        classes: for each class, background first, unit vectors (P, C); P = 0 where no labeled scan has the class.
+    """
+
+    classes: tuple[Tensor, ...]
+
+
+class ColdStarter:
+    """Learns prototypes from labeled scans and finds rough masks of others by them.
+
+    Args:
+        generalist: the one that the plan names under `cold_start`.
+        store: where embeddings are kept.
+        plan: must have `pseudo_labels.cold_start`.
+        progress: told how many slices of how many of a scan are encoded.
+
+    Raises:
+        ConfigError: the generalist's embeddings are no maps of features.
+        ValueError: the plan has no cold start.
+    """
+
+    def __init__(
+        self, generalist: Generalist, store: EmbeddingStore, plan: Plan, progress: ProgressCallback | None = None
+    ) -> None:
+        if not isinstance(generalist, FeatureMaps):
+            raise ConfigError(f"the generalist {generalist.card.name} cannot say where its features lie in a slice")
+        self._generalist, self._maps, self._store, self._progress = generalist, generalist, store, progress
+        self._plan, self._policy, self._cold = plan, policy_of(plan), cold_start_of(policy_of(plan))
+
+    def learn(self, examples: Iterable[tuple[Tensor, Tensor]]) -> Prototypes:
+        """Return prototypes of every class, by k-means over the features inside it; the same for the same scans.
+
+        Args:
+            examples: (image (C, H, W, D), label (H, W, D) of class indices) of labeled scans of this site.
+        """
+        count = 1 + len(self._plan.task.classes)
+        generator = torch.Generator().manual_seed(self._plan.seed)
+        found: list[list[Tensor]] = [[] for _ in range(count)]
+        for image, label in examples:
+            view = self._view(image)
+            seen = self._features(view)
+            turned = view.turn(label.long())[:, :, list(seen.units)].permute(2, 0, 1)  # (N, H, W)
+            for k in range(count):
+                shares = self._maps.framing.shares((turned == k).float(), seen.side)
+                found[k].append(_sample(seen.vectors[shares > (_INSIDE if k else _PURE)], POSITIONS, generator))
+        wanted = [self._cold.background_prototypes] + [self._cold.foreground_prototypes] * (count - 1)
+        return Prototypes(
+            tuple(
+                spherical_k_means(torch.cat(each), k, generator) if each else torch.zeros(0, 1)
+                for each, k in zip(found, wanted, strict=True)
+            )
+        )
+
+    def rough(self, image: Tensor, prototypes: Prototypes) -> Tensor:
+        """Return rough class probabilities (1 + K, H, W, D) of a scan, background first, in the teacher's place.
+
+        Of each feature, a class's probability is the softmax over classes of (cosine similarity to the nearest of the
+        class's prototypes) / temperature; it is 0 everywhere for a class that has no prototype.
+
+        Args:
+            image: (C, H, W, D) on the plan's grid; generalists see the first channel.
+            prototypes: as learned from this site's labeled scans.
+        """
+        if not any(len(each) for each in prototypes.classes[1:]):
+            return background_only(image, len(prototypes.classes) - 1)
+        view = self._view(image)
+        seen = self._features(view)
+        nearest = [
+            (seen.vectors @ each.T).amax(-1) if len(each) else torch.full(seen.vectors.shape[:-1], -torch.inf)
+            for each in prototypes.classes
+        ]
+        shares = torch.softmax(torch.stack(nearest) / self._cold.temperature, 0)[1:]  # (K, N, S, S)
+        height, width, depth = view.grid.shape
+        foreground = torch.zeros(len(shares), height, width, depth)
+        for k, each in enumerate(shares):
+            foreground[k, :, :, list(seen.units)] = self._maps.framing.spread(each, (height, width)).permute(1, 2, 0)
+        step = view.step(self._policy.prompting.slice_step_mm)
+        foreground = smooth_over_slices(fill_between(foreground, seen.units, step), self._policy.smooth_sigma_slices)
+        background = (1 - foreground.sum(0, keepdim=True)).clamp_min(0)
+        return torch.stack([view.turn_back(each) for each in torch.cat([background, foreground])])
+
+    def _view(self, image: Tensor) -> View:
+        return View(image[0], self._plan.data.spacing_mm, AXES[self._cold.plane])
+
+    def _features(self, view: View) -> _Features:
+        units = range(0, view.grid.shape[2], view.step(self._policy.prompting.slice_step_mm))
+        embeddings = self._store.fetch(self._generalist, view.key, view.volume, view.grid, units, self._progress)
+        maps = torch.stack([self._maps.feature_map(embeddings[unit]) for unit in units])  # (N, C, S, S)
+        vectors, side = maps.permute(0, 2, 3, 1), int(maps.shape[-1])
+        height, width, depth = view.grid.shape
+        inside = self._maps.framing.shares(torch.ones(1, height, width), side)[0] > _INSIDE  # (S, S)
+        # What all features of a scan have in common says which scanner it comes from, not what lies where.
+        vectors = F.normalize(vectors - vectors[:, inside].mean((0, 1)), dim=-1)
+        if self._cold.position_weight > 0:
+            rows, columns = (
+                pixels * side / self._maps.framing.side for pixels in self._maps.framing.size((height, width))
+            )
+            place = _places(units, side, (rows, columns, depth))
+            vectors = F.normalize(torch.cat([vectors, self._cold.position_weight * place], -1), dim=-1)
+        return _Features(tuple(units), vectors)
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Unit vectors (N, S, S, C) at each place of the frame of N slices."""
+
+    units: tuple[int, ...]
+    vectors: Tensor
+
+    @property
+    def side(self) -> int:
+        return int(self.vectors.shape[1])
+
+
+def cold_start_of(policy: PseudoLabels) -> ColdStart:
+    """Return the policy's cold start.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if policy.cold_start is None:
+        raise ValueError("the plan has no pseudo_labels.cold_start section")
+    return policy.cold_start
+
+
+def background_only(image: Tensor, classes: int) -> Tensor:
+    """Return probabilities (1 + K, H, W, D) of a scan (C, H, W, D) of which nothing is known: no class anywhere."""
+    probability = torch.zeros(1 + classes, *image.shape[1:])
+    probability[0] = 1
+    return probability
+
+
+def spherical_k_means(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Return up to k unit vectors (P, C) around which unit vectors (N, C) lie, by cosine similarity; all if N <= k.
+
+    Starts are chosen by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): of a few candidates the one that leaves
+    the vectors least far from their starts. By a single draw, two starts may share a group and another has none.
+    """
+    if len(vectors) <= k:
+        return vectors
+    centres = vectors[torch.randint(len(vectors), (1,), generator=generator)]
+    while len(centres) < k:
+        distances = (1 - (vectors @ centres.T).amax(1)).clamp_min(0)
+        if float(distances.sum()) <= 1e-6 * len(vectors):  # all vectors are centres already
+            break
+        drawn = torch.multinomial(distances, 2 + int(math.log(k)), replacement=True, generator=generator)
+        left = torch.minimum(distances[:, None], 1 - vectors @ vectors[drawn].T).sum(0)
+        centres = torch.cat([centres, vectors[drawn[left.argmin()]][None]])
+    for _ in range(ITERATIONS):
+        members = F.one_hot((vectors @ centres.T).argmax(1), len(centres)).to(vectors.dtype)  # (N, P)
+        sums = members.T @ vectors
+        centres = F.normalize(torch.where(members.sum(0)[:, None] > 0, sums, centres), dim=-1)
+    return centres
+
+
+def _sample(vectors: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    if len(vectors) <= limit:
+        return vectors
+    return vectors[torch.randperm(len(vectors), generator=generator)[:limit].sort().values]
+
+
+def _places(units: Sequence[int], side: int, extent: tuple[float, float, int]) -> Tensor:
+    """Return where each feature lies in the scan, from -1 to 1 between its borders along each axis: (N, S, S, 3)."""
+    rows, columns, depth = extent
+    centres = torch.arange(side) + 0.5
+    axes = (torch.tensor(list(units)) + 0.5) / depth, centres / rows, centres / columns
+    return 2 * torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).clamp(0, 1) - 1

@@ -1,0 +1,79 @@
+"""Admission: which keys are taken, and what is said about the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from deployment.lead.registration import admitted_keys
+from deployment.lead.study_folder import StudyFolder
+from tests.deployment.lead.conftest import call, write_key
+
+
+def test_an_ec_key_is_kept_and_registered_when_the_server_starts(study: StudyFolder, tmp_path: Path) -> None:
+    key = write_key(tmp_path / "north.pub")
+    code, output = call("admit", "north", key, "--study", study.folder, "--json")
+    assert code == 0, output
+    assert json.loads(output) == {"site": "north", "admitted": True, "registered": False}
+    assert (study.keys / "north.pub").read_bytes() == key.read_bytes()
+    assert list(admitted_keys(study)) == ["north"]
+
+
+def test_an_ed25519_key_is_refused_with_what_makes_a_right_one(study: StudyFolder, tmp_path: Path) -> None:
+    code, output = call("admit", "north", write_key(tmp_path / "key.pub", "ed25519"), "--study", study.folder)
+    assert code == 2
+    assert "ssh-ed25519" in output
+    assert "ssh-keygen -t ecdsa -b 384" in output
+    assert not list(study.keys.iterdir())
+
+
+def test_a_private_key_is_refused_as_such(study: StudyFolder, tmp_path: Path) -> None:
+    private = ec.generate_private_key(ec.SECP384R1())
+    path = tmp_path / "key"
+    path.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    code, output = call("admit", "north", path, "--study", study.folder)
+    assert code == 2
+    assert "must never leave its site" in output
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\xff\x00", b"ecdsa-sha2-nistp384 AAAA", b"ssh-rsa"])
+def test_what_is_no_key_is_refused(study: StudyFolder, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "key.pub").write_bytes(content)
+    code, output = call("admit", "north", tmp_path / "key.pub", "--study", study.folder)
+    assert code == 2
+    assert "no OpenSSH public key" in output
+
+
+def test_a_pem_public_key_is_refused(study: StudyFolder, tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    (tmp_path / "key.pub").write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    assert call("admit", "north", tmp_path / "key.pub", "--study", study.folder)[0] == 2
+
+
+def test_a_key_is_not_replaced_and_not_shared(study: StudyFolder, tmp_path: Path) -> None:
+    first, second = write_key(tmp_path / "1.pub"), write_key(tmp_path / "2.pub")
+    assert call("admit", "north", first, "--study", study.folder)[0] == 0
+    assert call("admit", "north", first, "--study", study.folder)[0] == 0
+    code, output = call("admit", "north", second, "--study", study.folder)
+    assert code == 2
+    assert "lead remove north" in output
+    code, output = call("admit", "south", first, "--study", study.folder)
+    assert code == 2
+    assert "the key of north" in output
+    assert (study.keys / "north.pub").read_bytes() == first.read_bytes()
+
+
+def test_a_site_that_is_removed_can_be_admitted_with_another_key(study: StudyFolder, tmp_path: Path) -> None:
+    call("admit", "north", write_key(tmp_path / "1.pub"), "--study", study.folder)
+    assert call("remove", "north", "--study", study.folder)[0] == 0
+    assert call("admit", "north", write_key(tmp_path / "2.pub"), "--study", study.folder)[0] == 0
+
+
+def test_removing_a_site_that_is_not_admitted_says_who_is(study: StudyFolder) -> None:
+    code, output = call("remove", "north", "--study", study.folder)
+    assert code == 2
+    assert "admitted are: none" in output

@@ -1,0 +1,82 @@
+"""Two commands at once must not make two programs write one run folder."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import cast
+
+import psutil
+import pytest
+from rich.console import Console
+
+from deployment.lead.run import LeadRun, RunRecord, new_run, resumed_run
+from deployment.lead.study_folder import LeadError, StudyFolder
+from engines.flower_control import FlowerControl, FlowerRun
+from engines.processes import birth
+from semisam_core.files import write_atomically, write_json
+
+
+class SlowControl:
+    """A control API at which it takes a moment until a run that is submitted is known."""
+
+    def __init__(self) -> None:
+        self.runs: list[FlowerRun] = []
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def unfinished_runs(self) -> list[FlowerRun]:
+        return list(self.runs)
+
+    def submit(self, bundle: bytes, config: Mapping[str, object]) -> int:
+        self.asked.set()
+        assert self.go_on.wait(20)
+        self.runs.append(FlowerRun(len(self.runs) + 1, "running", "", "", dict(config)))
+        return len(self.runs)
+
+
+@pytest.fixture
+def serving_already(study: StudyFolder) -> StudyFolder:
+    """Return a study whose SuperLink runs, for all that is known of it."""
+    process = psutil.Process(os.getpid())
+    record = {"pid": process.pid, "birth": birth(process), "mark": "a mark that no process carries"}
+    write_json(study.server / "superlink.json", record)
+    return study
+
+
+def _cut_short(study: StudyFolder) -> Path:
+    folder = study.runs / "a-run"
+    folder.mkdir()
+    write_atomically(folder / "plan.yaml", study.plan_path.read_bytes())
+    RunRecord(created=1.0, sites=2, code_hash="0" * 64).write(folder)
+    return folder
+
+
+def _resume(study: StudyFolder, control: FlowerControl) -> LeadRun:
+    return resumed_run(study, control, None, Console(quiet=True))
+
+
+def _new(study: StudyFolder, control: FlowerControl) -> LeadRun:
+    return new_run(study, control, None)
+
+
+@pytest.mark.parametrize("second", [_resume, _new])
+def test_while_one_command_submits_a_run_a_second_one_submits_none(
+    serving_already: StudyFolder, second: Callable[[StudyFolder, FlowerControl], LeadRun]
+) -> None:
+    folder, slow = _cut_short(serving_already), SlowControl()
+    control, begun = cast(FlowerControl, slow), list[LeadRun]()
+    first = threading.Thread(target=lambda: begun.append(_resume(serving_already, control)))
+    first.start()
+    try:
+        assert slow.asked.wait(20)
+        threading.Timer(2.0, slow.go_on.set).start()  # a second that gets through must not wait for ever
+        with pytest.raises(LeadError, match=r"another .* is submitting a run"):
+            second(serving_already, control)
+    finally:
+        slow.go_on.set()
+        first.join(20)
+    assert [run.folder for run in begun] == [folder]
+    assert len(slow.runs) == 1
+    assert _resume(serving_already, control).run_id == 1  # once it is known, it is followed

@@ -1,0 +1,290 @@
+"""Three hospitals and a lead, by the commands of the deployment pages: the same weights as in one process, always."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from semisam_core.files import read_json_lines
+from tests.conftest import tiny_plan
+from tests.deployment.deployment import HOSPITALS, SLOW_LINE, Deployment, Hospital, Run, begin, eventually, semisam
+from tests.deployment.lead.conftest import processes_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+RUN_S = 400.0
+TRICKLE = 20_000.0
+ROUNDS = 16
+WORKER = "worker.py"
+PLAN = (
+    "specialist.arguments.channels=[16, 32]",
+    "training.rounds=3",
+    "evaluation.every_rounds=100",
+    "aggregation.minimum_sites=2",
+    # Starting processes takes long where other work goes on beside.
+    "aggregation.join_deadline_s=200",
+    "aggregation.round_deadline_s=200",
+)
+# The real LiteMedSAM, in the last of three rounds, on every fourth slice.
+WITH_GENERALIST = (
+    "pseudo_labels.generalists=[lite-medsam]",
+    "pseudo_labels.first_round=3",
+    "pseudo_labels.prompting.slice_step_mm=8.0",
+)
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    deployment = Deployment(tmp_path_factory.mktemp("deployed"), tiny_plan(*PLAN, *WITH_GENERALIST))
+    try:
+        deployment.set_up()
+        yield deployment
+    finally:
+        deployment.end()
+
+
+@pytest.fixture(scope="module")
+def first(deployed: Deployment) -> Run:
+    """Return the first run, which nothing disturbs but a slow line."""
+    deployed.lead("run", seconds=RUN_S)
+    return Run(deployed.run_folder)
+
+
+@pytest.fixture(scope="module")
+def simulated(deployed: Deployment, first: Run) -> Path:
+    """Return the run folder of the same study in one process, with the sites' storage beside it."""
+    place = deployed.folder / "simulated"
+    for name, site in deployed.hospitals.items():
+        content = yaml.safe_load((site.folder / "site.yaml").read_text())
+        content["storage"]["folder"] = str(place / "storage" / name)
+        (place / "sites").mkdir(parents=True, exist_ok=True)
+        (place / "sites" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    arguments = ("--plan", first.folder / "plan.yaml", "--sites", place / "sites", "--out", place / "run")
+    semisam("simulate", *arguments, "--engine", "in-process", "--no-local-baseline", seconds=RUN_S)
+    return place / "run"
+
+
+def test_a_deployed_study_completes_and_its_status_says_so(deployed: Deployment, first: Run) -> None:
+    assert first.state == "completed"
+    status = json.loads(deployed.lead("status", "--json"))
+    assert (status["run"]["state"], status["run"]["round"]) == ("completed", 3)
+    assert {site["site"]: site["connection"] for site in status["sites"]} == dict.fromkeys(HOSPITALS, "online")
+
+
+def test_a_deployed_study_publishes_the_weights_of_the_same_study_in_one_process(first: Run, simulated: Path) -> None:
+    one, other = load_file(first.folder / "best.safetensors"), load_file(simulated / "best.safetensors")
+    assert one.keys() == other.keys()
+    assert all(bool((one[name] == other[name]).all()) for name in one)
+    expected = [(line["round"], line["sha256"]) for line in Run(simulated).events("aggregated")]
+    assert [(line["round"], line["sha256"]) for line in first.events("aggregated")] == expected
+
+
+def test_a_deployed_site_trains_on_what_the_generalist_says_of_its_unlabeled_scans(
+    deployed: Deployment, first: Run
+) -> None:
+    told = {line["site"]: line["accepted"] + line["gated"] for line in first.events("trained", round=3)}
+    assert told == {"north": 1, "south": 0, "east": 3}  # one class, so as many as unlabeled scans
+    for name in ("north", "east"):
+        assert any((deployed.hospitals[name].folder / "storage" / "embeddings").rglob("*.safetensors"))
+
+
+def test_what_a_site_booked_as_sent_is_what_it_sends_in_one_process(
+    deployed: Deployment, first: Run, simulated: Path
+) -> None:
+    for name, site in deployed.hospitals.items():
+        alone = read_json_lines(simulated.parent / "storage" / name / "audit.jsonl")
+        booked = [_booked(line) for line in site.audit if line.get("run") == first.name]
+        assert booked == [_booked(line) for line in alone]
+        assert [(line["round"], line["bytes"] > 0) for line in booked if line["kind"] == "train"] == [
+            (1, True),
+            (2, True),
+            (3, True),
+        ]
+
+
+def _booked(line: dict[str, Any]) -> dict[str, Any]:
+    """Return what a line of an audit log says, without the run's name and how long anything took."""
+    scalars = {name: value for name, value in line["scalars"].items() if name != "seconds"}
+    return {key: value for key, value in line.items() if key not in ("time", "run")} | {"scalars": scalars}
+
+
+def test_a_sites_status_counts_what_left_it(deployed: Deployment, first: Run) -> None:
+    for site in deployed.hospitals.values():
+        status = json.loads(site.semisam("status", "--json"))
+        assert status["running"]
+        assert status["connected"]
+        assert status["refused"] == {}
+        sent = [line["bytes"] for line in site.audit if line["kind"] == "train"]
+        assert (status["answered"]["train"], status["updates_bytes"]) == (len(sent), sum(sent))
+
+
+@dataclass(frozen=True)
+class Survived:
+    """A run to which everything happened that can, and what was seen meanwhile.
+
+    Attributes:
+        run: the run.
+        uploading_in: the round in which the site east was killed while its update was on its way.
+        cut_in: the round in which the line of the site east was cut.
+        killed_in: the round in which the server was killed.
+        codes: exit codes of `lead run`: the server was killed; the run was stopped; a site was killed while it scored.
+        stopped: what `lead stop --run` said.
+        stopped_status: what `lead status` said then.
+    """
+
+    run: Run
+    uploading_in: int
+    cut_in: int
+    killed_in: int
+    codes: tuple[int, int, int]
+    stopped: str
+    stopped_status: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def survived(deployed: Deployment, first: Run) -> Survived:
+    north, south, east = deployed.hospitals.values()
+    changed = ("pseudo_labels=null", f"training.rounds={ROUNDS}", "training.steps_per_round=20")
+    deployed.agree(tiny_plan(*PLAN, *changed))
+    following = begin("lead", "run", "--study", deployed.study, out=deployed.folder / "second.log")
+    run = Run(eventually("a second run", lambda: {deployed.run_folder} - {first.folder}).pop())
+
+    eventually("north trains", lambda: run.training == 1 and north.works)
+    north.kill()
+    _starts_again(run, north)
+    refused_in = _worker_is_killed(run, south)
+    uploading_in = _killed_while_uploading(deployed, run, east, refused_in)
+    _starts_again(run, east)
+    cut_in = _cut_until_the_round_has_ended(deployed, run, east)
+
+    killed_in = eventually("the next round", lambda: run.training > cut_in and south.works and run.training)
+    deployed.kill_server()
+    codes = [following.wait(60)]
+    deployed.lead("start")
+    following = begin("lead", "run", "--resume", "--study", deployed.study, out=deployed.folder / "third.log")
+    eventually("it goes on", lambda: run.events("resumed") and run.training and south.works)
+    stopped = deployed.lead("stop", "--run")
+    codes.append(following.wait(60))
+    status = json.loads(deployed.lead("status", "--json"))
+
+    following = begin("lead", "run", "--resume", "--study", deployed.study, out=deployed.folder / "fourth.log")
+    eventually("south scores", lambda: run.evaluating == ROUNDS and south.works, RUN_S)
+    south.kill()
+    codes.append(following.wait(RUN_S))
+    south.semisam("start")
+    return Survived(run, uploading_in, cut_in, killed_in, (codes[0], codes[1], codes[2]), stopped, status)
+
+
+def _starts_again(run: Run, site: Hospital) -> None:
+    """Wait until the server has noticed that a site is gone, start it, and wait until it is back."""
+    eventually("the server notices", lambda: run.events("left", site=site.name))
+    site.semisam("start")
+    eventually("it is back", lambda: run.events("rejoined", site=site.name))
+
+
+def _worker_is_killed(run: Run, site: Hospital) -> int:
+    """Kill the process in which a site trains, as soon as the next round has begun there; return that round."""
+    number = run.training
+    eventually("the next round begins", lambda: run.training > number and site.works and site.processes(WORKER))
+    site.kill(WORKER)
+    refused = eventually("the server is told", lambda: run.events("refused", site=site.name))
+    return int(refused[0]["round"])
+
+
+def _killed_while_uploading(deployed: Deployment, run: Run, site: Hospital, after: int) -> int:
+    """Kill a site when its update is booked as sent and has not arrived, in a later round; return the round."""
+    number = eventually("the next round", lambda: run.training > after and site.works and run.training)
+    deployed.line.bytes_per_s = TRICKLE
+    booked = {"kind": "train", "round": number, "run": run.name}
+    eventually("it is sending", lambda: any(booked.items() <= line.items() for line in site.audit))
+    site.kill()
+    deployed.line.bytes_per_s = SLOW_LINE
+    return number
+
+
+def _cut_until_the_round_has_ended(deployed: Deployment, run: Run, site: Hospital) -> int:
+    """Cut a site's line while it trains, until the others have ended that round; return the round."""
+    number = eventually("a round in which it trains", lambda: site.works and run.training)
+    deployed.line.cut()
+    eventually("the round ends", lambda: run.events("aggregated", round=number))
+    deployed.line.restore()
+    eventually("it is back", lambda: run.events("late", "rejoined", site=site.name)[1:])
+    return number
+
+
+def test_a_site_that_is_killed_does_not_stop_the_round(survived: Survived) -> None:
+    first_round = survived.run.events("aggregated", round=1)[0]
+    assert set(first_round["weights"]) == {"south", "east"}
+    assert first_round["seconds"] < 200
+
+
+def test_a_site_that_was_killed_contributes_again_once_it_is_started(survived: Survived) -> None:
+    left, back = (survived.run.events(kind, site="north")[0] for kind in ("left", "rejoined"))
+    assert left["time"] < back["time"]
+    later = [line for line in survived.run.events("aggregated") if line["round"] in (back["round"], back["round"] + 1)]
+    assert any("north" in line["weights"] for line in later)
+
+
+def test_a_killed_process_of_a_site_is_reported_by_a_word_and_costs_it_one_round(survived: Survived) -> None:
+    refused = survived.run.events("refused", site="south")[0]
+    assert "process-ended" in refused["reason"]
+    rounds = {line["round"]: line["weights"] for line in survived.run.events("aggregated")}
+    assert len(rounds[refused["round"]]) >= 2
+    assert "south" in rounds[refused["round"] + 1]
+
+
+def test_a_site_that_is_killed_while_its_update_is_on_its_way_does_not_stop_the_round(survived: Survived) -> None:
+    rounds = {line["round"]: line["weights"] for line in survived.run.events("aggregated")}
+    assert set(rounds[survived.uploading_in]) == {"north", "south"}
+    assert survived.run.events("rejoined", site="east")[0]["round"] > survived.uploading_in
+
+
+def test_a_cut_line_stops_no_round_and_the_site_is_back_after_it(survived: Survived) -> None:
+    rounds = {line["round"]: line["weights"] for line in survived.run.events("aggregated")}
+    assert set(rounds[survived.cut_in]) == {"north", "south"}
+    assert "east" in rounds[ROUNDS]
+
+
+def test_the_server_is_killed_and_the_run_goes_on_after_its_last_finished_round(survived: Survived) -> None:
+    assert survived.codes[0] == 2
+    assert survived.run.events("resumed")[0]["round"] == survived.killed_in - 1
+    assert [line["round"] for line in survived.run.events("aggregated")] == [*range(1, ROUNDS + 1)]
+    assert survived.run.state == "completed"
+
+
+def test_a_run_that_is_stopped_says_so_and_goes_on_by_resume(survived: Survived) -> None:
+    assert str(survived.run.folder) in survived.stopped
+    assert survived.codes[1] == 1
+    assert survived.stopped_status["superlink"]["running"]
+    assert survived.stopped_status["run"]["state"] == "failed"
+    assert "stop --run" in survived.stopped_status["run"]["reason"]
+
+
+def test_a_site_that_is_killed_while_it_scores_does_not_stop_the_study(survived: Survived) -> None:
+    assert survived.codes[2] == 0
+    assert {line["site"] for line in survived.run.events("evaluated", round=ROUNDS)} == {"north", "east"}
+    assert survived.run.events("left", site="south", round=ROUNDS)
+
+
+def test_whatever_the_server_took_in_was_booked_at_the_site_first(deployed: Deployment, survived: Survived) -> None:
+    for name, site in deployed.hospitals.items():
+        sent = [line for line in site.audit if line.get("run") == survived.run.name and "refused" not in line]
+        booked = Counter(line["round"] for line in sent if line["kind"] == "train")
+        taken = Counter(line["round"] for line in survived.run.events("trained", site=name))
+        assert not taken - booked
+        assert all(line["bytes"] > 0 and len(line["sha256"]) == 64 for line in sent if line["kind"] == "train")
+
+
+def test_after_the_last_command_no_process_is_left(deployed: Deployment, survived: Survived) -> None:
+    for site in deployed.hospitals.values():
+        assert "has stopped" in site.semisam("stop")
+    assert "has ended" in deployed.lead("stop")
+    assert processes_of(deployed.folder) == []

@@ -1,0 +1,124 @@
+"""What the tables say: the worst site first, missing distances counted, differences signed, oracles marked."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments.comparison.arms import Arm, OracleArm, Standing, What, Who
+from experiments.comparison.cohorts import Cohort
+from experiments.comparison.curve import draw_curve
+from experiments.comparison.definition import define
+from experiments.comparison.jobs import Job, seconds_left
+from experiments.comparison.report import Report
+from experiments.comparison.results import ArmResult, gather
+from experiments.comparison.scores import CaseScore, RunScores
+from semisam_core.files import write_json
+from tests.conftest import tiny_plan
+
+BASELINE, BETTER = Arm(Who.FEDERATED, What.SUPERVISED), Arm(Who.FEDERATED, What.SEMISAM)
+DICE = {("alpha", "1"): 0.9, ("alpha", "2"): 0.8, ("beta", "1"): 0.2, ("beta", "2"): 0.4, ("gamma", "1"): 0.6}
+
+
+def _cohort(folder: Path) -> Cohort:
+    return Cohort("all", {"alpha": ("x",), "beta": (), "gamma": ()}, folder, {}, folder, folder, {})
+
+
+def _scores(shift: float, seed: int, missing: frozenset[tuple[str, str]] = frozenset()) -> RunScores:
+    scores = tuple(
+        CaseScore(site, case, "blob", seed, dice + shift, None if (site, case) in missing else 10.0 - shift)
+        for (site, case), dice in DICE.items()
+    )
+    return RunScores(scores, "last round; no label was used to select")
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> list[ArmResult]:
+    cohort = _cohort(tmp_path)
+    oracle = Job(OracleArm("fake", 3), cohort, None, None, tmp_path)
+    runs = {(arm, seed): Job(arm, cohort, seed, None, tmp_path) for arm in (BASELINE, BETTER) for seed in (0, 1)}
+    finished = {oracle: _scores(0.05, 0)}
+    finished |= {job: _scores(0.0, seed) for (arm, seed), job in runs.items() if arm == BASELINE}
+    finished[runs[BETTER, 0]] = _scores(0.05, 0, frozenset({("beta", "1"), ("gamma", "1")}))
+    return gather([oracle, *runs.values()], finished, ["blob"], BASELINE.name)
+
+
+def test_the_worst_site_comes_first(results: list[ArmResult]) -> None:
+    for result in results:
+        assert [site for site, _ in result.classes[0].sites] == ["beta", "gamma", "alpha"]
+    lines = _report(results).markdown().splitlines()
+    first = next(number for number, line in enumerate(lines) if "federated-semisam" in line)
+    assert "| beta (worst) | 2 |" in lines[first + 1]
+
+
+def test_missing_distances_are_counted_and_never_zero(results: list[ArmResult]) -> None:
+    better = next(result for result in results if result.arm == BETTER.name).classes[0]
+    assert better.overall.missing_distances == 2
+    assert better.overall.hd95_mm is not None
+    assert better.overall.hd95_mm.mean == pytest.approx(9.95)
+    assert better.overall.hd95_mm.cases == 3
+    gamma = dict(better.sites)["gamma"]
+    assert (gamma.hd95_mm, gamma.missing_distances) == (None, 1)
+    assert "(2 missing)" in _report(results).markdown()
+
+
+def test_a_difference_is_paired_with_the_baseline_where_both_were_scored(results: list[ArmResult]) -> None:
+    better = next(result for result in results if result.arm == BETTER.name).classes[0]
+    assert better.dice_difference is not None
+    assert better.dice_difference.mean == pytest.approx(0.05)
+    assert better.dice_difference.low == pytest.approx(0.05)
+    assert (better.dice_difference.cases, better.dice_difference.values) == (5, 5)
+    assert better.hd95_difference_mm is not None
+    assert better.hd95_difference_mm.cases == 3
+    assert "+0.050 [+0.050, +0.050]" in _report(results).markdown()
+
+
+def test_an_oracle_comes_last_is_marked_and_is_compared_with_nothing(results: list[ArmResult]) -> None:
+    assert results[-1].standing is Standing.ORACLE
+    assert results[-1].classes[0].dice_difference is None
+    console = Console(file=io.StringIO(), width=300)
+    _report(results).show(console)
+    assert isinstance(console.file, io.StringIO)
+    assert "oracle-fake-3-points (oracle: uses the truth, not a result one can have)" in console.file.getvalue()
+
+
+def test_runs_without_scores_are_named(results: list[ArmResult]) -> None:
+    assert "left out above: federated-semisam, labels all, seed 1." in _report(results).markdown()
+
+
+def test_an_arm_without_any_score_has_a_row_that_says_so(tmp_path: Path) -> None:
+    results = gather([Job(BASELINE, _cohort(tmp_path), 0, None, tmp_path)], {}, ["blob"], BASELINE.name)
+    assert "| federated-supervised | all | - | no scores |" in _report(results).markdown()
+
+
+def test_time_left_comes_from_the_same_arm_and_else_from_any_that_trains(tmp_path: Path) -> None:
+    cohort = _cohort(tmp_path)
+    jobs = [
+        Job(arm, cohort, seed, None, tmp_path / f"{arm.name}{seed}") for arm in (BASELINE, BETTER) for seed in (0, 1)
+    ]
+    oracle = Job(OracleArm("fake", None), cohort, None, None, tmp_path / "oracle")
+    assert seconds_left(jobs) is None
+    for job, seconds in ((jobs[0], 100.0), (oracle, 1.0)):
+        write_json(job.folder / "status.json", {"state": "completed"})
+        job.add_seconds(seconds)
+    assert seconds_left([oracle, *jobs]) == 300
+    write_json(jobs[2].folder / "status.json", {"state": "completed"})
+    jobs[2].add_seconds(20.0)
+    jobs[3].add_seconds(5.0)
+    assert seconds_left([oracle, *jobs]) == 100 + 15
+
+
+def test_two_label_counts_that_come_to_as_many_labels_can_be_drawn(results: list[ArmResult], tmp_path: Path) -> None:
+    plan = tiny_plan()
+    definition = define({"arms": [BASELINE.name, BETTER.name], "labeled": ["1", "all"]}, plan, "comparison")
+    draw_curve([*results, *results], plan, definition, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _report(results: list[ArmResult]) -> Report:
+    plan = tiny_plan()
+    definition = define({"arms": [BASELINE.name, BETTER.name], "seeds": [0, 1]}, plan, "comparison")
+    return Report(plan, definition, results)
