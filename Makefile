@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo/run
 
-.PHONY: demo test lint clean-demo
+.PHONY: demo test lint mutants clean-demo
 
 demo: $(INSTALLED)
 	$(BIN)/semisam phantom --out demo/data
@@ -19,6 +19,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Faults put into a copy of the code, one at a time; prints those that no test notices. Not part of CI.
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants.run
 
 clean-demo:
 	rm -rf demo
