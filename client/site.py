@@ -31,7 +31,7 @@ from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.fusion import PseudoLabel
 from semisam_core.regularizers import Regularizer, teaches
 from semisam_core.reporting.overview import Panel, draw_overview
-from semisam_core.training import new_regularizer, new_teacher, train_round
+from semisam_core.training import LocalRound, new_regularizer, new_teacher, train_round
 
 logger = logging.getLogger(__name__)
 
@@ -119,19 +119,20 @@ class Site:
             if teaches(self.plan.regularizer.name, len(labeled)) or _accepted(labels.get(case.id))
         ]
         seed = derive_seed(self.plan.seed, self.config.site, self.round)
-        result = train_round(
-            self.plan,
-            specialist,
-            teacher,
-            labeled,
-            unlabeled,
-            self.round,
-            seed,
-            self.device,
-            lambda done, total: self.progress("train", done, total, "steps"),
-            regularizer,
-            self._annotated,
+        local = LocalRound(
+            plan=self.plan,
+            specialist=specialist,
+            teacher=teacher,
+            labeled=labeled,
+            unlabeled=unlabeled,
+            number=self.round,
+            seed=seed,
+            device=self.device,
+            regularizer=regularizer,
+            annotated=self._annotated,
+            progress=lambda done, total: self.progress("train", done, total, "steps"),
         )
+        result = train_round(local)
         self.state.save_teacher(self.round, _cpu(teacher.state_dict()))
         if regularizer is not None and regularizer.own is not None:
             self.state.save_networks(self.round, regularizer.own.state())
