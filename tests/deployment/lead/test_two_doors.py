@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployment.lead.superlink import FLEET_CALLS, MAXIMUM_BODY, PUBLIC, TwoDoors
+from deployment.lead.doors import FLEET_CALLS, MAXIMUM_BODY, PUBLIC, TwoDoors
 
 CONTROL_PORT, PUBLIC_PORT = 8444, 8443
 TRICKS = (
