@@ -168,6 +168,7 @@ def _begin(study: StudyFolder, tree: ProcessTree, out: IO[bytes]) -> Service:
     command = [sys.executable, "-P", str(PROGRAM), "--host", settings.bind, "--port", str(settings.port)]
     command += ["--control-port", str(settings.control_port), "--tls", str(study.tls)]
     command += ["--database", str(study.server / "superlink.db")]
+    command += [word for key, value in settings.connections for word in (f"--{key.replace('_', '-')}", str(value))]
     environment = flower_environment(study.server / "flwr-home") | {SUPERLINK: settings.control_address}
     process = tree.start(command, stdout=out, stderr=out, env=environment, cwd=study.server / "cwd")
     service = Service(process.pid, birth(psutil.Process(process.pid)), tree.mark)

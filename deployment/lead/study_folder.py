@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
 from deployment.invitation import Invitation, check_address, installed_versions, sha256, write_invitation
+from deployment.lead.doors import Bounds
 from deployment.lead.pki import CA_CERTIFICATE, check_host, write_certificates
 from engines.bundle import build_bundle
 from semisam_core.configuration import Name, StrictModel, parse, read_yaml
@@ -48,13 +49,28 @@ control_port: {control_port}
 # How many sites a run waits for.
 sites: {sites}
 
-# How long the certificates were made to be good for, in days.
+# How long the certificates were made to be valid, in days.
 valid_days: {valid_days}
+
+# Bounds on connections to the public port: how many, and for how many seconds each step may take. A site holds a
+# handful; raise per_address where more than about 30 sites reach this server from one address (NAT).
+# connections: {connections}
 """
 
 
 class LeadError(SemiSAMError):
     """Something that the lead asked for cannot be done as things stand; the message says why and what can."""
+
+
+class Connections(StrictModel):
+    """Bounds on connections to the public port; see `Bounds`."""
+
+    per_address: int = Field(Bounds.per_address, ge=8, le=100_000)
+    total: int = Field(Bounds.total, ge=8, le=100_000)
+    handshake_s: float = Field(Bounds.handshake_s, ge=1, le=3600)
+    headers_s: float = Field(Bounds.headers_s, ge=1, le=3600)
+    stall_s: float = Field(Bounds.stall_s, ge=1, le=3600)
+    request_s: float = Field(Bounds.request_s, ge=1, le=86_400)
 
 
 class Settings(StrictModel):
@@ -68,6 +84,7 @@ class Settings(StrictModel):
     control_port: int = Field(ge=1, le=65535)
     sites: int = Field(ge=1, le=10_000)
     valid_days: int = Field(ge=1, le=3650)
+    connections: Connections = Connections()
 
     @field_validator("hosts")
     @classmethod
@@ -277,6 +294,7 @@ class NewStudy:
             "control_port": self.port + 1 if self.port < 65535 else self.port - 1,
             "sites": self.sites,
             "valid_days": VALID_DAYS,
+            "connections": "{" + ", ".join(f"{key}: {value:g}" for key, value in Connections()) + "}",
         }
         return TEMPLATE.format(**values)
 
