@@ -1,4 +1,4 @@
-"""Admission: which keys are taken, and what is said about the others."""
+"""Admission: which keys are accepted, and what the messages say about the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_an_ec_key_is_kept_and_registered_when_the_server_starts(study: StudyFol
     assert list(admitted_keys(study)) == ["north"]
 
 
-def test_an_ed25519_key_is_refused_with_what_makes_a_right_one(study: StudyFolder, tmp_path: Path) -> None:
+def test_an_ed25519_key_is_refused_with_the_command_that_makes_an_ec_key(study: StudyFolder, tmp_path: Path) -> None:
     code, output = call("admit", "north", write_key(tmp_path / "key.pub", "ed25519"), "--study", study.folder)
     assert code == 2
     assert "ssh-ed25519" in output
@@ -41,11 +41,11 @@ def test_a_private_key_is_refused_as_such(study: StudyFolder, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff\x00", b"ecdsa-sha2-nistp384 AAAA", b"ssh-rsa"])
-def test_what_is_no_key_is_refused(study: StudyFolder, tmp_path: Path, content: bytes) -> None:
+def test_anything_but_a_key_is_refused(study: StudyFolder, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "key.pub").write_bytes(content)
     code, output = call("admit", "north", tmp_path / "key.pub", "--study", study.folder)
     assert code == 2
-    assert "no OpenSSH public key" in output
+    assert "not an OpenSSH public key" in output
 
 
 def test_a_pem_public_key_is_refused(study: StudyFolder, tmp_path: Path) -> None:
@@ -67,13 +67,13 @@ def test_a_key_is_not_replaced_and_not_shared(study: StudyFolder, tmp_path: Path
     assert (study.keys / "north.pub").read_bytes() == first.read_bytes()
 
 
-def test_a_site_that_is_removed_can_be_admitted_with_another_key(study: StudyFolder, tmp_path: Path) -> None:
+def test_a_removed_site_can_be_admitted_with_another_key(study: StudyFolder, tmp_path: Path) -> None:
     call("admit", "north", write_key(tmp_path / "1.pub"), "--study", study.folder)
     assert call("remove", "north", "--study", study.folder)[0] == 0
     assert call("admit", "north", write_key(tmp_path / "2.pub"), "--study", study.folder)[0] == 0
 
 
-def test_removing_a_site_that_is_not_admitted_says_who_is(study: StudyFolder) -> None:
+def test_removing_an_unknown_site_lists_the_admitted_ones(study: StudyFolder) -> None:
     code, output = call("remove", "north", "--study", study.folder)
     assert code == 2
-    assert "admitted are: none" in output
+    assert "admitted sites: none" in output

@@ -1,4 +1,4 @@
-"""Two commands at once must not make two programs write one run folder."""
+"""Two concurrent commands never make two processes write one run folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from semisam_core.files import write_atomically, write_json
 
 
 class SlowControl:
-    """A control API at which it takes a moment until a run that is submitted is known."""
+    """A control API that lists a submitted run only after a moment."""
 
     def __init__(self) -> None:
         self.runs: list[FlowerRun] = []
@@ -38,14 +38,14 @@ class SlowControl:
 
 @pytest.fixture
 def serving_already(study: StudyFolder) -> StudyFolder:
-    """Return a study whose SuperLink runs, for all that is known of it."""
+    """Return a study whose SuperLink appears to be running."""
     process = psutil.Process(os.getpid())
     record = {"pid": process.pid, "birth": birth(process), "mark": "a mark that no process carries"}
     write_json(study.server / "superlink.json", record)
     return study
 
 
-def _cut_short(study: StudyFolder) -> Path:
+def _interrupted(study: StudyFolder) -> Path:
     folder = study.runs / "a-run"
     folder.mkdir()
     write_atomically(folder / "plan.yaml", study.plan_path.read_bytes())
@@ -62,16 +62,16 @@ def _new(study: StudyFolder, control: FlowerControl) -> LeadRun:
 
 
 @pytest.mark.parametrize("second", [_resume, _new])
-def test_while_one_command_submits_a_run_a_second_one_submits_none(
+def test_while_one_command_submits_a_run_another_submits_none(
     serving_already: StudyFolder, second: Callable[[StudyFolder, FlowerControl], LeadRun]
 ) -> None:
-    folder, slow = _cut_short(serving_already), SlowControl()
+    folder, slow = _interrupted(serving_already), SlowControl()
     control, begun = cast(FlowerControl, slow), list[LeadRun]()
     first = threading.Thread(target=lambda: begun.append(_resume(serving_already, control)))
     first.start()
     try:
         assert slow.asked.wait(20)
-        threading.Timer(2.0, slow.go_on.set).start()  # a second that gets through must not wait for ever
+        threading.Timer(2.0, slow.go_on.set).start()  # a second command that gets through must not hang
         with pytest.raises(LeadError, match=r"another .* is submitting a run"):
             second(serving_already, control)
     finally:
@@ -79,4 +79,4 @@ def test_while_one_command_submits_a_run_a_second_one_submits_none(
         first.join(20)
     assert [run.folder for run in begun] == [folder]
     assert len(slow.runs) == 1
-    assert _resume(serving_already, control).run_id == 1  # once it is known, it is followed
+    assert _resume(serving_already, control).run_id == 1  # once listed, it is followed
