@@ -198,7 +198,9 @@ def flower_environment(home: Path) -> dict[str, str]:
     here = "127.0.0.1,localhost"
     others = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
     exempt = f"{here},{others}" if others else here
-    return dict(os.environ) | {
+    # Flower's internal switches among these would open further ports, with the control API.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_INTERNAL_")}
+    return inherited | {
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": "0",

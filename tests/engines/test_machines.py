@@ -87,7 +87,7 @@ def _study(folder: Path) -> list[str]:
     for seed, name in enumerate(("alpha", "beta")):
         write_blobs(folder / "data" / name, 3, 10 * seed)
         write_site(folder, name, generalists={})
-    # Starting Flower's processes takes long where other work goes on beside.
+    # Starting Flower's processes is slow on a busy machine.
     waits = ("aggregation.join_deadline_s=300", "aggregation.round_deadline_s=300")
     plan = tiny_plan("pseudo_labels=null", "training.rounds=1", *waits)
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")))

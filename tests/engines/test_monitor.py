@@ -1,4 +1,4 @@
-"""What people see of a run's faults: a line each, with the names of sites."""
+"""How a run's faults are shown: one line each, with site names."""
 
 from __future__ import annotations
 

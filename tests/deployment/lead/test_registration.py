@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from deployment.lead.registration import admitted_keys
+from deployment.lead.registration import admitted_keys, sync_registrations
 from deployment.lead.study_folder import StudyFolder
+from engines.flower_control import FlowerControl, FlowerNode
 from tests.deployment.lead.conftest import call, write_key
 
 
@@ -77,3 +79,32 @@ def test_removing_an_unknown_site_lists_the_admitted_ones(study: StudyFolder) ->
     code, output = call("remove", "north", "--study", study.folder)
     assert code == 2
     assert "admitted sites: none" in output
+
+
+class Registrations:
+    """The SuperLink's list of keys."""
+
+    def __init__(self, *nodes: FlowerNode) -> None:
+        self._nodes = list(nodes)
+
+    def nodes(self) -> list[FlowerNode]:
+        return list(self._nodes)
+
+    def register(self, name: str, public_key: bytes) -> None:
+        self._nodes.append(FlowerNode(len(self._nodes) + 100, name, "registered", public_key))
+
+    def unregister(self, node_id: int) -> None:
+        self._nodes = [node for node in self._nodes if node.node_id != node_id]
+
+
+def test_the_superlink_knows_the_admitted_keys_and_no_others(study: StudyFolder, tmp_path: Path) -> None:
+    for name in ("north", "south"):
+        call("admit", name, write_key(tmp_path / f"{name}.pub"), "--study", study.folder)
+    keys = admitted_keys(study)
+    kept = FlowerNode(1, "north", "online", keys["north"])
+    another_key = FlowerNode(2, "south", "online", b"a key that south had before")
+    another_name = FlowerNode(3, "east", "online", keys["south"])
+    list_of = Registrations(kept, another_key, another_name)
+    sync_registrations(study, cast(FlowerControl, list_of))
+    assert {(node.name, node.public_key) for node in list_of.nodes()} == set(keys.items())
+    assert kept in list_of.nodes()

@@ -1,4 +1,4 @@
-"""Two concurrent commands never make two processes write one run folder."""
+"""Runs: never two processes for one run folder, and the truth about how each ended."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import psutil
 import pytest
 from rich.console import Console
 
+import deployment.lead.run as run_module
 from deployment.lead.run import LeadRun, RunRecord, new_run, resumed_run
 from deployment.lead.study_folder import LeadError, StudyFolder
 from engines.flower_control import FlowerControl, FlowerRun
 from engines.processes import birth
+from engines.run_state import run_state
 from semisam_core.files import write_atomically, write_json
 
 
@@ -80,3 +82,35 @@ def test_while_one_command_submits_a_run_another_submits_none(
     assert [run.folder for run in begun] == [folder]
     assert len(slow.runs) == 1
     assert _resume(serving_already, control).run_id == 1  # once listed, it is followed
+
+
+class EndedControl:
+    """A control API that reports how a run ended."""
+
+    def __init__(self, end: str) -> None:
+        self._end = end
+
+    def run(self, run_id: int) -> FlowerRun:
+        return FlowerRun(run_id, "finished", self._end, "", {})
+
+
+@pytest.mark.parametrize(
+    ("flower", "own", "completed"),
+    [
+        ("completed", "completed", True),
+        ("completed", "failed", False),
+        ("completed", "running", False),
+        ("failed", "completed", False),
+        ("stopped", "running", False),
+        ("", "completed", False),
+    ],
+)
+def test_a_run_completed_only_if_both_flower_and_the_run_say_so(
+    serving_already: StudyFolder, monkeypatch: pytest.MonkeyPatch, flower: str, own: str, completed: bool
+) -> None:
+    monkeypatch.setattr(run_module, "ASK_EVERY_S", 0.0)
+    folder = _interrupted(serving_already)
+    write_json(folder / "status.json", {"state": own, "reason": "as the run says"})
+    run = LeadRun(serving_already, folder, 1, serving_already.plan())
+    assert run.follow(cast(FlowerControl, EndedControl(flower)), Console(quiet=True)) is completed
+    assert (run_state(folder) == "completed") is completed

@@ -1,4 +1,4 @@
-"""A real SuperLink under idle, half-open and slow connections; and what becomes of a program of its that dies."""
+"""A real SuperLink: who may call it, what idle and slow connections cost it, and what follows if a child dies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import uvicorn
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -25,10 +27,14 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from deployment.lead.doors import TwoDoors
+from deployment.lead.pki import write_certificates
 from deployment.lead.registration import admit
 from deployment.lead.run import last_run, new_run
 from deployment.lead.service import control_of, find, start, stop
 from deployment.lead.study_folder import NewStudy, StudyFolder
+from deployment.lead.superlink import listening_socket, superlink
+from engines.flower_control import FlowerControl, FlowerError
 from engines.run_state import run_state
 from tests.deployment.lead.conftest import processes_of, two_free_ports, wait_until
 
@@ -51,7 +57,7 @@ def bounded(
     folder = tmp_path_factory.mktemp("bounded")
     study = NewStudy(folder / "atrium", supervised_plan, [], two_free_ports(), 2).write()
     path = study.folder / "study.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"connections": BOUNDS}))
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"connections": BOUNDS, "bind": "0.0.0.0"}))
     public = folder / "key.pub"
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     study = StudyFolder.load(study.folder)
@@ -148,6 +154,13 @@ def _held(study: StudyFolder) -> int:
     return sum(each.laddr.port == port and each.status != psutil.CONN_LISTEN for each in connections)
 
 
+def test_only_the_public_port_listens_beyond_the_loopback(bounded: StudyFolder) -> None:
+    service = find(bounded)
+    assert service is not None
+    listening = {c.laddr for c in psutil.Process(service.pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert listening == {("0.0.0.0", bounded.settings.port), ("127.0.0.1", bounded.settings.control_port)}
+
+
 @pytest.mark.slow
 def test_connections_that_send_no_request_end_within_the_bounds_while_a_site_is_served(
     bounded: StudyFolder, key: ec.EllipticCurvePrivateKey
@@ -186,6 +199,52 @@ def test_one_address_holds_no_more_than_its_share_and_still_reaches_the_server(
             attack.close()
 
 
+@pytest.fixture
+def plain(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Serve the SuperLink's app without TLS, in this process; return its address as the public and the control port."""
+    write_certificates(tmp_path / "tls", "atrium", [], 30)
+    sockets = [listening_socket("127.0.0.1", 0), listening_socket("127.0.0.1", 0)]
+    public, control = (each.getsockname()[1] for each in sockets)
+    app = TwoDoors(superlink(control, tmp_path / "superlink.db", tmp_path / "tls"), control, lambda *refused: None)
+    server = uvicorn.Server(uvicorn.Config(app, ws="none", log_level="critical"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
+    thread.start()
+    try:
+        assert wait_until(lambda: server.started)
+        yield f"127.0.0.1:{public}", f"127.0.0.1:{control}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def _activate(address: str, key: ec.EllipticCurvePrivateKey) -> int:
+    interceptors = [NodeAuthHttpInterceptor(key, key.public_key())]
+    with FleetHttpClient.from_server_address(address, True, None, interceptors) as client:
+        request = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=30)
+        return int(client.ActivateNode(request).node_id)
+
+
+def test_a_key_connects_once_it_is_registered_and_not_before(
+    plain: tuple[str, str], key: ec.EllipticCurvePrivateKey
+) -> None:
+    public, control = plain
+    with pytest.raises(httpx.HTTPStatusError):
+        _activate(public, key)
+    with FlowerControl(control, None) as commands:
+        commands.register("north", key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    assert _activate(public, key) > 0
+    with pytest.raises(httpx.HTTPStatusError):
+        _activate(public, ec.generate_private_key(ec.SECP384R1()))
+
+
+def test_the_control_api_is_served_at_the_control_port_only(plain: tuple[str, str]) -> None:
+    public, control = plain
+    with FlowerControl(control, None) as commands:
+        assert commands.nodes() == []
+    with FlowerControl(public, None) as commands, pytest.raises(FlowerError):
+        commands.nodes()
+
+
 def _children(study: StudyFolder, name: str) -> list[psutil.Process]:
     service = find(study)
     assert service is not None
@@ -209,7 +268,7 @@ def _zombies(study: StudyFolder) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_program_of_the_server_that_dies_is_reaped_and_runs_can_still_be_started(bounded: StudyFolder) -> None:
+def test_a_child_of_the_server_that_dies_is_reaped_and_runs_still_start(bounded: StudyFolder) -> None:
     with control_of(bounded) as control:
         for victim in ("flwr-serverapp", "superexec.py"):
             new_run(bounded, control, 2)
