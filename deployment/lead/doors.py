@@ -185,7 +185,7 @@ class PublicDoor:
             await asyncio.sleep(0)  # a flood of connections must not starve those being served
 
     def watched(self, app: Application) -> Application:
-        """Return `app`, with the connection of each request told how far the request is."""
+        """Return `app`, reporting each request's progress to its connection."""
 
         async def watching(scope: Scope, receive: Receive, send: Send) -> None:
             connection = self._open.get(tuple(scope.get("client") or ("", 0)))

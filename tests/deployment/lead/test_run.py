@@ -68,8 +68,8 @@ def test_while_one_command_submits_a_run_another_submits_none(
     serving_already: StudyFolder, second: Callable[[StudyFolder, FlowerControl], LeadRun]
 ) -> None:
     folder, slow = _interrupted(serving_already), SlowControl()
-    control, begun = cast(FlowerControl, slow), list[LeadRun]()
-    first = threading.Thread(target=lambda: begun.append(_resume(serving_already, control)))
+    control, submitted = cast(FlowerControl, slow), list[LeadRun]()
+    first = threading.Thread(target=lambda: submitted.append(_resume(serving_already, control)))
     first.start()
     try:
         assert slow.asked.wait(20)
@@ -79,7 +79,7 @@ def test_while_one_command_submits_a_run_another_submits_none(
     finally:
         slow.go_on.set()
         first.join(20)
-    assert [run.folder for run in begun] == [folder]
+    assert [run.folder for run in submitted] == [folder]
     assert len(slow.runs) == 1
     assert _resume(serving_already, control).run_id == 1  # once listed, it is followed
 
