@@ -65,12 +65,12 @@ class LeadError(SemiSAMError):
 class Connections(StrictModel):
     """Bounds on connections to the public port; see `Bounds`."""
 
-    per_address: int = Field(Bounds.per_address, ge=8, le=100_000)
-    total: int = Field(Bounds.total, ge=8, le=100_000)
-    handshake_s: float = Field(Bounds.handshake_s, ge=1, le=3600)
-    headers_s: float = Field(Bounds.headers_s, ge=1, le=3600)
-    stall_s: float = Field(Bounds.stall_s, ge=1, le=3600)
-    request_s: float = Field(Bounds.request_s, ge=1, le=86_400)
+    per_address: int = Field(default=Bounds.per_address, ge=8, le=100_000)
+    total: int = Field(default=Bounds.total, ge=8, le=100_000)
+    handshake_s: float = Field(default=Bounds.handshake_s, ge=1, le=3600)
+    headers_s: float = Field(default=Bounds.headers_s, ge=1, le=3600)
+    stall_s: float = Field(default=Bounds.stall_s, ge=1, le=3600)
+    request_s: float = Field(default=Bounds.request_s, ge=1, le=86_400)
 
 
 class Settings(StrictModel):

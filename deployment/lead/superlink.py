@@ -14,9 +14,10 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import uvicorn
 
@@ -96,7 +97,8 @@ class _Server(uvicorn.Server):
         """Serve the loopback port as uvicorn does, then the public one."""
 
         def protocol() -> asyncio.Protocol:
-            return cast(Any, config.http_protocol_class)(config, self.server_state, self.lifespan.state)
+            make = cast(Callable[..., asyncio.Protocol], config.http_protocol_class)
+            return make(config=config, server_state=self.server_state, app_state=self.lifespan.state)
 
         config = self.config
         assert config.ssl is not None
