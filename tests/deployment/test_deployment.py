@@ -87,18 +87,14 @@ def test_a_deployed_study_publishes_the_weights_of_the_same_study_in_one_process
     assert [(line["round"], line["sha256"]) for line in first.events("aggregated")] == expected
 
 
-def test_a_deployed_site_trains_on_pseudo_labels_of_its_unlabeled_scans(
-    deployed: Deployment, first: Run
-) -> None:
+def test_a_deployed_site_trains_on_pseudo_labels_of_its_unlabeled_scans(deployed: Deployment, first: Run) -> None:
     judged = {line["site"]: line["accepted"] + line["gated"] for line in first.events("trained", round=3)}
     assert judged == {"north": 1, "south": 0, "east": 3}  # one class, so as many as unlabeled scans
     for name in ("north", "east"):
         assert any((deployed.hospitals[name].folder / "storage" / "embeddings").rglob("*.safetensors"))
 
 
-def test_a_sites_audit_log_is_the_same_as_in_one_process(
-    deployed: Deployment, first: Run, simulated: Path
-) -> None:
+def test_a_sites_audit_log_is_the_same_as_in_one_process(deployed: Deployment, first: Run, simulated: Path) -> None:
     for name, site in deployed.hospitals.items():
         alone = read_json_lines(simulated.parent / "storage" / name / "audit.jsonl")
         booked = [_booked(line) for line in site.audit if line.get("run") == first.name]
@@ -274,7 +270,9 @@ def test_a_site_killed_during_evaluation_does_not_stop_the_study(survived: Survi
     assert survived.run.events("left", site="south", round=ROUNDS)
 
 
-def test_every_update_the_server_received_was_first_booked_at_the_site(deployed: Deployment, survived: Survived) -> None:
+def test_every_update_the_server_received_was_first_booked_at_the_site(
+    deployed: Deployment, survived: Survived
+) -> None:
     for name, site in deployed.hospitals.items():
         sent = [line for line in site.audit if line.get("run") == survived.run.name and "refused" not in line]
         booked = Counter(line["round"] for line in sent if line["kind"] == "train")
