@@ -249,7 +249,7 @@ def _register(study: StudyFolder) -> bool:
     if service.find(study) is None:
         return False
     with service.control_of(study) as control:
-        registration.bring_in_line(study, control)
+        registration.sync_registrations(study, control)
     return True
 
 

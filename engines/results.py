@@ -1,4 +1,4 @@
-"""The table at the end of a run, and the same as JSON."""
+"""The results of a run, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.metrics_log import counted
 
 @dataclass(frozen=True)
 class SiteResult:
-    """One line of the table: one site, one class. None where nothing was measured."""
+    """One row of the table: one site, one class. None where nothing was measured."""
 
     site: str
     target: str
@@ -33,7 +33,7 @@ class SiteResult:
 
 
 def collect(run_folder: Path, local_folders: Mapping[str, Path], classes: Sequence[str]) -> list[SiteResult]:
-    """Gather what a run and its local-only arms measured, by site and class."""
+    """Collect the results of a run and its local-only arms, by site and class."""
     lines = counted(read_json_lines(run_folder / "metrics.jsonl"))
     joined = {line["site"]: line for line in lines if line["event"] in ("joined", "rejoined")}
     trained = {line["site"]: line for line in lines if line["event"] == "trained"}
@@ -66,7 +66,7 @@ def collect(run_folder: Path, local_folders: Mapping[str, Path], classes: Sequen
 
 
 def scores_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return each site's scores in the round that the plan's selection picked."""
+    """Return each site's scores in the selected round."""
     selected = [line["round"] for line in lines if line["event"] == "selected"]
     if not selected:
         return {}
@@ -81,7 +81,7 @@ def as_json(results: Sequence[SiteResult]) -> list[dict[str, Any]]:
 
 
 def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> Table:
-    """Return the table that people read."""
+    """Return the results as a terminal shows them."""
     table = Table(
         title=title,
         caption="Local: trained alone, supervised, same steps. Pseudo-labels: last round, all classes together. "
