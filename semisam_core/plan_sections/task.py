@@ -100,12 +100,18 @@ class Intensity(StrictModel):
 
 
 class Data(StrictModel):
-    """The grid on which the specialist sees scans: RAS orientation, this spacing, patches of this size."""
+    """The grid on which the specialist sees scans: RAS orientation, this spacing, patches of this size.
+
+    `nan` says what happens to a scan with NaN voxels: `refuse` quarantines it; `zero` sets them to 0 in the scan's own
+    units, for scans whose background is NaN. `nan` is written only where it is `zero`, so that plans without it keep
+    their hashes.
+    """
 
     spacing_mm: Spacing
     intensity: Intensity
     patch: tuple[int, int, int]
     foreground_share: Fraction = 0.7
+    nan: Literal["refuse", "zero"] = "refuse"
 
     @field_validator("patch")
     @classmethod
@@ -113,3 +119,7 @@ class Data(StrictModel):
         if not all(8 <= side <= 512 for side in value):
             raise ValueError("each side of the patch is in voxels, between 8 and 512")
         return value
+
+    @model_serializer(mode="wrap")
+    def _without_default_nan(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: each for key, each in serialize(self).items() if (key, each) != ("nan", "refuse")}
