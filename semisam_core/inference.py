@@ -24,14 +24,17 @@ def new_specialist(plan: Plan) -> nn.Module:
     )
 
 
-def predict(network: nn.Module, image: Tensor, plan: Plan, device: torch.device) -> Tensor:
+def predict(
+    network: nn.Module, image: Tensor, plan: Plan, device: torch.device, overlap: float | None = None
+) -> Tensor:
     """Return class probabilities of a whole scan by a sliding window.
 
     Args:
-        network: the specialist or its teacher; put in evaluation mode here and back afterwards.
+        network: the specialist or its teacher; runs in evaluation mode and gets its own mode back.
         image: (C, H, W, D) on the plan's grid.
-        plan: patch size and window overlap.
+        plan: patch size.
         device: where to compute.
+        overlap: share of a window that its neighbour covers, below 1; None for the plan's `evaluation.overlap`.
 
     Returns:
         (1 + K, H, W, D) float32 on the CPU; sums to one over the first axis.
@@ -45,7 +48,7 @@ def predict(network: nn.Module, image: Tensor, plan: Plan, device: torch.device)
                 plan.data.patch,
                 sw_batch_size=2,
                 predictor=network,
-                overlap=plan.evaluation.overlap,
+                overlap=plan.evaluation.overlap if overlap is None else overlap,
                 mode="gaussian",
             )
             return torch.as_tensor(logits)[0].float().softmax(0).cpu()

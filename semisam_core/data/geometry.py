@@ -18,8 +18,8 @@ from semisam_core.errors import CaseError
 CORNER_TOLERANCE_VOXELS = 0.25
 """How far apart the corners of two grids may lie for the grids to count as one.
 
-Within a quarter of a voxel, every voxel keeps its nearest neighbour in the other grid with room to spare. Headers of one
-scan differ by less: by about a tenth of a voxel where a program stored the rotation as a float32 quaternion only.
+Within a quarter of a voxel, every voxel keeps its nearest neighbour in the other grid with room to spare. Headers of
+one scan differ by less: by about a tenth of a voxel where a program stored the rotation as a float32 quaternion only.
 """
 
 
@@ -77,7 +77,11 @@ def axis_change(source: Geometry, target: Geometry) -> AxisChange:
 
 
 def corner_distance(first: Geometry, second: Geometry) -> tuple[float, float]:
-    """Return how far apart the eight corners of two grids of one shape lie at most: in voxels of the first, and in mm."""
+    """Return the largest distance between matching corners of two grids of one shape.
+
+    Returns:
+        The distance in voxels of the first grid, and in millimetres.
+    """
     corners = torch.tensor(
         [[*corner, 1.0] for corner in product(*((-0.5, side - 0.5) for side in first.shape))], dtype=torch.float64
     )

@@ -15,7 +15,7 @@ _FORMATS = (*SUFFIXES, ".nrrd", ".seg.nrrd", ".mha", ".mhd", ".img", ".hdr", ".g
 
 
 def nifti_suffix(name: str) -> str | None:
-    """Return the suffix of a NIfTI file name as it is written, such as ".nii.gz" or ".NII.GZ"; None for another file."""
+    """Return a NIfTI file's suffix as it is written, such as ".nii.gz" or ".NII.GZ"; None for another file."""
     for suffix in SUFFIXES:
         if name.lower().endswith(suffix):
             return name[-len(suffix) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
     """Read a file's header and check it.
 
     Trailing axes of length one are dropped. Sizes in metres or micrometres become millimetres; an unknown unit is taken
-    for millimetres. A volume of fewer than four voxels along an axis is refused: it is most often a localizer or a single
-    key image, and a 3D network learns nothing across so few slices.
+    for millimetres. A volume of fewer than four voxels along an axis is refused: it is most often a localizer or a
+    single key image, and a 3D network learns nothing across so few slices.
 
     Raises:
         CaseError: the file is unreadable, in colour, complex, not 3D, too thin, without a usable affine, or of a size
@@ -81,6 +82,11 @@ def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
     geometry = Geometry(shape, torch.from_numpy(affine))
     _check_physical_size(geometry, case_id, what)
     return NiftiVolume(case_id, what, file, geometry, notes)
+
+
+def by_axis(lengths: Sequence[float]) -> str:
+    """Return lengths as "0.7 x 0.7 x 3"."""
+    return " x ".join(f"{length:.4g}" for length in lengths)
 
 
 def _unreadable(case_id: str, what: str, error: Exception) -> CaseError:
@@ -117,9 +123,7 @@ def _check_physical_size(geometry: Geometry, case_id: str, what: str) -> None:
     longest, voxel = max(geometry.extent_mm), max(geometry.spacing_mm)
     if SHORTEST_EXTENT_MM <= longest <= LONGEST_EXTENT_MM and voxel <= LARGEST_VOXEL_MM:
         return
-    extent, spacing = (
-        " x ".join(f"{side:.4g}" for side in sides) for sides in (geometry.extent_mm, geometry.spacing_mm)
-    )
+    extent, spacing = (by_axis(lengths) for lengths in (geometry.extent_mm, geometry.spacing_mm))
     raise CaseError(
         f"{case_id}: the {what} is {extent} mm in size with voxels of {spacing} mm, which no patient is. Accepted are "
         f"{SHORTEST_EXTENT_MM:g} to {LONGEST_EXTENT_MM:g} mm along the longest side and voxels up to "

@@ -28,7 +28,7 @@ from torch import Tensor
 from semisam_core.data.cases import Case
 from semisam_core.data.geometry import Geometry, axis_change, check_same_grid
 from semisam_core.data.labels import class_indices
-from semisam_core.data.nifti import NiftiVolume, open_nifti
+from semisam_core.data.nifti import NiftiVolume, by_axis, open_nifti
 from semisam_core.errors import CaseError
 from semisam_core.files import save_tensors
 from semisam_core.plan import Plan
@@ -72,8 +72,8 @@ def load_scan(case: Case, plan: Plan, prepared: Path | None = None, memory_gb: f
         memory_gb: largest image to load, in file or on the plan's grid; None for no limit. Judged by the headers alone.
 
     Raises:
-        CaseError: a file is unreadable, no 3D volume of a plausible size, too large, or not finite; or channels or label
-            do not fit the image.
+        CaseError: a file is unreadable, no 3D volume of a plausible size, too large, or not finite; or channels or
+            label do not fit the image.
     """
     channels = [open_nifti(path, case.id, "image") for path in case.images]
     if memory_gb is not None:
@@ -134,11 +134,10 @@ def _check_memory(case_id: str, channels: Sequence[NiftiVolume], data: Data, mem
     voxels = max(math.prod(grid), *(math.prod(each.geometry.shape) for each in channels))
     needed_gb = len(channels) * voxels * 4 / 1e9
     if needed_gb > memory_gb:
-        spacing = " x ".join(f"{step:.4g}" for step in original.spacing_mm)
         raise CaseError(
-            f"{case_id}: the image would take {needed_gb:.3g} GB of memory, storage.memory_gb allows {memory_gb:g}. It has "
-            f"shape {original.shape} and voxels of {spacing} mm; the plan's grid would have about {tuple(grid)}. Correct "
-            "the voxel size if it is wrong, or raise storage.memory_gb."
+            f"{case_id}: the image would take {needed_gb:.3g} GB of memory, storage.memory_gb allows {memory_gb:g}. It "
+            f"has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm; on the plan's grid its shape "
+            f"would be about {tuple(grid)}. Correct the voxel size if it is wrong, or raise storage.memory_gb."
         )
 
 
@@ -184,7 +183,7 @@ def _make_finite(stack: NDArray[np.float32], label: Tensor | None, data: Data, c
         raise CaseError(f"{case_id}: every voxel of a channel is NaN.")
     if label is not None and bool((missing.any(0) & (label.numpy() > 0)).any()):
         raise CaseError(
-            f"{case_id}: the image is NaN where the label marks a structure, so NaN is not background only."
+            f"{case_id}: the image is NaN where the label marks a structure; data.nan: zero is for background."
         )
     stack[missing] = 0.0
     return [f"{count} NaN voxels were set to 0, as the plan's data.nan says"] if count else []

@@ -1,0 +1,174 @@
+"""Labels and channels that lie on their image, however they are stored, and those that do not."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from semisam_core.data.scans import load_original_label
+from semisam_core.errors import CaseError
+from tests.conftest import blob, tiny_plan
+from tests.semisam_core.data.files import AFFINE, load, stored_along, the_case, write_pair, write_volume
+
+ALL_AXES = [
+    axes for order in itertools.permutations(["RL", "AP", "SI"]) for axes in itertools.product(*order)
+]  # 48 orientations
+
+
+def _oblique(degrees: float, spacing: tuple[float, float, float] = (2.0, 2.0, 2.0)) -> NDArray[Any]:
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", (degrees, -degrees, degrees / 2), degrees=True).as_matrix() @ np.diag(
+        spacing
+    )
+    affine[:3, 3] = (-30.0, 12.5, 7.0)
+    return affine
+
+
+def test_there_are_48_orientations() -> None:
+    assert len(set(ALL_AXES)) == 48
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    image_axes=st.sampled_from(ALL_AXES),
+    label_axes=st.sampled_from(ALL_AXES),
+    degrees=st.sampled_from([0.0, 10.0, 40.0]),
+)
+def test_a_label_along_any_axes_is_brought_onto_its_image(
+    tmp_path_factory: pytest.TempPathFactory,
+    image_axes: tuple[str, ...],
+    label_axes: tuple[str, ...],
+    degrees: float,
+) -> None:
+    folder = tmp_path_factory.mktemp("site")
+    affine = _oblique(degrees, (2.0, 2.5, 3.0))
+    volume, marked = blob((12, 10, 8))
+    marked[1, 2, 3] = 1  # nothing symmetric
+    image, image_affine = stored_along(volume, affine, image_axes)
+    on_image, _ = stored_along(marked, affine, image_axes)
+    label, label_affine = stored_along(marked, affine, label_axes)
+    write_volume(folder / "images" / "a.nii.gz", image, image_affine)
+    write_volume(folder / "labels" / "a.nii.gz", label, label_affine)
+    found, geometry = load_original_label(the_case(folder), tiny_plan())
+    assert np.array_equal(found.numpy(), on_image)
+    assert geometry.shape == image.shape
+    assert np.allclose(geometry.affine.numpy(), image_affine, atol=1e-5)
+    write_pair(folder, image, on_image, image_affine)
+    expected = load(folder)
+    write_volume(folder / "labels" / "a.nii.gz", label, label_affine)
+    assert expected.label is not None
+    assert np.array_equal(_label_of(load(folder)), expected.label.numpy())
+
+
+def _label_of(scan: Any) -> NDArray[Any]:
+    label: NDArray[Any] = scan.label.numpy()
+    return label
+
+
+@pytest.mark.parametrize("axes", ["LPS", "LAS", "SLP", "PIR"])
+def test_labels_as_itk_and_slicer_store_them_are_used(tmp_path: Path, axes: str) -> None:
+    write_pair(tmp_path)
+    label, affine = stored_along(blob()[1], AFFINE, tuple(axes))
+    write_volume(tmp_path / "labels" / "a.nii.gz", label, affine)
+    assert np.array_equal(_label_of(load(tmp_path)), blob()[1])
+
+
+def test_channels_along_other_axes_are_brought_onto_the_first(tmp_path: Path) -> None:
+    image, label = blob()
+    for k in range(2):
+        turned, affine = stored_along(image + 50 * k, AFFINE, ("RAS", "PIR")[k])  # type: ignore[arg-type]
+        write_volume(tmp_path / "images" / f"a_000{k}.nii.gz", turned, affine)
+    write_volume(tmp_path / "labels" / "a.nii.gz", label)
+    scan = load(tmp_path, "task.channels=[t1, t2]")
+    assert scan.image.shape == (2, 24, 24, 16)
+    assert np.allclose(scan.image[0], scan.image[1], atol=1e-4)  # normalised, they differ in nothing
+
+
+def test_a_mirrored_label_is_not_taken_for_one_along_other_axes(tmp_path: Path) -> None:
+    """Flipped voxels with the image's own affine are another label, which only its shape could give away."""
+    write_pair(tmp_path)
+    write_volume(tmp_path / "labels" / "a.nii.gz", blob()[1][::-1])
+    assert np.array_equal(_label_of(load(tmp_path)), blob()[1][::-1])
+
+
+def test_a_label_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    write_pair(tmp_path, label=blob()[1][1:])
+    with pytest.raises(CaseError, match=r"label has shape \(23, 24, 16\), the image has \(24, 24, 16\)"):
+        load(tmp_path)
+
+
+def test_a_label_elsewhere_is_refused_with_the_distance_of_corners(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    shifted = AFFINE.copy()
+    shifted[0, 3] = 4.0
+    write_volume(tmp_path / "labels" / "a.nii.gz", blob()[1], shifted)
+    with pytest.raises(CaseError, match=r"corners are up to 2 voxels \(4 mm\) apart; accepted are 0.25 voxels"):
+        load(tmp_path)
+
+
+def _on_256(folder: Path, label_affine: NDArray[Any]) -> Path:
+    """Write a scan of 256 x 256 x 8 voxels of 0.703 x 0.703 x 3 mm with a label on another grid."""
+    volume = np.zeros((256, 256, 8), np.uint8)
+    volume[100:150, 100:150, 2:6] = 1
+    write_volume(folder / "images" / "a.nii.gz", volume, np.diag([0.703, 0.703, 3.0, 1.0]))
+    write_volume(folder / "labels" / "a.nii.gz", volume, label_affine)
+    return folder
+
+
+def test_a_shift_of_a_hundredth_of_a_millimetre_is_accepted(tmp_path: Path) -> None:
+    affine = np.diag([0.703, 0.703, 3.0, 1.0])
+    affine[:3, 3] = 0.011
+    label, geometry = load_original_label(the_case(_on_256(tmp_path, affine)), tiny_plan())
+    assert int(label.sum()) == 50 * 50 * 4
+    assert float(geometry.affine[0, 3]) == 0.0  # the image's grid, not the label's
+
+
+def test_voxels_of_another_size_are_refused_where_they_add_up(tmp_path: Path) -> None:
+    folder = _on_256(tmp_path, np.diag([0.71, 0.71, 3.0, 1.0]))
+    with pytest.raises(CaseError, match=r"up to 3\.\d+ voxels \(2\.\d+ mm\) apart"):
+        load(folder)
+
+
+def test_half_a_degree_of_rotation_is_refused(tmp_path: Path) -> None:
+    turned = np.eye(4)
+    turned[:3, :3] = Rotation.from_euler("z", 0.5, degrees=True).as_matrix()
+    folder = _on_256(tmp_path, turned @ np.diag([0.703, 0.703, 3.0, 1.0]))
+    with pytest.raises(CaseError, match=r"voxels \(2\.\d+ mm\) apart"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("voxels", "accepted"), [(0.2, True), (0.3, False)])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_shifts_are_measured_in_voxels_along_each_axis(
+    tmp_path: Path, axis: int, voxels: float, accepted: bool
+) -> None:
+    spacing = (1.0, 2.0, 5.0)
+    affine = np.diag([*spacing, 1.0])
+    write_pair(tmp_path, affine=affine)
+    affine[axis, 3] = voxels * spacing[axis]
+    write_volume(tmp_path / "labels" / "a.nii.gz", blob()[1], affine)
+    if accepted:
+        load(tmp_path)
+        return
+    with pytest.raises(CaseError, match=r"up to 0\.3 voxels"):
+        load(tmp_path)
+
+
+def test_a_rotation_kept_as_a_float32_quaternion_is_accepted(tmp_path: Path) -> None:
+    """Some programs write the qform only, whose rotation is three float32 numbers."""
+    write_pair(tmp_path, affine=_oblique(40.0))
+    image = nib.Nifti1Image(blob()[1], None)
+    image.set_qform(_oblique(40.0), code=1)
+    nib.save(image, tmp_path / "labels" / "a.nii.gz")
+    written = nib.load(tmp_path / "labels" / "a.nii.gz")
+    assert not np.array_equal(written.affine, nib.load(tmp_path / "images" / "a.nii.gz").affine)
+    load(tmp_path)
