@@ -26,7 +26,7 @@ def write_volume(
 ) -> Path:
     """Write a volume; `stored_as` is the type on disk, to which nibabel scales as other programs do."""
     image = nib.Nifti1Image(volume, affine)
-    image.header.set_xyzt_units(units)
+    image.header.set_xyzt_units(units, "sec")
     if stored_as is not None:
         image.set_data_dtype(stored_as)
     path.parent.mkdir(parents=True, exist_ok=True)

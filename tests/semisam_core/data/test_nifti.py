@@ -64,7 +64,7 @@ def test_four_slices_are_a_volume(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("units", "factor"), [("meter", 0.001), ("micron", 1000.0), ("mm", 1.0), ("unknown", 1.0)])
 def test_sizes_are_converted_to_millimetres(tmp_path: Path, units: str, factor: float) -> None:
-    affine = np.diag([1.0, 1.5, 3.0, 1.0])
+    affine = np.diag([2.0, 2.5, 3.2, 1.0])
     affine[:3, 3] = (-10, 20, 30)
     expected = load(write_pair(tmp_path, affine=affine))
     scaled = np.diag([factor, factor, factor, 1.0]) @ affine
@@ -137,7 +137,7 @@ def test_the_memory_limit_counts_channels_and_the_plans_grid_along_its_axes(tmp_
     write_volume(tmp_path / "labels" / "a.nii.gz", blob()[1], turned)
     plan = ("task.channels=[t1, t2]", "data.spacing_mm=[1.0, 2.0, 2.0]")
     needed_gb = 2 * (32 * 24 * 24) * 4 / 1e9  # 16 voxels of 2 mm run to the right: 32 of 1 mm
-    assert load(tmp_path, *plan, memory_gb=needed_gb).image[0].numel() == 32 * 24 * 24
+    assert 0.95 * needed_gb < load(tmp_path, *plan, memory_gb=needed_gb).image.nbytes / 1e9 <= needed_gb
     with pytest.raises(CaseError, match=r"about \(32, 24, 24\)"):
         load(tmp_path, *plan, memory_gb=0.99 * needed_gb)
 

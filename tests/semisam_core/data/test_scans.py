@@ -87,7 +87,7 @@ def test_resampling_keeps_every_value_where_it_is_in_the_patient(spacing: float,
     assert torch.allclose(resample(_right_mm(source), source, target), _right_mm(target), atol=1e-3)
 
 
-def test_beyond_the_source_its_edge_goes_on() -> None:
+def test_beyond_the_source_values_stay_those_of_its_edge() -> None:
     source, target = _geometry((10, 6, 6), 2.0), _geometry((20, 10, 10), 2.0, -6.0)
     moved = resample(_right_mm(source), source, target)
     assert torch.allclose(moved, _right_mm(target).clamp(0.0, 18.0), atol=1e-3)
