@@ -1,4 +1,4 @@
-"""Find the scans of a site and decide what each may be used for. Files are judged by their names; none is opened."""
+"""Find a site's scans and decide what each may be used for, by file names alone: no file is opened."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Case:
 
     Attributes:
         id: file name without channel number and suffix, in composed Unicode (NFC).
-        images: one file a channel, in the plan's order.
+        images: one file per channel, in the plan's order.
         label: the expert's label file, only where the role allows reading it.
         role: what the case is used for.
     """
@@ -76,13 +76,13 @@ def find_cases(
 
     The image of case `x` is `x.nii.gz`; with several channels `x_0000.nii.gz`, `x_0001.nii.gz`, ... With one channel
     `x_0000.nii.gz` is accepted where the number can only be a channel's (see `one_channel_id`). The label is `x.nii.gz`
-    in the labels folder, else `x_seg.nii.gz`. Suffixes may be in capitals. Hidden files (also macOS's `._x.nii.gz`) and
-    files without a NIfTI suffix (`x.nii.gz.bak`) are not looked at.
+    in the labels folder, else `x_seg.nii.gz`. Suffixes may be in capitals. Hidden files (such as macOS's
+    `._x.nii.gz`) and files without a NIfTI suffix (such as `x.nii.gz.bak`) are ignored.
 
     Args:
         images: folder of images.
         labels: folder of labels, or None.
-        channels: how many channels a case has.
+        channels: number of channels per case.
         labeled: ids whose labels may be trained on; None means every case that has a label and is not validation.
         validation: ids whose labels are for scoring only.
         excluded: ids to leave out altogether.
@@ -151,8 +151,9 @@ def _nifti_files(folder: Path, what: str) -> dict[str, Path]:
 def _one_channel(
     files: Mapping[str, Path], named: Collection[str]
 ) -> tuple[dict[str, tuple[Path, ...]], list[Quarantined]]:
-    """Name the cases of one-channel images; leave out what looks like a copy or a label of another image."""
-    grouped, quarantined = {}, []
+    """Group one-channel images by case; quarantine those that look like a copy or a label of another image."""
+    grouped: dict[str, tuple[Path, ...]] = {}
+    quarantined = []
     for stem, path in files.items():
         whole, label_of = stem.removesuffix(CHANNEL_ZERO), stem.removesuffix(LABEL_ENDING)
         if stem in named:
@@ -200,7 +201,7 @@ def _label_of(case_id: str, labels: Mapping[str, Path]) -> Path | None:
 def _orphans(
     labels: Mapping[str, Path], grouped: Mapping[str, tuple[Path, ...]], quarantined: Collection[str]
 ) -> list[Quarantined]:
-    """Report the labels that belong to no image, with the image that each may be meant for."""
+    """Report labels without an image, each with the image that it looks like."""
     used = {_label_of(case_id, labels) for case_id in (*grouped, *quarantined)}
     orphans = []
     for stem in sorted(set(labels) - set(quarantined)):
@@ -218,7 +219,7 @@ def _orphans(
 
 
 def _rename_hint(case_id: str, labels: Path | None, taken: Collection[str]) -> str:
-    """Say which file of the labels folder looks like a case's label and how to name it, leaving out others' labels."""
+    """Name the file in the labels folder that looks like a case's label, other than labels of other cases."""
     names = _listing(labels, "labels") if labels is not None else []
     alike = [name for name in look_alikes(case_id, names) if name.removesuffix(nifti_suffix(name) or "") not in taken]
     if not alike:

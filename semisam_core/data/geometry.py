@@ -1,4 +1,4 @@
-"""Where voxel arrays lie in the patient, and whether two of them share a grid."""
+"""Geometry of voxel arrays: where they lie in the patient, and whether two of them share a grid."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor
 from semisam_core.errors import CaseError
 
 CORNER_TOLERANCE_VOXELS = 0.25
-"""How far apart the corners of two grids may lie for the grids to count as one.
+"""Largest distance between corners at which two grids count as the same.
 
-Within a quarter of a voxel, every voxel keeps its nearest neighbour in the other grid with room to spare. Headers of
-one scan differ by less: by about a tenth of a voxel where a program stored the rotation as a float32 quaternion only.
+A quarter of a voxel leaves every voxel's nearest neighbour unambiguous. Headers of the same scan differ by less: by
+about a tenth of a voxel if a program stored the rotation as a float32 quaternion only.
 """
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a voxel array lies: its shape (X, Y, Z) and the 4x4 float64 affine from voxels to millimetres (RAS+)."""
+    """A voxel array's shape (X, Y, Z) and its 4x4 float64 affine from voxels to millimetres (RAS+)."""
 
     shape: tuple[int, int, int]
     affine: Tensor

@@ -1,4 +1,4 @@
-"""Values of label files: which class each one marks, and which are no label at all."""
+"""Map the values of label files to class indices."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from semisam_core.errors import CaseError
 from semisam_core.plan_sections.task import Task
 
 ROUNDING_TOLERANCE = 0.02
-"""How far a value may be from a whole number to be rounded to it.
+"""Largest distance from a whole number at which a value is rounded to it.
 
-Programs that store labels with a scale factor bring 1 back as 1.00002 or 1.00392. Interpolation leaves values all over
-the range between two labels.
+Labels stored with a scale factor come back as 1.00002 or 1.00392 for 1. Interpolated labels take values all over the
+range between two labels.
 """
 
 
 def class_indices(array: NDArray[np.float32], task: Task, case_id: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Translate the values of a label file into class indices.
+    """Map the values of a label file to class indices.
 
     Args:
-        array: (X, Y, Z) values as they come from the file.
+        array: (X, Y, Z) values as read from the file.
         task: which value marks which class, and whether other whole numbers are background.
         case_id: for messages.
 
@@ -60,5 +60,5 @@ def _foreign(values: NDArray[np.float32], whole: bool, accepted: list[int], case
 
 
 def _shown(values: NDArray[np.float32]) -> str:
-    """Return values with all the digits that tell them from whole numbers."""
+    """Return values with enough digits to tell them from whole numbers."""
     return ", ".join(str(value).removesuffix(".0") for value in values)

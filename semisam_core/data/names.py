@@ -1,4 +1,4 @@
-"""File names of scans and labels as people write them: which case a name means, and which ones look like a case."""
+"""Names of scan and label files: which case a name stands for, and which names look alike."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ def nifti_suffix(name: str) -> str | None:
 
 
 def case_name(name: str) -> str:
-    """Return a name in composed Unicode (NFC): macOS writes file names decomposed, people type them composed."""
+    """Return a name in composed Unicode (NFC). File names from macOS may be decomposed; typed names are composed."""
     return unicodedata.normalize("NFC", name)
 
 
 def one_channel_id(stem: str, stems: Collection[str], named: Collection[str]) -> str:
     """Return the case id of a one-channel image.
 
-    nnU-Net's `_0000` is dropped where it can only be a channel number. It stays where another image has the same name
-    without it or with another number (then the numbers tell cases apart), and where a label or the site's YAML names
-    the case with it.
+    nnU-Net's `_0000` is dropped if it can only be a channel number. It stays if another image has the same name without
+    it or with another number (then numbers distinguish cases), or if a label or the site's YAML uses the name with it.
 
     Args:
         stem: the image's name without suffix.

@@ -1,4 +1,4 @@
-"""Open one NIfTI file: judge it by its header, and read its voxels only if a scan can be made of them."""
+"""Open one NIfTI file: check its header before any voxel is read."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from semisam_core.errors import CaseError
 
 SMALLEST_SIDE = 4  # voxels
 LONGEST_EXTENT_MM = 3000.0  # a whole-body scan is 2 m
-SHORTEST_EXTENT_MM = 5.0  # of the longest side: smaller is a header in the wrong unit
+SHORTEST_EXTENT_MM = 5.0  # of the longest side; below, the header has the wrong unit
 LARGEST_VOXEL_MM = 50.0
-_UNITS = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # NIfTI codes; 2 is mm, 0 unknown and taken for mm
+_UNITS = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # NIfTI codes; 2 is mm, and 0 (unknown) is taken as mm
 
 
 @dataclass(frozen=True)
 class NiftiVolume:
-    """A 3D file whose header is sound. Voxels are read when asked for.
+    """A 3D file with a sound header. Its voxels are read on demand.
 
     Attributes:
         case_id: for messages.
         what: "image" or "label", for messages.
         file: nibabel's image.
         geometry: shape without trailing axes of length one, and the affine in millimetres.
-        notes: sentences on what was converted.
+        notes: sentences on conversions.
     """
 
     case_id: str
@@ -57,12 +57,12 @@ def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
     """Read a file's header and check it.
 
     Trailing axes of length one are dropped. Sizes in metres or micrometres become millimetres; an unknown unit is taken
-    for millimetres. A volume of fewer than four voxels along an axis is refused: it is most often a localizer or a
-    single key image, and a 3D network learns nothing across so few slices.
+    as millimetres. A volume of fewer than four voxels along an axis is refused: it is most often a localizer or a
+    single key image, and a 3D network cannot learn from so few slices.
 
     Raises:
-        CaseError: the file is unreadable, in colour, complex, not 3D, too thin, without a usable affine, or of a size
-            that no patient has.
+        CaseError: the file is unreadable, in colour, complex, not 3D, too thin, without a usable affine, or of an
+            implausible size.
     """
     try:
         file: Any = nib.load(path)
@@ -100,7 +100,7 @@ def _check_voxel_type(dtype: np.dtype[Any], case_id: str, what: str) -> None:
         kind = "complex"
     else:
         return
-    raise CaseError(f"{case_id}: the {what} is {kind}; one real number a voxel is expected. Export it as greyscale.")
+    raise CaseError(f"{case_id}: the {what} is {kind}; one real number per voxel is expected. Export it as greyscale.")
 
 
 def _spatial_shape(shape: tuple[int, ...], case_id: str, what: str) -> tuple[int, int, int]:
@@ -109,11 +109,11 @@ def _spatial_shape(shape: tuple[int, ...], case_id: str, what: str) -> tuple[int
         sides.pop()
     if len(sides) != 3:
         raise CaseError(
-            f"{case_id}: the {what} is {len(sides)}D with shape {shape}; a 3D volume is expected, one file a channel."
+            f"{case_id}: the {what} is {len(sides)}D with shape {shape}; a 3D volume is expected, one file per channel."
         )
     if min(sides) < SMALLEST_SIDE:
         raise CaseError(
-            f"{case_id}: the {what} has shape {tuple(sides)}; at least {SMALLEST_SIDE} voxels a side are needed. "
+            f"{case_id}: the {what} has shape {tuple(sides)}; at least {SMALLEST_SIDE} voxels per side are needed. "
             "Is it a localizer or a single slice of the series?"
         )
     return sides[0], sides[1], sides[2]
@@ -125,7 +125,7 @@ def _check_physical_size(geometry: Geometry, case_id: str, what: str) -> None:
         return
     extent, spacing = (by_axis(lengths) for lengths in (geometry.extent_mm, geometry.spacing_mm))
     raise CaseError(
-        f"{case_id}: the {what} is {extent} mm in size with voxels of {spacing} mm, which no patient is. Accepted are "
+        f"{case_id}: the {what} measures {extent} mm with voxels of {spacing} mm, which no patient does. Accepted are "
         f"{SHORTEST_EXTENT_MM:g} to {LONGEST_EXTENT_MM:g} mm along the longest side and voxels up to "
         f"{LARGEST_VOXEL_MM:g} mm. Correct the voxel size or the unit in its header."
     )

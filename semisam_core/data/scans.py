@@ -49,7 +49,7 @@ class Scan:
         label: (H, W, D) uint8 of class indices (0 background, k the plan's k-th class), or None.
         grid: geometry of `image`.
         original: geometry of the image file.
-        notes: sentences on what was converted or rounded while the files were read.
+        notes: sentences on conversions and rounding.
     """
 
     id: str
@@ -63,13 +63,13 @@ class Scan:
 def load_scan(case: Case, plan: Plan, prepared: Path | None = None, memory_gb: float | None = None) -> Scan:
     """Read, check and prepare one case.
 
-    What was converted or rounded is logged when the scan is prepared, and kept in `Scan.notes`.
+    Conversions and rounding are logged when the scan is prepared, and kept in `Scan.notes`.
 
     Args:
         case: which files. An unlabeled case has no label path, so its label cannot be read.
         plan: spacing, intensity, classes, and what to do with NaN.
         prepared: folder of prepared scans, keyed by the content of the files and the plan's grid.
-        memory_gb: largest image to load, in file or on the plan's grid; None for no limit. Judged by the headers alone.
+        memory_gb: largest image to load, on its own or on the plan's grid; None for no limit. Judged by headers alone.
 
     Raises:
         CaseError: a file is unreadable, no 3D volume of a plausible size, too large, or not finite; or channels or
@@ -92,7 +92,7 @@ def load_scan(case: Case, plan: Plan, prepared: Path | None = None, memory_gb: f
 def load_original_label(case: Case, plan: Plan) -> tuple[Tensor, Geometry]:
     """Return a case's label on the grid of its image file: (X, Y, Z) uint8 of class indices, and that grid.
 
-    A label that is stored along other axes than the image is turned; see `_read_onto`.
+    A label stored along other axes than the image is permuted and flipped into the image's order.
 
     Raises:
         CaseError: the case has no readable label, the label does not lie on the image, or it has values outside the
@@ -116,7 +116,7 @@ def to_original(probability: Tensor, scan: Scan) -> Tensor:
 
 
 def resample(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
-    """Resample maps (K, ...) linearly from one grid to another; beyond the source they keep the values at its edge."""
+    """Resample maps (K, ...) linearly from one grid to another; outside the source, its edge values continue."""
     if source.shape == target.shape and torch.allclose(source.affine, target.affine):
         return maps
     resampler = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=torch.float32)
@@ -159,9 +159,9 @@ def _prepare(case: Case, channels: Sequence[NiftiVolume], plan: Plan) -> Scan:
 
 
 def _read_onto(image: Geometry, volume: NiftiVolume, what: str) -> NDArray[np.float32]:
-    """Read a volume, with its axes permuted and flipped into the image's order: (X, Y, Z) of the image.
+    """Read a volume and permute and flip its axes into the image's order, without interpolation: (X, Y, Z).
 
-    Nothing is interpolated. The grids are compared before any voxel is read.
+    The grids are compared before any voxel is read.
     """
     change = axis_change(volume.geometry, image)
     check_same_grid(volume.case_id, what, image, change.geometry(volume.geometry))
@@ -169,10 +169,10 @@ def _read_onto(image: Geometry, volume: NiftiVolume, what: str) -> NDArray[np.fl
 
 
 def _make_finite(stack: NDArray[np.float32], label: Tensor | None, data: Data, case_id: str) -> list[str]:
-    """Replace NaN by zero in place where the plan says `nan: zero`; return a note if any was.
+    """Set NaN to zero in place if the plan says `nan: zero`; return a note if there was any.
 
-    NaN is then the background that a registration or a mask left. So it must not cover a whole channel or lie where the
-    label marks a structure.
+    NaN must be background, as registration or masking leaves it: it may neither fill a channel nor lie where the label
+    marks a structure.
     """
     missing = np.isnan(stack)
     count, bad = int(missing.sum()), int((~np.isfinite(stack)).sum())

@@ -1,4 +1,4 @@
-"""Scores and pseudo-labels each predict with a window overlap of their own."""
+"""Scores and pseudo-labels have separate window overlaps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_overlap_of_scores_does_not_change_pseudo_labels(make_site: Callable
     assert _windows(site, "pseudo_labels.window_overlap=0.75") > usual
 
 
-def test_the_key_stands_in_a_plan_only_where_it_is_not_the_default() -> None:
+def test_the_canonical_plan_has_the_key_only_if_it_is_not_the_default() -> None:
     assert tiny_plan("pseudo_labels.window_overlap=0.25").hash == tiny_plan().hash
     assert "window_overlap" not in tiny_plan().canonical_json()
     assert tiny_plan("pseudo_labels.window_overlap=0.5").hash != tiny_plan().hash

@@ -1,4 +1,4 @@
-"""NIfTI files as other programs write them, and the way from a folder of files to a scan."""
+"""Write NIfTI files as other programs do, and load them as a site does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_volume(
     units: str = "mm",
     stored_as: type | None = None,
 ) -> Path:
-    """Write a volume; `stored_as` is the type on disk, to which nibabel scales as other programs do."""
+    """Write a volume; with `stored_as`, nibabel scales it to that type on disk, as other programs do."""
     image = nib.Nifti1Image(volume, affine)
     image.header.set_xyzt_units(units, "sec")
     if stored_as is not None:
@@ -57,6 +57,6 @@ def load(folder: Path, *assignments: str, memory_gb: float | None = None) -> Sca
 
 
 def stored_along(volume: NDArray[Any], affine: NDArray[Any], axes: tuple[str, ...]) -> tuple[NDArray[Any], Any]:
-    """Return the same volume, in the same place, stored along other axes, and its affine."""
+    """Return a volume stored along other axes, and the affine that keeps it in place."""
     change = ornt_transform(io_orientation(affine), axcodes2ornt(axes))
     return apply_orientation(volume, change), affine @ inv_ornt_aff(change, volume.shape)

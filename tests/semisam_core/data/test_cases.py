@@ -130,7 +130,7 @@ def test_nnunets_channel_number_is_dropped_in_a_study_of_one_channel(tmp_path: P
     assert not found.quarantined
 
 
-def test_numbers_that_tell_cases_apart_stay(tmp_path: Path) -> None:
+def test_numbers_that_distinguish_cases_stay(tmp_path: Path) -> None:
     found = _find(tmp_path, ["case_0000.nii.gz", "case_0001.nii.gz"], ["case_0001.nii.gz"])
     assert sorted(_pairs(found)) == ["case_0000", "case_0001"]
 
@@ -182,7 +182,7 @@ def test_scans_with_suffixes_in_capitals_are_read(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path).image, plain.image)
 
 
-def test_macos_files_and_backup_copies_are_no_cases(tmp_path: Path) -> None:
+def test_macos_files_and_backup_copies_are_ignored(tmp_path: Path) -> None:
     names = ["a.nii.gz", "._a.nii.gz", ".DS_Store", "a.nii.gz.bak", "a.nii.gz~"]
     found = _find(tmp_path, names, names)
     assert list(_pairs(found)) == ["a"]
@@ -241,7 +241,7 @@ def test_the_file_that_looks_like_a_missing_label_is_named_with_what_to_call_it(
     assert _reasons(found)["a"] == f"listed as labeled, but the labels folder has no file of this name{hint}"
 
 
-def test_a_label_of_another_case_is_not_taken_for_a_missing_one(tmp_path: Path) -> None:
+def test_the_label_of_another_case_is_not_suggested(tmp_path: Path) -> None:
     found = _find(tmp_path, ["a.nii.gz", "A.nii.gz"], ["A.nii.gz"], labeled=["a", "A"])
     assert _reasons(found) == {"a": "listed as labeled, but the labels folder has no file of this name"}
 
@@ -265,7 +265,7 @@ def test_an_unknown_name_in_a_list_comes_with_the_case_that_it_looks_like(tmp_pa
         find_cases(*_site(tmp_path), 1, ["A.nii.gz", "z"], ())
 
 
-def test_images_and_labels_in_one_folder_stop(tmp_path: Path) -> None:
+def test_images_and_labels_in_one_folder_are_refused(tmp_path: Path) -> None:
     images = _touch(tmp_path / "images", "a.nii.gz")
     with pytest.raises(ConfigError, match="one folder; labels need a folder of their own"):
         find_cases(images, images, 1, None, ())

@@ -1,4 +1,4 @@
-"""Labels and channels that lie on their image, however they are stored, and those that do not."""
+"""Labels and channels on their image's grid, however they are stored, and those off it."""
 
 from __future__ import annotations
 
@@ -99,8 +99,7 @@ def test_channels_along_other_axes_are_brought_onto_the_first(tmp_path: Path) ->
     assert np.allclose(scan.image[0], scan.image[1], atol=1e-4)  # normalised, they differ in nothing
 
 
-def test_a_mirrored_label_is_not_taken_for_one_along_other_axes(tmp_path: Path) -> None:
-    """Flipped voxels with the image's own affine are another label, which only its shape could give away."""
+def test_axes_are_judged_by_the_affine_not_by_the_voxels(tmp_path: Path) -> None:
     write_pair(tmp_path)
     write_volume(tmp_path / "labels" / "a.nii.gz", blob()[1][::-1])
     assert np.array_equal(_label_of(load(tmp_path)), blob()[1][::-1])
@@ -138,7 +137,7 @@ def test_a_shift_of_a_hundredth_of_a_millimetre_is_accepted(tmp_path: Path) -> N
     assert float(geometry.affine[0, 3]) == 0.0  # the image's grid, not the label's
 
 
-def test_voxels_of_another_size_are_refused_where_they_add_up(tmp_path: Path) -> None:
+def test_a_voxel_size_that_is_slightly_off_is_refused_where_it_adds_up(tmp_path: Path) -> None:
     folder = _on_256(tmp_path, np.diag([0.71, 0.71, 3.0, 1.0]))
     with pytest.raises(CaseError, match=r"up to 3\.\d+ voxels \(2\.\d+ mm\) apart"):
         load(folder)

@@ -1,4 +1,4 @@
-"""Label values: which are rounded to whole numbers, which mark a class, and what is said about the others."""
+"""Label values: rounding, classes, and refusal of everything else."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_other_whole_numbers_are_background_where_the_plan_says_so(tmp_path: Pat
 
 
 @pytest.mark.parametrize("value", [0.4, -1.0, float("nan"), float("inf")])
-def test_what_is_no_label_value_is_never_ignored(tmp_path: Path, value: float) -> None:
+def test_values_that_cannot_be_labels_are_never_ignored(tmp_path: Path, value: float) -> None:
     label = blob()[1].astype(np.float32)
     label[0, 0, 0] = value
     write_pair(tmp_path, label=label)
@@ -105,7 +105,7 @@ def test_values_near_a_whole_number_are_that_number(tmp_path: Path, one: float) 
     assert np.array_equal(indices.numpy(), blob()[1])
 
 
-def test_whole_numbers_are_not_worth_a_note(tmp_path: Path) -> None:
+def test_whole_numbers_leave_no_note(tmp_path: Path) -> None:
     assert load(write_pair(tmp_path)).notes == ()
 
 
@@ -122,7 +122,7 @@ def test_an_interpolated_label_is_refused_with_how_to_resample_it(tmp_path: Path
 @example(values=[5.0196])
 @settings(deadline=None, max_examples=300)
 @given(values=st.lists(st.floats(-2, 260, width=32) | st.integers(0, 260).map(float), min_size=1, max_size=8))
-def test_no_value_is_refused_that_reads_as_an_accepted_one(values: list[float]) -> None:
+def test_a_refused_value_never_reads_as_an_accepted_one(values: list[float]) -> None:
     array = np.array(values, np.float32).reshape(-1, 1, 1)
     task = tiny_plan("task.classes=[{name: a, value: 1}, {name: b, values: [5, 255]}]").task
     accepted = {0: 0, 1: 1, 5: 2, 255: 2}
@@ -151,4 +151,4 @@ def test_a_prepared_scan_keeps_its_notes(tmp_path: Path, caplog: pytest.LogCaptu
     kept = load_scan(case, plan, prepared)
     assert kept.notes == fresh.notes != ()
     assert torch.equal(kept.image, fresh.image)
-    assert not caplog.messages  # said once, when it was prepared
+    assert not caplog.messages  # logged once, when it was prepared

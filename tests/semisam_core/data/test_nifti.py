@@ -1,4 +1,4 @@
-"""Headers as people have them: extra axes, units, sizes, colours; and files that hold no scan."""
+"""NIfTI headers in practice: extra axes, units, sizes, colours, and files that are not scans."""
 
 from __future__ import annotations
 
@@ -46,14 +46,16 @@ def test_channels_with_a_trailing_axis_are_stacked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(24, 24, 16, 2), (24, 24, 16, 1, 3), (24, 24)])
 def test_other_than_three_axes_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     write_pair(tmp_path, image=np.zeros(shape, np.float32))
-    with pytest.raises(CaseError, match=rf"the image is {len(shape)}D .* a 3D volume is expected, one file a channel"):
+    with pytest.raises(
+        CaseError, match=rf"the image is {len(shape)}D .* a 3D volume is expected, one file per channel"
+    ):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("slices", [1, 2, 3])
 def test_one_to_three_slices_are_refused_as_a_localizer(tmp_path: Path, slices: int) -> None:
     write_pair(tmp_path, image=np.ones((24, 24, slices), np.float32))
-    with pytest.raises(CaseError, match=r"at least 4 voxels a side are needed. Is it a localizer or a single slice"):
+    with pytest.raises(CaseError, match=r"at least 4 voxels per side are needed. Is it a localizer or a single slice"):
         load(tmp_path)
 
 
@@ -82,16 +84,16 @@ def test_sizes_are_converted_to_millimetres(tmp_path: Path, units: str, factor: 
         (
             (2000.0, 2000.0, 2000.0),
             "mm",
-            r"4.8e\+04 x 4.8e\+04 x 3.2e\+04 mm in size with voxels of 2000 x 2000 x 2000",
+            r"4.8e\+04 x 4.8e\+04 x 3.2e\+04 mm with voxels of 2000 x 2000 x 2000",
         ),
-        ((2.0, 2.0, 2.0), "meter", "voxels of 2000 x 2000 x 2000 mm, which no patient is"),
-        ((2.0, 2.0, 2.0), "micron", "voxels of 0.002 x 0.002 x 0.002 mm, which no patient is"),
+        ((2.0, 2.0, 2.0), "meter", "voxels of 2000 x 2000 x 2000 mm, which no patient does"),
+        ((2.0, 2.0, 2.0), "micron", "voxels of 0.002 x 0.002 x 0.002 mm, which no patient does"),
         ((2.0, 2.0, 60.0), "mm", "Accepted are 5 to 3000 mm along the longest side and voxels up to 50 mm"),
         ((130.0, 2.0, 2.0), "mm", "Correct the voxel size or the unit in its header"),
-        ((0.2, 0.2, 0.2), "mm", "4.8 x 4.8 x 3.2 mm in size"),
+        ((0.2, 0.2, 0.2), "mm", "measures 4.8 x 4.8 x 3.2 mm"),
     ],
 )
-def test_a_size_that_no_patient_has_is_refused(
+def test_an_implausible_size_is_refused(
     tmp_path: Path, spacing: tuple[float, float, float], units: str, says: str
 ) -> None:
     write_pair(tmp_path)
@@ -151,7 +153,7 @@ def test_colours_and_complex_numbers_are_refused_in_one_sentence(
     tmp_path: Path, what: str, volume: Any, says: str
 ) -> None:
     write_pair(tmp_path, **{what: volume})
-    with pytest.raises(CaseError, match=rf"^a: the {what} is {says}; one real number a voxel is expected") as raised:
+    with pytest.raises(CaseError, match=rf"^a: the {what} is {says}; one real number per voxel is expected") as raised:
         load(tmp_path)
     assert not any(word in str(raised.value) for word in ("dtype", "numpy", "Error", "cast"))
 

@@ -117,12 +117,12 @@ def test_the_demo_hospitals_differ_in_axes_spacing_and_intensity() -> None:
 
 
 def test_a_hospital_gets_one_image_and_one_label_per_patient(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    write_phantom_site(tmp_path, COARSE, 3, 7, "west", progress=lambda *done: told.append(done))
+    calls: list[tuple[int, int]] = []
+    write_phantom_site(tmp_path, COARSE, 3, 7, "west", progress=lambda *done: calls.append(done))
     for kind in ("images", "labels"):
         names = sorted(path.name for path in (tmp_path / kind).iterdir())
         assert names == ["west-00.nii.gz", "west-01.nii.gz", "west-02.nii.gz"]
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_writing_a_hospital_is_reproducible_and_its_patients_differ(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_files_load_like_any_scan(tmp_path: Path, name: str) -> None:
     assert scan.label is not None
     assert scan.label.unique().tolist() == [0, 1, 2]
     liver, spleen = (float((scan.label == k).nonzero()[:, 0].float().mean()) for k in (1, 2))
-    assert liver > scan.label.shape[0] / 2 > spleen  # the first axis runs to the right, whatever the file's does
+    assert liver > scan.label.shape[0] / 2 > spleen  # the first axis runs to the right, in every file
 
 
 def test_the_organ_plan_has_a_small_organ_and_one_that_touches_the_liver() -> None:

@@ -48,9 +48,7 @@ def test_a_scan_already_on_the_grid_keeps_its_voxels(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=12)
 @given(axes=AXES)
-def test_orientation_is_undone_whatever_the_file_uses(
-    tmp_path_factory: pytest.TempPathFactory, axes: tuple[str, str, str]
-) -> None:
+def test_any_orientation_is_undone(tmp_path_factory: pytest.TempPathFactory, axes: tuple[str, str, str]) -> None:
     image, label = blob((24, 20, 16))
     turned_image, affine = stored_along(image, AFFINE, axes)
     turned_label, _ = stored_along(label, AFFINE, axes)
@@ -72,7 +70,7 @@ def test_spacing_is_changed_and_undone(tmp_path: Path) -> None:
     assert overlap > 0.9
 
 
-def test_resampled_labels_mark_no_class_between_two_neighbours(tmp_path: Path) -> None:
+def test_resampled_labels_keep_to_their_classes(tmp_path: Path) -> None:
     label = np.zeros((24, 24, 16), np.uint8)
     label[5:15, 5:15, 4:12] = 3
     classes = "task.classes=[{name: a, value: 1}, {name: b, value: 2}, {name: c, value: 3}]"
@@ -93,7 +91,7 @@ def test_beyond_the_source_values_stay_those_of_its_edge() -> None:
     assert torch.allclose(moved, _right_mm(target).clamp(0.0, 18.0), atol=1e-3)
 
 
-def test_predictions_reach_every_voxel_of_a_file_larger_than_the_plans_grid(tmp_path: Path) -> None:
+def test_predictions_cover_files_that_extend_beyond_the_plans_grid(tmp_path: Path) -> None:
     image, label = blob((25, 25, 25))
     scan = load(write_pair(tmp_path, image, label), "data.spacing_mm=[7.0, 7.0, 7.0]")
     back = to_original(torch.ones((2, *scan.grid.shape)), scan)
@@ -149,15 +147,13 @@ def test_a_background_of_nan_becomes_zero_where_the_plan_says_so(tmp_path: Path)
         (np.where(blob()[1] == 0, np.inf, blob()[0]), "NaN or infinite voxels"),
     ],
 )
-def test_nan_in_a_structure_or_everywhere_and_infinity_are_refused_all_the_same(
-    tmp_path: Path, image: Any, says: str
-) -> None:
+def test_nan_beyond_the_background_and_infinity_are_always_refused(tmp_path: Path, image: Any, says: str) -> None:
     write_pair(tmp_path, image)
     with pytest.raises(CaseError, match=says):
         load(tmp_path, ZERO)
 
 
-def test_nan_stands_in_a_plan_only_where_it_is_used() -> None:
+def test_the_canonical_plan_has_nan_only_if_it_is_used() -> None:
     assert tiny_plan("data.nan=refuse").hash == tiny_plan().hash
     assert '"nan"' not in tiny_plan().canonical_json()
     assert tiny_plan(ZERO).hash != tiny_plan().hash
@@ -198,7 +194,7 @@ def test_a_changed_file_is_prepared_again_and_a_damaged_copy_is_replaced(tmp_pat
         ZERO,
     ],
 )
-def test_a_scan_is_prepared_again_for_a_plan_that_reads_it_otherwise(tmp_path: Path, change: str) -> None:
+def test_a_scan_is_prepared_again_for_a_plan_that_reads_it_differently(tmp_path: Path, change: str) -> None:
     case, prepared = the_case(write_pair(tmp_path)), tmp_path / "prepared"
     for plan in (tiny_plan(), tiny_plan(change), tiny_plan("seed=3")):
         load_scan(case, plan, prepared)
