@@ -244,8 +244,9 @@ def _check_lists(
     for name, ids in lists:
         unknown = sorted(set(ids) - known - quarantined)
         if unknown:
-            hints = [f"{each} (is it {alike[0]}?)" if (alike := look_alikes(each, known)) else each for each in unknown]
-            raise ConfigError(f"{folder}: data.{name} names cases that are not there: {', '.join(hints)}.")
+            alike = {each: look_alikes(each, sorted(known)) for each in unknown}
+            shown = ", ".join(f"{each} (is it {names[0]}?)" if names else each for each, names in alike.items())
+            raise ConfigError(f"{folder}: data.{name} names cases that are not there: {shown}.")
     for position, (first, ids) in enumerate(lists):
         for second, others in lists[position + 1 :]:
             both = sorted(set(ids) & set(others))

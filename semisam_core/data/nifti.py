@@ -72,7 +72,8 @@ def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
         raise CaseError(f"{case_id}: the {what} is a {type(file).__name__}; a NIfTI volume is expected.")
     _check_voxel_type(file.get_data_dtype(), case_id, what)
     shape = _spatial_shape(tuple(file.shape), case_id, what)
-    affine, notes = np.array(file.affine, dtype=np.float64), ()
+    affine = np.array(file.affine, dtype=np.float64)
+    notes: tuple[str, ...] = ()
     if unit := _UNITS.get(int(file.header["xyzt_units"]) & 7):
         name, factor = unit
         affine[:3] *= factor

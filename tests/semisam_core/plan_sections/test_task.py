@@ -75,7 +75,7 @@ def test_only_connected_classes_change_the_hash(marks: str) -> None:
         (["{name: a, value: 1, values: [1, 2]}"], r"task\.classes\.0: give either value, or values"),
         (["{name: a, value: null, values: null}"], r"task\.classes\.0: give either value, or values"),
         (["{name: a, values: []}"], r"task\.classes\.0\.values = \[\]: two or more values are expected"),
-        (["{name: a, values: [3]}"], r"task\.classes\.0\.values = \[3\]: .*a single one has value:"),
+        (["{name: a, values: [3]}"], r"task\.classes\.0\.values = \[3\]: .*for a single one, write value:"),
         (["{name: a, values: [1, 2, 1]}"], r"task\.classes\.0\.values = .*a value is listed twice"),
         (["{name: a, values: [0, 1]}"], r"task\.classes\.0\.values\.0 = 0: .*greater than or equal to 1"),
         (["{name: a, values: [1, 256]}"], r"task\.classes\.0\.values\.1 = 256: .*less than or equal to 255"),
