@@ -119,7 +119,7 @@ def resample(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
     """Resample maps (K, ...) linearly from one grid to another; outside the source, its edge values continue."""
     if source.shape == target.shape and torch.allclose(source.affine, target.affine):
         return maps
-    resampler = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=torch.float32)
+    resampler = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float32)
     moved = resampler(
         MetaTensor(maps.float().cpu(), affine=source.affine), dst_affine=target.affine, spatial_size=target.shape
     )
