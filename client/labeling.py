@@ -177,7 +177,8 @@ class Labeler:
         return calibrate(examples, self.generalists, self._embeddings, self._closer, annotated)
 
     def _predict(self, network: nn.Module, pair: ScanPair) -> Tensor:
-        prediction = predict(network, pair.scan.image, self._plan, self._device)
+        overlap = None if self._plan.pseudo_labels is None else self._plan.pseudo_labels.window_overlap
+        prediction = predict(network, pair.scan.image, self._plan, self._device, overlap)
         return resample(prediction, pair.scan.grid, pair.closer.grid)
 
 

@@ -126,7 +126,7 @@ class SiteScans:
 
     def _read(self, case: Case, plan: Plan) -> Scan | None:
         try:
-            scan = load_scan(case, plan, self._config.storage.folder / "prepared")
+            scan = load_scan(case, plan, self._config.storage.folder / "prepared", self._config.storage.memory_gb)
         except CaseError as error:
             logger.warning("A case is quarantined: %s", error)
             self._quarantined[case.id] = Quarantined(case.id, str(error))

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from semisam_core.configuration import StrictModel, parse, read_yaml
 from semisam_core.contract import CLASS_SCORES
 from semisam_core.data.cases import Inventory, find_cases
+from semisam_core.data.names import case_name
 from semisam_core.errors import ConfigError
 from semisam_core.generalists.registry import accepted_prompts
 from semisam_core.plan import Plan
@@ -37,6 +38,11 @@ class SiteData(StrictModel):
     validation: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
     labeled_classes: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
+
+    @field_validator("labeled", "validation", "excluded")
+    @classmethod
+    def _as_case_names(cls, value: Literal["all"] | tuple[str, ...]) -> Literal["all"] | tuple[str, ...]:
+        return value if value == "all" else tuple(case_name(each) for each in value)
 
     @field_validator("labeled_classes")
     @classmethod

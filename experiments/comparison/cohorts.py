@@ -13,7 +13,8 @@ import yaml
 
 from client.site_config import SiteConfig, SiteData, Storage, inventory
 from experiments.comparison.definition import ALL, label_counts
-from semisam_core.data.cases import SUFFIXES, Case, Inventory, Role
+from semisam_core.data.cases import Case, Inventory, Role
+from semisam_core.data.names import nifti_suffix
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically
 from semisam_core.plan import Plan
@@ -220,4 +221,4 @@ def _files(case: Case) -> tuple[Path, ...]:
 
 
 def _suffix(path: Path) -> str:
-    return next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
+    return nifti_suffix(path.name) or ".nii.gz"

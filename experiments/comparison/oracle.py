@@ -103,7 +103,7 @@ class _Oracle:
 
     def _score(self, case: Case) -> None:
         try:
-            scan = load_scan(case, self._plan, self._config.storage.folder / "prepared")
+            scan = load_scan(case, self._plan, self._config.storage.folder / "prepared", self._config.storage.memory_gb)
             label, geometry = load_original_label(case, self._plan)
         except CaseError as error:
             logger.warning("A case is left out: %s", error)

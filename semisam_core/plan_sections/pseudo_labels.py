@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from semisam_core.configuration import Fraction, Spacing, StrictModel
 from semisam_core.generalists.base import PromptKind
@@ -22,6 +22,8 @@ class Strategy(StrEnum):
     SCRIBBLES = "scribbles"
     PROPAGATED = "propagated"
 
+
+DEFAULT_WINDOW_OVERLAP = 0.25
 
 _CLICKS = frozenset({PromptKind.POINTS_2D, PromptKind.POINTS_3D})
 _MASKS = frozenset({PromptKind.MASK_2D, PromptKind.MASK_3D})
@@ -131,6 +133,9 @@ class PseudoLabels(StrictModel):
 
     `spacing_mm` is the grid on which generalists see scans, where it is not the specialist's: a grid coarse enough to
     train on quickly shows them too little.
+
+    `window_overlap` is the overlap of the sliding window that predicts what becomes prompts and fused targets; scores
+    use `evaluation.overlap`. The default is not written, so that plans without the key keep their hashes.
     """
 
     generalists: tuple[str, ...] = Field(min_length=1)
@@ -143,10 +148,16 @@ class PseudoLabels(StrictModel):
     generalist_share: Fraction = 0.5
     share_gain: Fraction = 1.0
     smooth_sigma_slices: float = Field(default=1.0, ge=0, le=10)
+    window_overlap: float = Field(default=DEFAULT_WINDOW_OVERLAP, ge=0, lt=1)
     prompting: Prompting = Prompting()
     gates: Gates = Gates()
     uncertainty: Uncertainty = Uncertainty()
     cold_start: ColdStart | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_default_overlap(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = ("window_overlap", DEFAULT_WINDOW_OVERLAP)
+        return {key: each for key, each in serialize(self).items() if (key, each) != unused}
 
     @model_validator(mode="after")
     def _cold_start_fits(self) -> PseudoLabels:
