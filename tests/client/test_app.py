@@ -217,7 +217,7 @@ def test_a_site_that_is_told_of_a_rejection_logs_and_books_it_and_goes_on(
     told = {"rejected": rule.value, "rejected-round": 3}
     reply = _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **told))
     assert "metrics" in reply.content
-    assert f"rejected this site's answer of round 3 by rule {rule.value}" in caplog.text
+    assert f"rejected this site's update of round 3 by rule {rule.value}" in caplog.text
     lines = read_json_lines(tmp_path / "storage" / "alpha" / "audit.jsonl")
     assert [line["kind"] for line in lines] == ["rejected", "join"]
     assert (lines[0]["rejected_by_the_server"], lines[0]["round"]) == (rule.value, 3)

@@ -74,13 +74,13 @@ def test_prototypes_prompt_until_their_last_round_and_the_teacher_from_then_on(
 ) -> None:
     path, plan = make_site(), tiny_plan(*LATER, "pseudo_labels.refresh_every=2")
     events: list[str] = []
-    rough, network = Labeler._by_prototypes, Labeler._predict
+    rough, network = Labeler._prompted_by_prototypes, Labeler._predict
 
     def by_prototypes(self: Labeler, *given: object) -> Callable[..., torch.Tensor]:
         predict_by = rough(self, *given)  # type: ignore[arg-type]
         return lambda pair: events.append(f"prototypes {pair.scan.id}") or predict_by(pair)  # type: ignore[func-returns-value]
 
-    monkeypatch.setattr(Labeler, "_by_prototypes", by_prototypes)
+    monkeypatch.setattr(Labeler, "_prompted_by_prototypes", by_prototypes)
     monkeypatch.setattr(
         Labeler,
         "_predict",
@@ -155,7 +155,7 @@ def test_an_encoder_that_fails_leaves_scans_without_pseudo_labels_and_the_round_
         scalars = _train(make_site(), tiny_plan(*LATER)).scalars
     assert scalars["gated.empty"] == 1
     assert scalars["steps"] == 2
-    assert any("failed on a scan in a cold start: out of memory" in line for line in caplog.messages)
+    assert any("gets no pseudo-label: out of memory" in line for line in caplog.messages)
 
 
 def test_prototypes_and_features_are_neither_sent_nor_stored(make_site: MakeSite, tmp_path: Path) -> None:
