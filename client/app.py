@@ -113,7 +113,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def site_config_of(context: Context) -> SiteConfig:
     """Return the config of the site that this process serves.
 
-    A deployed SuperNode names its own YAML (node config ``site-config``), which nothing from the wire can override. In a
+    A deployed SuperNode names its own YAML (node config ``site-config``); nothing from the wire can override it. In a
     simulation the run config names a folder of YAMLs and the partition picks one.
 
     Raises:

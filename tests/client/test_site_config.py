@@ -45,7 +45,7 @@ def test_paths_count_from_the_files_own_folder(make_site: MakeSite, tmp_path: Pa
         ({"generalists": {"fake": {"sha256": "abc"}}}, "generalists.fake.sha256 = 'abc'"),
         ({"generalists": {"fake": {"weights": "w.pth"}}}, "a weights file needs its sha256"),
         ({"data": {"labeled_classes": []}}, "data.labeled_classes"),
-        ({"data": {"labeled_classes": ["blob", "blob"]}}, "each class is named once"),
+        ({"data": {"labeled_classes": ["blob", "blob"]}}, "a class is named twice"),
         ({"egress": {"validation_scores": ["volume"]}}, r"unknown scores \['volume'\]; accepted: dice"),
         ({"storage": {"memory_gb": 0}}, "storage.memory_gb = 0"),
         ({"version": 3}, "version = 3"),
