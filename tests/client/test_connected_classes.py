@@ -87,7 +87,7 @@ def _share_of_outlines_on_the_right(pixels: NDArray[Any]) -> float:
     return float(outline[:, 2 * outline.shape[1] // 3 :].sum() / outline.sum())
 
 
-def test_an_island_far_away_counts_unless_the_plan_calls_the_structure_connected(trained: Trained) -> None:
+def test_a_distant_island_counts_unless_the_structure_is_connected(trained: Trained) -> None:
     (with_island, _), (without, _) = _evaluated(trained, connected=False), _evaluated(trained, connected=True)
     assert with_island["hd95_mm.organ"] > APART_MM
     assert without["hd95_mm.organ"] < 6.0
@@ -95,13 +95,13 @@ def test_an_island_far_away_counts_unless_the_plan_calls_the_structure_connected
     assert without["dice.organ"] > 0.85
 
 
-def test_the_scores_of_cases_that_stay_at_the_site_are_those_that_are_sent(trained: Trained) -> None:
+def test_per_case_scores_at_the_site_match_the_scores_sent(trained: Trained) -> None:
     scalars, site = _evaluated(trained, connected=True)
     (line,) = read_json_lines(site.state.folder / "scores.jsonl")
     assert line["hd95_mm"] == scalars["hd95_mm.organ"]
 
 
-def test_the_picture_shows_the_segmentation_that_is_scored(trained: Trained) -> None:
+def test_the_picture_shows_the_scored_segmentation(trained: Trained) -> None:
     with_island, without = (_picture(_evaluated(trained, connected)[1]) for connected in (False, True))
     assert _share_of_outlines_on_the_right(with_island) > 0.2
     assert _share_of_outlines_on_the_right(without) == 0

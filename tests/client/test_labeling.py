@@ -29,7 +29,7 @@ def _weights(plan: Plan) -> dict[str, torch.Tensor]:
     return dict(new_specialist(plan).state_dict())
 
 
-def test_a_generalist_that_cannot_be_loaded_is_left_out_and_said_in_the_sites_log(
+def test_a_generalist_that_fails_to_load_is_left_out_and_logged(
     make_site: MakeSite, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = tiny_plan("pseudo_labels.generalists=[lite-medsam, fake]", *EAGER)
@@ -41,12 +41,12 @@ def test_a_generalist_that_cannot_be_loaded_is_left_out_and_said_in_the_sites_lo
     assert again.train(_weights(plan)).scalars["accepted"] == 1
 
 
-def test_a_generalist_that_a_site_lacks_is_left_out_there(make_site: MakeSite) -> None:
+def test_a_generalist_that_the_site_lacks_is_left_out(make_site: MakeSite) -> None:
     plan = tiny_plan("pseudo_labels.generalists=[fake, lite-medsam]")
     assert Site(load_site_config(make_site()), plan, "run", 0).join().scalars["generalists"] == 1
 
 
-def test_labeled_scans_are_looked_at_only_when_labels_are_made_anew(make_site: MakeSite, tmp_path: Path) -> None:
+def test_labeled_scans_are_read_in_refresh_rounds_only(make_site: MakeSite, tmp_path: Path) -> None:
     plan = tiny_plan("training.rounds=4", "pseudo_labels.refresh_every=2", *EAGER)
     config = load_site_config(make_site())
     site = Site(config, plan, "run", 1)
@@ -70,7 +70,7 @@ def _cases(site: Site) -> list[tuple[str, Callable[[], object]]]:
     return site._loaders(Role.UNLABELED)
 
 
-def test_generalists_look_on_a_grid_of_their_own_and_the_specialist_learns_on_its_own(make_site: MakeSite) -> None:
+def test_generalists_and_specialist_each_use_their_own_grid(make_site: MakeSite) -> None:
     plan = tiny_plan("data.spacing_mm=[4, 4, 4]", "data.patch=[8, 8, 8]", "pseudo_labels.spacing_mm=[2, 2, 2]", *EAGER)
     site = Site(load_site_config(make_site()), plan, "run", 1)
     [(_, load)] = _cases(site)
@@ -86,7 +86,7 @@ def test_generalists_look_on_a_grid_of_their_own_and_the_specialist_learns_on_it
     assert site.train(_weights(plan)).scalars["accepted"] == 1
 
 
-def test_a_pseudo_label_lies_where_it_was_found_on_the_finer_grid(make_site: MakeSite) -> None:
+def test_a_pseudo_label_keeps_its_place_between_grids(make_site: MakeSite) -> None:
     plan = tiny_plan("data.spacing_mm=[4, 4, 4]", "data.patch=[8, 8, 8]", "pseudo_labels.spacing_mm=[2, 2, 2]")
     site = Site(load_site_config(make_site()), plan, "run", 1)
     [(_, load)] = _cases(site)
@@ -105,7 +105,7 @@ class _BrightVoxels(torch.nn.Module):
         return torch.stack([(1 - foreground).log(), foreground.log()], 1)
 
 
-def test_a_phase_with_nothing_to_do_is_not_reported(tmp_path: Path) -> None:
+def test_an_empty_phase_is_not_reported(tmp_path: Path) -> None:
     progress = ProgressLog(tmp_path / "progress.jsonl", 1)
     progress("pseudo-label", 0, 0, "scans")
     assert not (tmp_path / "progress.jsonl").exists()

@@ -16,7 +16,7 @@ from semisam_core.files import read_json_lines
 
 @settings(deadline=None, max_examples=50)
 @given(name=st.text(max_size=70).filter(lambda text: not text.isascii() or not text.replace("-", "").isalnum()))
-def test_a_runs_name_cannot_lead_out_of_the_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+def test_no_invalid_run_name_leads_out_of_the_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     folder = tmp_path_factory.mktemp("storage")
     with pytest.raises(ValueError, match="run's name"):
         RunState(folder, name)
@@ -24,7 +24,7 @@ def test_a_runs_name_cannot_lead_out_of_the_folder(tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "/etc", "-a", "A", "x" * 64, "a\n"])
-def test_names_that_would_lead_out_are_refused(tmp_path: Path, name: str) -> None:
+def test_run_names_that_would_lead_out_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="run's name"):
         RunState(tmp_path, name)
 
@@ -42,7 +42,7 @@ def test_the_teachers_of_the_last_three_rounds_are_kept(tmp_path: Path) -> None:
         assert teacher["w"].tolist() == [number, number]
 
 
-def test_a_damaged_teacher_counts_as_absent(tmp_path: Path) -> None:
+def test_a_damaged_teacher_is_ignored(tmp_path: Path) -> None:
     state = RunState(tmp_path, "run")
     state.save_teacher(1, {"w": torch.ones(2)})
     (file,) = state.folder.glob("teacher-*")
@@ -50,7 +50,7 @@ def test_a_damaged_teacher_counts_as_absent(tmp_path: Path) -> None:
     assert state.load_teacher(1) is None
 
 
-def test_progress_always_says_the_first_and_the_last(tmp_path: Path) -> None:
+def test_progress_always_reports_first_and_last(tmp_path: Path) -> None:
     progress = ProgressLog(tmp_path / "progress.jsonl", 2)
     for done in range(1001):
         progress("train", done, 1000, "steps")
@@ -60,6 +60,6 @@ def test_progress_always_says_the_first_and_the_last(tmp_path: Path) -> None:
     assert {line["round"] for line in lines} == {2}
 
 
-def test_progress_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+def test_a_failed_progress_write_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "progress.jsonl").mkdir()
     ProgressLog(tmp_path / "progress.jsonl", 1)("train", 0, 10, "steps")
