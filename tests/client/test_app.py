@@ -1,4 +1,4 @@
-"""The ClientApp: what it does with messages, and that nothing but the agreed leaves it."""
+"""The ClientApp: how it handles messages, and that only agreed content leaves it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from semisam_core.contract import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule, 
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from tests.conftest import write_nifti
+from tests.conftest import tiny_plan, write_nifti
 
 MakeSite = Callable[..., Path]
 CANARY = "jane-doe-19640203"
@@ -121,6 +121,32 @@ def test_weights_of_another_network_are_refused(make_site: MakeSite, plan: Plan)
     message = _message(plan, MessageType.TRAIN, 1)
     message.content[SPECIALIST_RECORD] = ArrayRecord({"foreign": Array(np.zeros(3, np.float32))})
     assert _rule(_send(make_site(), message)) == "weights-not-as-agreed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"data": {"labeled": [], "validation": []}, "generalists": {}}, RefusalRule.NOTHING_TO_LEARN),
+        ({"generalists": {"lite-medsam": {"weights": "packaged", "sha256": "a" * 64}}}, RefusalRule.GENERALIST),
+        ({"egress": {"maximum_update_mb": 1e-3}}, RefusalRule.EGRESS),
+    ],
+)
+def test_a_site_that_cannot_do_the_work_refuses_by_the_rule_of_the_cause(
+    make_site: MakeSite, changes: dict[str, Any], rule: RefusalRule
+) -> None:
+    name = next(iter(changes.get("generalists", {})), "fake")
+    plan = tiny_plan(f"pseudo_labels.generalists=[{name}]")
+    reply = _send(make_site(**changes), _message(plan, MessageType.TRAIN, 1))
+    assert _rule(reply) == rule.value
+
+
+def test_a_site_whose_cases_are_all_quarantined_refuses_to_join(
+    make_site: MakeSite, tmp_path: Path, plan: Plan
+) -> None:
+    path = make_site()
+    for image in (tmp_path / "data" / "alpha" / "images").iterdir():
+        image.write_bytes(b"no image")
+    assert _rule(_send(path, _message(plan, MessageType.QUERY, 0, weights=False))) == RefusalRule.NO_USABLE_CASE.value
 
 
 @pytest.mark.parametrize(

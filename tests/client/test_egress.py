@@ -1,4 +1,4 @@
-"""The one door: nothing leaves that is not agreed, and all that leaves is booked first."""
+"""The only way out of a site: nothing leaves unless it is agreed, and every reply is audited first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from client.egress import EgressError, EgressGate, arriving_tensors
 from client.site_config import Egress
-from semisam_core.contract import RefusalRule, TensorSpec, weights_sha256
+from semisam_core.contract import SPECIALIST_RECORD, RefusalRule, TensorSpec, weights_sha256
 from semisam_core.files import read_json_lines
 
 SPEC = {"a": TensorSpec((2, 3), torch.float32), "b": TensorSpec((4,), torch.float32)}
@@ -105,3 +105,32 @@ def test_only_the_rule_of_a_refusal_leaves(
     }
     (line,) = (folder / "audit.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["reason_kept_here"] == reason
+
+
+def test_the_size_limit_counts_bytes_and_is_inclusive(tmp_path: Path) -> None:
+    size = sum(value.nbytes for value in GOOD.values())
+    assert SPECIALIST_RECORD in _reply(_gate(tmp_path, maximum_update_mb=size / 1e6))
+    with pytest.raises(EgressError, match=r"egress.maximum_update_mb allows"):
+        _reply(_gate(tmp_path, maximum_update_mb=(size - 1) / 1e6))
+
+
+def test_a_refusal_that_cannot_be_audited_does_not_leave(tmp_path: Path) -> None:
+    (tmp_path / "audit.jsonl").mkdir()
+    with pytest.raises(OSError, match="audit"):
+        _gate(tmp_path).refuse("train", "run", 1, RefusalRule.INTERNAL, "reason")
+
+
+def test_the_hash_of_refused_code_stays_at_the_site(tmp_path: Path) -> None:
+    code = "c0de" * 16
+    reply = _gate(tmp_path).refuse("train", "run", 1, RefusalRule.CODE_NOT_APPROVED, "reason", code)
+    assert code not in repr({name: dict(record) for name, record in reply.items()})
+    (line,) = read_json_lines(tmp_path / "audit.jsonl")
+    assert line["code"] == code
+
+
+def test_the_audited_hash_is_that_of_the_tensors_sent_whatever_their_layout(tmp_path: Path) -> None:
+    transposed = {"a": torch.arange(6.0).reshape(3, 2).T, "b": GOOD["b"].clone().requires_grad_()}
+    sent = arriving_tensors(_reply(_gate(tmp_path), tensors=transposed).array_records[SPECIALIST_RECORD])
+    assert all(torch.equal(sent[name], transposed[name]) for name in transposed)
+    (line,) = read_json_lines(tmp_path / "audit.jsonl")
+    assert line["sha256"] == weights_sha256(sent)

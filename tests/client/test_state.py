@@ -1,4 +1,4 @@
-"""A site's own state: teachers by round, progress that never stops work."""
+"""A site's state on disk: which round's tensors are kept and found, and a progress log that never stops work."""
 
 from __future__ import annotations
 
@@ -29,25 +29,46 @@ def test_run_names_that_would_lead_out_are_refused(tmp_path: Path, name: str) ->
         RunState(tmp_path, name)
 
 
-def test_the_teachers_of_the_last_three_rounds_are_kept(tmp_path: Path) -> None:
-    state = RunState(tmp_path, "run")
-    for number in range(1, 6):
-        state.save_teacher(number, {"w": torch.full((2,), float(number))})
-    kept = {number: state.load_teacher(number) for number in range(1, 6)}
-    assert kept[1] is None
-    assert kept[2] is None
-    for number in (3, 4, 5):
-        teacher = kept[number]
-        assert teacher is not None
-        assert teacher["w"].tolist() == [number, number]
+def _teacher(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((2,), value)}
 
 
-def test_a_damaged_teacher_is_ignored(tmp_path: Path) -> None:
+def _value(teacher: dict[str, torch.Tensor] | None) -> float | None:
+    return None if teacher is None else float(teacher["w"][0])
+
+
+def test_teachers_of_the_sites_last_three_rounds_are_kept(tmp_path: Path) -> None:
     state = RunState(tmp_path, "run")
-    state.save_teacher(1, {"w": torch.ones(2)})
-    (file,) = state.folder.glob("teacher-*")
-    file.write_bytes(b"torn")
-    assert state.load_teacher(1) is None
+    for number in (1, 2, 4, 7, 8):
+        state.save_teacher(number, _teacher(number))
+    assert sorted(path.name for path in state.folder.iterdir()) == [f"teacher-0000{k}.safetensors" for k in (4, 7, 8)]
+
+
+def test_the_teacher_is_the_latest_of_a_round_before_this_one(tmp_path: Path) -> None:
+    state = RunState(tmp_path, "run")
+    for number in (2, 3, 6):
+        state.save_teacher(number, _teacher(number))
+    found = {before: _value(state.load_teacher(before)) for before in (1, 2, 3, 4, 5, 6, 7, 99)}
+    assert found == {1: None, 2: None, 3: 2, 4: 3, 5: 3, 6: 3, 7: 6, 99: 6}
+
+
+def test_saving_an_earlier_round_again_keeps_those_after_it(tmp_path: Path) -> None:
+    state = RunState(tmp_path, "run")
+    for number in (1, 2, 3, 4):
+        state.save_teacher(number, _teacher(number))
+    state.save_teacher(3, _teacher(30))
+    assert [_value(state.load_teacher(before)) for before in (3, 4, 5)] == [2, 30, 4]
+
+
+def test_a_damaged_teacher_is_named_in_the_log_and_an_earlier_one_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = RunState(tmp_path, "run")
+    for number in (1, 2):
+        state.save_teacher(number, _teacher(number))
+    (state.folder / "teacher-00002.safetensors").write_bytes(b"torn")
+    assert _value(state.load_teacher(3)) == 1
+    assert "teacher-00002.safetensors cannot be read and is ignored" in caplog.text
 
 
 def test_progress_always_reports_first_and_last(tmp_path: Path) -> None:
