@@ -46,7 +46,7 @@ class Labeler:
         self, config: SiteConfig, plan: Plan, folder: Path, device: torch.device, progress: ProgressLog
     ) -> None:
         self._config, self._plan, self._device, self._progress = config, plan, device, progress
-        self._closer = plan.as_generalists_see
+        self._generalist_plan = plan.as_generalists_see
         self._store = PseudoLabelStore(folder / "pseudo_labels")
         self._cold_store = PseudoLabelStore(folder / "pseudo_labels_cold")
         limit = int(config.storage.embeddings_gb * 1e9)
@@ -122,8 +122,8 @@ class Labeler:
             if label is None:
                 if calibration is None:
                     calibration = self._calibration(predict_by, labeled)
-                label = self._ask(pair, predict_by(pair), calibration)
-                store.save(key, label)
+                store.save(key, self._ask(pair, predict_by(pair), calibration))
+                label = _stored(store, key)  # as later rounds read it: half precision
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")
         return found
@@ -137,7 +137,7 @@ class Labeler:
         elif not labeled:
             logger.warning("Cold start has no effect at this site: there is no labeled scan to take prototypes from.")
         else:
-            return ColdStarter(generalist, self._embeddings, self._closer, self._report_embedding)
+            return ColdStarter(generalist, self._embeddings, self._generalist_plan, self._report_embedding)
         return None
 
     def _prompted_by_prototypes(self, starter: ColdStarter, labeled: Scans) -> Predict:
@@ -146,8 +146,10 @@ class Labeler:
         def predict_by(pair: ScanPair) -> Tensor:
             try:
                 if not learned:
-                    learned.append(starter.learn((each.closer.image, label) for each, label in _labeled(labeled)))
-                return starter.rough(pair.closer.image, learned[0])
+                    learned.append(
+                        starter.learn((each.for_generalists.image, label) for each, label in _labeled(labeled))
+                    )
+                return starter.rough(pair.for_generalists.image, learned[0])
             except (RuntimeError, ValueError) as error:  # as for prompts: one scan does not stop the others
                 logger.warning("The cold start's generalist failed on a scan, which gets no pseudo-label: %s", error)
                 return self._background_only(pair)
@@ -155,7 +157,7 @@ class Labeler:
         return predict_by
 
     def _background_only(self, pair: ScanPair) -> Tensor:
-        return background_only(pair.closer.image, len(self._plan.task.classes))
+        return background_only(pair.for_generalists.image, len(self._plan.task.classes))
 
     def _report_embedding(self, done: int, total: int) -> None:
         self._progress("embed", done, total, "slices")
@@ -165,31 +167,45 @@ class Labeler:
         return self._ask(pair, self._predict(network, pair), calibration)
 
     def _ask(self, pair: ScanPair, prediction: Tensor, calibration: Calibration | None) -> PseudoLabel:
-        closer = pair.closer
+        seen = pair.for_generalists
         label = make_pseudo_label(
-            closer.image,
+            seen.image,
             prediction,
             self.generalists,
             self._embeddings,
-            self._closer,
+            self._generalist_plan,
             calibration,
             self._report_embedding,
         )
-        return label.moved(lambda maps: resample(maps, closer.grid, pair.scan.grid))
+        return label.moved(lambda maps: resample(maps, seen.grid, pair.scan.grid))
 
     def _calibration(self, predict_by: Predict, labeled: Scans) -> Calibration:
-        examples = (LabeledExample(each.closer.image, label, predict_by(each)) for each, label in _labeled(labeled))
+        examples = (
+            LabeledExample(each.for_generalists.image, label, predict_by(each)) for each, label in _labeled(labeled)
+        )
         annotated = annotated_classes(self._config, self._plan)
-        return calibrate(examples, self.generalists, self._embeddings, self._closer, annotated)
+        return calibrate(examples, self.generalists, self._embeddings, self._generalist_plan, annotated)
 
     def _predict(self, network: nn.Module, pair: ScanPair) -> Tensor:
         prediction = predict(network, pair.scan.image, self._plan, self._device)
-        return resample(prediction, pair.scan.grid, pair.closer.grid)
+        return resample(prediction, pair.scan.grid, pair.for_generalists.grid)
 
 
 def _labeled(scans: Scans) -> Iterator[tuple[ScanPair, Tensor]]:
     """Yield the first CALIBRATION_SCANS labeled scans, with their labels on the generalists' grid."""
     for _, load in list(scans)[:CALIBRATION_SCANS]:
         pair = load()
-        if pair is not None and pair.closer.label is not None:
-            yield pair, pair.closer.label
+        if pair is not None and pair.for_generalists.label is not None:
+            yield pair, pair.for_generalists.label
+
+
+def _stored(store: PseudoLabelStore, key: str) -> PseudoLabel:
+    """Return a pseudo-label that was just saved.
+
+    Raises:
+        OSError: it cannot be read back.
+    """
+    label = store.load(key)
+    if label is None:
+        raise OSError(f"the pseudo-label {key} was saved but cannot be read back; check the disk of the site's storage")
+    return label

@@ -78,7 +78,7 @@ def test_generalists_and_specialist_each_use_their_own_grid(make_site: MakeSite)
     pair = load()
     assert isinstance(pair, ScanPair)
     assert pair.scan.image.shape[1:] == (12, 12, 8)
-    assert pair.closer.image.shape[1:] == (24, 24, 16)
+    assert pair.for_generalists.image.shape[1:] == (24, 24, 16)
     label = site._labeler.ask(pair, new_specialist(plan))
     assert label.target.shape == label.uncertainty.shape == (1, 12, 12, 8)
     [fake] = site._labeler.generalists

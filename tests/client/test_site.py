@@ -1,4 +1,4 @@
-"""A hospital at work: bad cases set aside, labels of unlabeled scans never read, every round repeatable."""
+"""A hospital's local work: bad cases quarantined, labels of unlabeled scans never read, every round repeatable."""
 
 from __future__ import annotations
 
