@@ -26,8 +26,8 @@ class WeightsNotAgreedError(SemiSAMError):
 class RoundStart:
     """Builds the networks that one round starts from.
 
-    What this site kept comes from the latest of its rounds before the one in question, which need not be the round just
-    before. If nothing was kept, or it does not fit the plan, the networks start fresh and the site's log says so.
+    What this site kept comes from the latest of its earlier rounds, which need not be the round just before. If nothing
+    was kept, or it does not fit the plan, the networks start fresh and the site's log says so.
 
     Args:
         plan: the study plan.
@@ -93,8 +93,6 @@ def _fitting(
             logger.warning("No %s kept from before round %d: starting fresh", what, before)
         return None
     if mistake := disagreement(kept, tensor_specs(fresh)):
-        logger.warning(
-            "The kept %s from before round %d do not fit the plan: starting fresh: %s", what, before, mistake
-        )
+        logger.warning("The kept %s cannot be used; starting fresh: %s", what, mistake)
         return None
     return kept

@@ -1,4 +1,4 @@
-"""A cold start at a hospital: its own labeled scans prompt in the first rounds, and the teacher from then on."""
+"""A cold start at a site: prototypes from its own labeled scans prompt in the first rounds, then the teacher does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A structure that the plan calls connected: what a specialist sees far away from it neither counts nor is drawn."""
+"""Classes that the plan calls connected: distant islands in a prediction are neither scored nor drawn."""
 
 from __future__ import annotations
 

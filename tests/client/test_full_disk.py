@@ -1,4 +1,4 @@
-"""A site whose disk is full refuses by the word `storage`, tears nothing, and works again when there is room."""
+"""A site with a full disk refuses by rule `storage`, leaves no torn file, and recovers when there is room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A site's generalists: those that can be loaded work, those that cannot are left out, labeled scans teach trust."""
+"""A site's pseudo-labels: generalists that fail to load, the refresh schedule, and the grid that generalists see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch norm at hospitals: local layers never leave and come back unchanged, shared ones are averaged like all else."""
+"""Batch norm at sites: local layers never leave and are restored unchanged, shared ones are averaged like the rest."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def test_local_statistics_differ_between_sites_and_are_not_sent(sites: list[Path
 def test_local_layers_resume_from_the_sites_last_round(make_site: MakeSite) -> None:
     plan, path = _plan("local"), make_site()
     _train(path, plan, 1)
-    went_on = _train(path, plan, 2)
+    resumed = _train(path, plan, 2)
     fresh = _train(path, plan, 2, run="fresh")
-    assert not _same(went_on, fresh)
+    assert not _same(resumed, fresh)
     per_round = 2 * plan.training.steps_per_round  # a labeled and an unlabeled pass a step
     counted = {int(value) for name, value in _kept(path, plan, 3).items() if name.endswith("num_batches_tracked")}
     assert counted == {2 * per_round}
@@ -138,7 +138,7 @@ def test_layers_of_another_network_are_not_used(make_site: MakeSite, caplog: pyt
     site = _site(path, plan, 2)
     site.state.save_layers(1, {"foreign": torch.zeros(1)})
     assert _same(expected, _train(path, plan, 2))
-    assert "batch-norm layers do not fit" in caplog.text
+    assert "batch-norm layers cannot be used" in caplog.text
 
 
 def test_a_site_refuses_local_layers_from_the_server(make_site: MakeSite) -> None:

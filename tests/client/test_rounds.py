@@ -57,13 +57,13 @@ def _same(first: Weights, second: Weights) -> bool:
 
 def test_the_student_is_sent_and_its_moving_average_is_kept(make_site: MakeSite) -> None:
     plan = tiny_plan("training.rounds=3", "training.steps_per_round=1", "training.optimizer.learning_rate=0.01")
-    path, begun = make_site(), _start(plan)
-    sent = _train(path, plan, 2, begun)
+    path, start = make_site(), _start(plan)
+    sent = _train(path, plan, 2, start)
     kept = _kept_teacher(path, plan, before=3)
-    # Step t = 1 of the study: decay 1 - 1 / (t + 1) = 1/2, from a teacher that began as the global specialist.
-    assert not _same(sent, begun)
+    # Step t = 1 of the study: decay 1 - 1 / (t + 1) = 1/2, from a teacher that starts as the global specialist.
+    assert not _same(sent, start)
     for name, weight in kept.items():
-        torch.testing.assert_close(weight, (begun[name] + sent[name]) / 2)
+        torch.testing.assert_close(weight, (start[name] + sent[name]) / 2)
 
 
 def test_every_round_and_every_site_draws_its_own_patches(make_site: MakeSite) -> None:
@@ -138,7 +138,7 @@ def test_a_kept_teacher_that_cannot_be_used_is_logged_and_the_round_starts_fresh
     else:
         state.save_teacher(1, {name: value * float("nan") for name, value in kept.items()})
     assert _same(fresh, _train(path, plan, 2))
-    assert ("teacher-00001.safetensors cannot be read" if damage == "torn" else "teacher from before round 2 do") in (
+    assert ("teacher-00001.safetensors cannot be read" if damage == "torn" else "kept teacher cannot be used") in (
         caplog.text
     )
 

@@ -1,4 +1,4 @@
-"""Three structures at once, of which one is small and two touch: prompted, judged, booked and scored class by class."""
+"""Three structures, one small and two touching: prompted, gated, counted and scored class by class."""
 
 from __future__ import annotations
 

@@ -214,6 +214,18 @@ def test_a_site_may_withhold_its_scores(make_site: MakeSite, plan: Plan) -> None
     assert _site(path, plan).evaluate(_weights(plan), final=False).scalars == {"validation": 1}
 
 
+def test_classes_that_the_site_does_not_label_are_not_scored(make_site: MakeSite) -> None:
+    plan = tiny_plan("task.classes=[{name: blob, value: 1}, {name: other, value: 2}]")
+    scored = {}
+    for name, labeled_classes in (("all", "all"), ("some", ["blob"])):
+        path = make_site(data={"labeled_classes": labeled_classes})
+        site = _site(path, plan, run=name)
+        scalars = site.evaluate(_weights(plan), final=False).scalars
+        lines = read_json_lines(site.state.folder / "scores.jsonl")
+        scored[name] = ({key.split(".")[1] for key in scalars if "." in key}, [line["class"] for line in lines])
+    assert scored == {"all": ({"blob", "other"}, ["blob", "other"]), "some": ({"blob"}, ["blob"])}
+
+
 def test_the_final_evaluation_draws_a_picture_at_the_site(make_site: MakeSite, plan: Plan) -> None:
     site = _site(make_site(), plan)
     site.evaluate(_weights(plan), final=True)

@@ -1,4 +1,4 @@
-"""A hospital's YAML: paths, names, limits, and what is said when one is wrong."""
+"""A hospital's YAML: paths, names, limits, and the errors when one is invalid."""
 
 from __future__ import annotations
 

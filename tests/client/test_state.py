@@ -60,6 +60,13 @@ def test_saving_an_earlier_round_again_keeps_those_after_it(tmp_path: Path) -> N
     assert [_value(state.load_teacher(before)) for before in (3, 4, 5)] == [2, 30, 4]
 
 
+def test_a_run_that_restarts_keeps_its_new_teachers_beside_later_ones(tmp_path: Path) -> None:
+    state = RunState(tmp_path, "run")
+    for number in (6, 7, 8, 1, 2):
+        state.save_teacher(number, _teacher(number))
+    assert [_value(state.load_teacher(before)) for before in (2, 3, 9)] == [1, 2, 8]
+
+
 def test_a_damaged_teacher_is_named_in_the_log_and_an_earlier_one_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
