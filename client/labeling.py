@@ -38,7 +38,7 @@ class Labeler:
         config: the site's YAML.
         plan: the study plan.
         folder: the run's folder at this site.
-        device: where to compute.
+        device: the device to compute on.
         progress: the site's progress log.
     """
 

@@ -33,7 +33,7 @@ class RoundStart:
         plan: the study plan.
         state: the site's state of this run.
         round_number: the round, from 1; 0 while joining.
-        device: where to compute.
+        device: the device to compute on.
     """
 
     def __init__(self, plan: Plan, state: RunState, round_number: int, device: torch.device) -> None:

@@ -238,8 +238,8 @@ def test_the_audit_log_of_a_reply_names_no_case(make_site: MakeSite, tmp_path: P
 def test_a_rejection_by_the_server_is_logged_and_audited_and_the_site_continues(
     make_site: MakeSite, tmp_path: Path, plan: Plan, rule: RejectionRule, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = {"rejected": rule.value, "rejected-round": 3}
-    reply = _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **told))
+    notice = {"rejected": rule.value, "rejected-round": 3}
+    reply = _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **notice))
     assert "metrics" in reply.content
     assert f"rejected this site's update of round 3 by rule {rule.value}" in caplog.text
     lines = read_json_lines(tmp_path / "storage" / "alpha" / "audit.jsonl")
@@ -248,7 +248,7 @@ def test_a_rejection_by_the_server_is_logged_and_audited_and_the_site_continues(
 
 
 @pytest.mark.parametrize(
-    ("told", "booked"),
+    ("notice", "audited"),
     [
         ({"rejected": "<script>alert(1)</script>", "rejected-round": 1}, ("unknown", 1)),
         ({"rejected": ["too-large"], "rejected-round": 1}, ("unknown", 1)),
@@ -257,11 +257,11 @@ def test_a_rejection_by_the_server_is_logged_and_audited_and_the_site_continues(
     ],
 )
 def test_an_unknown_rejection_rule_is_audited_as_unknown(
-    make_site: MakeSite, tmp_path: Path, plan: Plan, told: dict[str, Any], booked: tuple[str, int]
+    make_site: MakeSite, tmp_path: Path, plan: Plan, notice: dict[str, Any], audited: tuple[str, int]
 ) -> None:
-    _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **told))
+    _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **notice))
     line = read_json_lines(tmp_path / "storage" / "alpha" / "audit.jsonl")[0]
-    assert (line["rejected_by_the_server"], line["round"]) == booked
+    assert (line["rejected_by_the_server"], line["round"]) == audited
     assert "script" not in (tmp_path / "storage" / "alpha" / "audit.jsonl").read_text()
 
 

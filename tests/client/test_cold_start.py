@@ -41,7 +41,7 @@ def _same(first: SiteReport, second: SiteReport) -> bool:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, PseudoLabel]]:
-    """Return a list of (what prompted, pseudo-label), filled whenever the site makes one."""
+    """Return a list that collects (prompting prediction, pseudo-label) whenever the site makes a pseudo-label."""
     import client.labeling as module
 
     seen: list[tuple[torch.Tensor, PseudoLabel]] = []

@@ -33,7 +33,7 @@ def _ball(centre: tuple[int, int, int], radius: float) -> NDArray[np.bool_]:
 
 
 def _write_case(folder: Path, name: str, seed: int, island: bool) -> None:
-    """Write a scan with a bright organ, and something as bright far away from it that is not the organ."""
+    """Write a scan with a bright organ and optionally a distant island that is as bright but not part of it."""
     bright = _ball(*ORGAN) | _ball(*ISLAND) if island else _ball(*ORGAN)
     image = (100 * bright + np.random.default_rng(seed).normal(0, 10, SHAPE)).astype(np.float32)
     write_nifti(folder / "images" / f"{name}.nii.gz", image)
@@ -53,7 +53,7 @@ def _plan(connected: bool) -> Plan:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Return a site, and a specialist that has learned there that what is bright is the organ."""
+    """Return a site and a specialist that has learned there to take everything bright for the organ."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("connected")
     for k, name in enumerate(("case-0", "case-1", "case-2")):
@@ -79,7 +79,7 @@ def _picture(site: Site) -> NDArray[Any]:
 
 
 def _share_of_outlines_on_the_right(pixels: NDArray[Any]) -> float:
-    """Return which share of the prediction's outline lies in the right third of its column, where the island is."""
+    """Return the share of the prediction's outline in the right third of its column, where the island is."""
     column = pixels[:, 3 * pixels.shape[1] // 4 :]
     wanted = [int(COLOURS[0][k : k + 2], 16) for k in (1, 3, 5)]
     outline = (np.abs(column - wanted) < 40).all(-1)

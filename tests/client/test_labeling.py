@@ -94,8 +94,10 @@ def test_a_pseudo_label_keeps_its_place_between_grids(make_site: MakeSite) -> No
     pair = load()
     assert isinstance(pair, ScanPair)
     label = site._labeler.ask(pair, _BrightVoxels())
-    said, there = (torch.nonzero(mask).double().mean(0) for mask in (label.generalist[0] > 0.5, pair.scan.image[0] > 1))
-    assert bool(((said - there).abs() < 0.5).all())
+    found, truth = (
+        torch.nonzero(mask).double().mean(0) for mask in (label.generalist[0] > 0.5, pair.scan.image[0] > 1)
+    )
+    assert bool(((found - truth).abs() < 0.5).all())
 
 
 class _BrightVoxels(torch.nn.Module):

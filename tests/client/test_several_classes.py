@@ -33,7 +33,7 @@ CLICKED = (
 
 
 class Clicked(FakeGeneralist):
-    """Takes clicks in the volume and answers with all that is bright around them, nearer to a positive one."""
+    """Takes 3D clicks and returns the bright components clicked, cut where a negative click is nearer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def _site(folder: Path, plan: Plan, number: int = 1, **changes: object) -> Site:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """Return a specialist that has learned the three structures from two labeled scans."""
+    """Return the weights of a specialist trained on two labeled scans of the three structures."""
     torch.set_num_threads(1)
     folder, plan = tmp_path_factory.mktemp("taught"), _plan("pseudo_labels=null", "regularizer.name=none")
     weights: dict[str, Tensor] = dict(new_specialist(plan).state_dict())
