@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semisam_core.components import meaningful_components
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.scans import Scan, load_scan
 from semisam_core.evaluation import dice_of
 from semisam_core.generalists import EmbeddingStore, load_generalist
 from semisam_core.plan import Plan, load_plan
-from semisam_core.prompting import meaningful_components
 from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes
 from semisam_core.pseudo_labels.fusion import make_pseudo_label
 
@@ -105,7 +105,7 @@ def _prototypes(plan: Plan, store: EmbeddingStore) -> Method:
 
     def method(labeled: Scan, scan: Scan) -> Tensor:
         mask = (rough(labeled, scan)[1] > 0.5).numpy()
-        return torch.from_numpy(meaningful_components(mask, 0.3) if mask.any() else mask)
+        return torch.from_numpy(meaningful_components(mask, 0.3))
 
     return method
 

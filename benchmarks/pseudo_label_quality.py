@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from semisam_core.components import meaningful_components
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.patches import TrainingScan
 from semisam_core.data.scans import Scan, load_scan
@@ -28,9 +29,9 @@ from semisam_core.generalists import EmbeddingStore, load_generalist
 from semisam_core.inference import new_specialist, predict
 from semisam_core.plan import Plan, load_plan
 from semisam_core.plan_sections.pseudo_labels import PseudoLabels
-from semisam_core.prompting import Refusal, find_region, meaningful_components
+from semisam_core.prompting import Refusal, find_region
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, GeneralistOutput, weighted_moments
-from semisam_core.pseudo_labels.fusion import confidence_fused
+from semisam_core.pseudo_labels.fusion import fuse_with_teacher
 from semisam_core.training import new_teacher, train_round
 
 PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "left-atrium" / "plan.yaml"
@@ -193,9 +194,9 @@ def _fused(
     plan: Plan,
     policy: PseudoLabels,
 ) -> dict[str, float]:
-    target, uncertainty = confidence_fused(teacher, mean, variance, agreement, policy)
+    target, uncertainty = fuse_with_teacher(teacher, mean, variance, agreement, policy)
     half = policy.model_copy(update={"generalist_share": 0.5, "share_gain": 0.0})
-    plain, _ = confidence_fused(teacher, mean, variance, agreement, half)
+    plain, _ = fuse_with_teacher(teacher, mean, variance, agreement, half)
     claimed = truth | (teacher > 0.05) | (mean > 0.05)
     right = (target > 0.5) == truth
     trusted = claimed & (torch.exp(-uncertainty) > 0.5)

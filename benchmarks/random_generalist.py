@@ -39,7 +39,7 @@ from semisam_core.files import read_json_lines, write_atomically
 from semisam_core.generalists import Generalist, Prompts, SliceBox, load_generalist
 from semisam_core.generalists.cards import SAM
 from semisam_core.plan import Plan, load_plan
-from semisam_core.pseudo_labels.fusion import policy_of
+from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.views import AXES, View
 
 BASELINE, ARM = "federated-regularizer", "federated-semisam"
@@ -191,7 +191,7 @@ class _Probe:
 
     def _cost(self, generalist: Generalist) -> str:
         views = [self._scans[0][plane] for plane in self._planes]
-        asked = [range(0, view.grid.shape[2], view.step(self._step_mm)) for view in views]
+        asked = [range(0, view.grid.shape[2], view.slice_step(self._step_mm)) for view in views]
         began = time.process_time()  # beside other work, the clock on the wall would say little
         for view, slices in zip(views, asked, strict=True):
             generalist.embed(view.volume, view.grid, slices)

@@ -22,7 +22,7 @@ from semisam_core.generalists.slices import FeatureMaps
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.pseudo_labels import ColdStart, PseudoLabels
 from semisam_core.progress import ProgressCallback
-from semisam_core.pseudo_labels.fusion import policy_of
+from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.views import AXES, View, fill_between, smooth_over_slices
 
 POSITIONS = 4096  # of each class and scan, for clustering: bounds memory and time, and scans count alike
@@ -113,7 +113,7 @@ class ColdStarter:
         foreground = torch.zeros(len(shares), height, width, depth)
         for k, each in enumerate(shares):
             foreground[k, :, :, list(seen.units)] = self._maps.framing.spread(each, (height, width)).permute(1, 2, 0)
-        step = view.step(self._policy.prompting.slice_step_mm)
+        step = view.slice_step(self._policy.prompting.slice_step_mm)
         foreground = smooth_over_slices(fill_between(foreground, seen.units, step), self._policy.smooth_sigma_slices)
         background = (1 - foreground.sum(0, keepdim=True)).clamp_min(0)
         return torch.stack([view.turn_back(each) for each in torch.cat([background, foreground])])
@@ -122,7 +122,7 @@ class ColdStarter:
         return View(image[0], self._plan.data.spacing_mm, AXES[self._cold.plane])
 
     def _features(self, view: View) -> _Features:
-        units = range(0, view.grid.shape[2], view.step(self._policy.prompting.slice_step_mm))
+        units = range(0, view.grid.shape[2], view.slice_step(self._policy.prompting.slice_step_mm))
         embeddings = self._store.fetch(self._generalist, view.key, view.volume, view.grid, units, self._progress)
         maps = torch.stack([self._maps.feature_map(embeddings[unit]) for unit in units])  # (N, C, S, S)
         vectors, side = maps.permute(0, 2, 3, 1), int(maps.shape[-1])
