@@ -101,7 +101,7 @@ def test_a_cube_that_the_scan_has_not_is_refused(unit: int) -> None:
     [((0, 4, 4), (1.0, 1.0, 1.0)), ((4, 4, 4), (1.0, 0.0, 1.0)), ((4, 4, 4), (1.0, 1.0, math.nan))],
 )
 def test_a_grid_without_voxels_or_sizes_is_refused(shape: Any, spacing: Any) -> None:
-    with pytest.raises(ValueError, match="cannot be resampled; accepted are at least one voxel along each axis"):
+    with pytest.raises(ValueError, match="cannot be resampled; it needs at least one voxel along each axis"):
         CropLattice(VolumeGrid(shape, spacing), SIDE)
 
 
@@ -355,7 +355,7 @@ def test_clicks_at_the_very_borders_are_held() -> None:
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the mask has shape \(4, 4, 4\), the scan \(40, 40, 40\)"):
+    with pytest.raises(ValueError, match=r"the mask has shape \(4, 4, 4\), but the scan has \(40, 40, 40\)"):
         crop_prompts(_lattice(40, 40, 40), Prompts(mask=torch.ones(4, 4, 4)))
 
 

@@ -113,7 +113,7 @@ def test_a_full_disk_costs_time_and_is_said_once(
         got = _fetch(store, FakeGeneralist(), 1, 2, 3)
     assert sorted(got) == [1, 2, 3]
     assert store.write_failures == 3
-    assert sum("could not be kept on disk" in line for line in caplog.messages) == 1
+    assert sum("could not be written to disk" in line for line in caplog.messages) == 1
 
 
 def test_a_kill_loses_one_chunk_at_most(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_weights_of_another_hash_are_refused() -> None:
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other.pth: these weights are of another architecture"):
+    with pytest.raises(WeightsError, match=r"other.pth: these weights do not fit"):
         LiteMedSAM.load(CPU, tmp_path / "other.pth")
 
 
@@ -213,7 +213,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     ("volume", "units", "says"),
     [
         (torch.zeros(8, 8), [0], r"shape \(H, W, D\)"),
-        (torch.zeros(8, 0, 8), [0], "none of them 0"),
+        (torch.zeros(8, 0, 8), [0], "without zeros"),
         (torch.zeros(8, 8, 3), [0, 3, -1], r"slices \[3, -1\] are outside the scan, which has slices 0 to 2"),
         (torch.full((8, 8, 3), math.nan), [0], "not finite"),
     ],

@@ -69,7 +69,7 @@ def test_weights_of_another_hash_are_refused(tmp_path: Path) -> None:
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other.pth: .* another architecture than SAM.* accepted is medsam_vit_b"):
+    with pytest.raises(WeightsError, match=r"other.pth: .* do not fit SAM.* accepted is medsam_vit_b"):
         load(cards.MEDSAM, CPU, tmp_path / "other.pth", None)
 
 
@@ -98,7 +98,7 @@ def test_it_is_frozen(tmp_path: Path) -> None:
 
 
 def test_a_card_of_another_model_and_an_empty_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match="no slices can be prepared for lite-medsam; accepted are sam, medsam"):
+    with pytest.raises(ValueError, match="no preprocessing is known for lite-medsam; accepted are sam, medsam"):
         loaded(cards.LITE_MEDSAM, tiny_sam())
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         loaded(cards.SAM, tiny_sam(), batch_size=0)

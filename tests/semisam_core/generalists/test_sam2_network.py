@@ -67,7 +67,7 @@ def test_weights_of_another_hash_are_refused(config: Path, weights: Path) -> Non
 def test_weights_of_another_architecture_are_refused(tmp_path: Path, config: Path, weights: Path) -> None:
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "other.pth")
     for path, chosen in ((tmp_path / "other.pth", None), (tmp_path / "other.pth", config), (weights, None)):
-        with pytest.raises(WeightsError, match=rf"{path.name}: these weights are of another architecture than SAM"):
+        with pytest.raises(WeightsError, match=rf"{path.name}: these weights do not fit SAM"):
             Sam2.load(MEDSAM2, CPU, path, config=chosen)
 
 

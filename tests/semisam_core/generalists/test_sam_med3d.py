@@ -229,7 +229,7 @@ def test_a_click_outside_the_scan_is_refused(model: SamMed3D, embeddings: dict[i
 @pytest.mark.parametrize(
     ("volume", "units", "says"),
     [
-        (torch.zeros(8, 8), [0], r"the scan has shape \(8, 8\), not \(60, 32, 32\)"),
+        (torch.zeros(8, 8), [0], r"the scan has shape \(8, 8\), its grid \(60, 32, 32\); they must be equal"),
         (torch.zeros(LONG.shape), [0, 5], "there is no crop 5; this scan has crops 0 to 4"),
         (torch.full(LONG.shape, math.nan), [0], "not finite"),
     ],
@@ -342,7 +342,7 @@ def _without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 )
 def test_weights_of_another_architecture_are_refused(network: Any, tmp_path: Path, change: Any) -> None:
     torch.save({"model_state_dict": change(dict(network.state_dict()))}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other.pth: these weights are of another architecture than SAM.?Med3D"):
+    with pytest.raises(WeightsError, match=r"other.pth: these weights do not fit SAM.?Med3D"):
         SamMed3D.load(cards.SAM_MED3D, CPU, tmp_path / "other.pth")
 
 

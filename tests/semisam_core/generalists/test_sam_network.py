@@ -113,19 +113,19 @@ REL_POS = "image_encoder.blocks.{}.attn.rel_pos_h"
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda state: {"weight": torch.zeros(2)}, "there is no tensor image_encoder.patch_embed.proj.weight"),
-        (lambda state: {f"module.{name}": each for name, each in state.items()}, "there is no tensor image_encoder"),
-        (_without("image_encoder.pos_embed"), "there is no tensor image_encoder.pos_embed"),
-        (_without(REL_POS.format(1)), r"there is no tensor image_encoder.blocks.1.attn.rel_pos_h"),
-        (_with("image_encoder.pos_embed", 1, 8, 9, 32), "square pictures of 3 channels"),
-        (_with("image_encoder.patch_embed.proj.weight", 32, 1, 8, 8), "square pictures of 3 channels"),
+        (lambda state: {"weight": torch.zeros(2)}, "it has no tensor image_encoder.patch_embed.proj.weight"),
+        (lambda state: {f"module.{name}": each for name, each in state.items()}, "it has no tensor image_encoder"),
+        (_without("image_encoder.pos_embed"), "it has no tensor image_encoder.pos_embed"),
+        (_without(REL_POS.format(1)), r"it has no tensor image_encoder.blocks.1.attn.rel_pos_h"),
+        (_with("image_encoder.pos_embed", 1, 8, 9, 32), "square images of 3 channels"),
+        (_with("image_encoder.patch_embed.proj.weight", 32, 1, 8, 8), "square images of 3 channels"),
         (_with("image_encoder.pos_embed", 64, 32), r"has shape \(64, 32\), not 4 dimensions"),
         (_with("image_encoder.pos_embed", 1, 0, 0, 32), r"has shape \(1, 0, 0, 32\)"),
         (_with("image_encoder.blocks.4.norm1.weight", 32), r"image_encoder.blocks.\* are not numbered from 0"),
-        (_with(REL_POS.format(2), 5, 8), r"attend over \[3, 5, 8\] tokens, not one window or all 8"),
+        (_with(REL_POS.format(2), 5, 8), r"attend to \[3, 5, 8\] tokens, not one window or all 8"),
         (_with(REL_POS.format(0), 10, 8), "not one window"),
         (_with(REL_POS.format(0), 9, 7), "one number of attention heads"),
-        (_with("image_encoder.neck.0.weight", 40, 32, 1, 1), "40 channels of prompts cannot be shared by 8 heads"),
+        (_with("image_encoder.neck.0.weight", 40, 32, 1, 1), "40 prompt channels cannot be divided among 8 heads"),
         (_without("mask_decoder.iou_token.weight"), "than Sam"),
         (_with("mask_decoder.hf_token.weight", 1, 32), "than Sam"),
         (_with("mask_decoder.iou_token.weight", 1, 31), "than Sam"),
@@ -134,5 +134,5 @@ REL_POS = "image_encoder.blocks.{}.attn.rel_pos_h"
 def test_what_is_not_of_sams_layout_is_refused_with_the_reason(change: Callable[[State], State], says: str) -> None:
     with pytest.raises(WeightsError, match=says) as caught:
         build_network(change(tiny_sam.tiny_sam().state_dict()), PATH, "what is published")
-    assert str(caught.value).startswith("some.pth: these weights are of another architecture than ")
+    assert str(caught.value).startswith("some.pth: these weights do not fit ")
     assert str(caught.value).endswith("accepted is what is published")

@@ -334,7 +334,7 @@ def test_a_crop_that_was_not_embedded_is_refused(model: Vista3D) -> None:
     ("volume", "units", "says"),
     [
         (torch.zeros(8, 8), [0], r"the scan has shape \(8, 8\), its grid \(32, 32, 32\)"),
-        (torch.zeros(32, 32, 31), [0], "they must be the same"),
+        (torch.zeros(32, 32, 31), [0], "they must be equal"),
         (_scan(CUBE), [0, 1], "there is no crop 1"),
         (torch.full(CUBE.shape, math.nan), [0], "not finite"),
     ],
@@ -418,7 +418,7 @@ STEM = "image_encoder.encoder.conv_init.weight"
         (lambda state: _without("point_head.zeroshot_embed.weight", state), "tensors found"),
         (lambda state: state | {"extra": torch.zeros(1)}, "tensors found"),
         (lambda state: _without("point_head.class_embeddings.weight", state), "point_head.class_embeddings.weight is"),
-        (lambda state: state | {STEM: torch.zeros(8, 2, 3, 3, 3)}, "not one channel in 3D"),
+        (lambda state: state | {STEM: torch.zeros(8, 2, 3, 3, 3)}, "not 3D from one channel"),
         (lambda state: state | {STEM: torch.zeros(12, 1, 3, 3, 3)}, "a multiple of 8"),
         (lambda state: {name: each for name, each in state.items() if ".layers." not in name}, "two resolutions"),
     ],
@@ -427,7 +427,7 @@ def test_weights_of_another_architecture_are_refused(
     official: nn.Module, tmp_path: Path, change: Any, says: str
 ) -> None:
     torch.save(change(official.state_dict()), tmp_path / "other.pt")
-    with pytest.raises(WeightsError, match=rf"other.pt: these weights are of another architecture .*{says}"):
+    with pytest.raises(WeightsError, match=rf"other.pt: these weights do not fit .*{says}"):
         Vista3D.load(CPU, tmp_path / "other.pt")
 
 

@@ -292,7 +292,19 @@ def test_slice_clicks_go_where_the_target_is_deepest_in_millimetres() -> None:
     mask[2:9, 2:5, 4] = True  # 7 mm by 6 mm: 1 mm rows, 2 mm columns
     mask[9:13, 2:12, 4] = True  # 4 mm by 20 mm: more voxels to each side along the columns, fewer millimetres
     recorder = Recorder()
-    prompt_generalist(_of(_request(Strategy.POINTS, {K.POINTS_2D}, recorder, clicks=1), mask))
+    request = _of(_request(Strategy.POINTS, {K.POINTS_2D}, recorder, clicks=1), mask)
+    prompt_generalist(request.within(replace(request.region, spacing_mm=(1.0, 2.0, 0.5))))
     (click,) = recorder.received[0].points
-    depth = ndimage.distance_transform_edt(np.pad(mask[:, :, 4], 1), sampling=SPACING[:2])[1:-1, 1:-1]
+    depth = ndimage.distance_transform_edt(np.pad(mask[:, :, 4], 1), sampling=(1.0, 2.0))[1:-1, 1:-1]
     assert depth[int(click.position[0]), int(click.position[1])] == pytest.approx(depth.max())
+
+
+def test_boxes_are_smoothed_along_the_slices_as_the_plan_says() -> None:
+    bad = LEFT.copy()
+    bad[2:15, 1:12, 4] = True
+    bounds = {}
+    for window in (1, 5):
+        recorder = Recorder()
+        prompt_generalist(_of(_request(Strategy.BOXES, {K.BOX_2D}, recorder, smooth_slices=window), bad))
+        bounds[window] = {box.bounds for box in recorder.received[0].boxes}
+    assert bounds == {1: {(2, 1, 8, 5), (2, 1, 14, 11)}, 5: {(2, 1, 8, 5)}}

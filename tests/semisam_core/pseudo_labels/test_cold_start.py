@@ -232,7 +232,7 @@ def test_a_generalist_that_cannot_say_where_its_features_lie_is_refused(tmp_path
     class Blind:
         card = replace(CARD, name="blind")
 
-    with pytest.raises(ConfigError, match="blind cannot say where its features lie"):
+    with pytest.raises(ConfigError, match="embeddings of the generalist blind are not feature maps"):
         ColdStarter(Blind(), EmbeddingStore(tmp_path, 0), _plan())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no pseudo_labels\.cold_start section"):
         ColdStarter(FakeGeneralist(), EmbeddingStore(tmp_path, 0), tiny_plan())
