@@ -300,7 +300,7 @@ def _show_harm(out: Path) -> None:
             known = difference["low"] is not None
             interval = f" [{0.0 - difference['high']:.3f}, {0.0 - difference['low']:.3f}]" if known else ""
             print(
-                f"labels {arm['labeled']}, {scored['target']}: {arm['arm']} loses {lost:.3f}{interval} Dice compared with "
+                f"labels {arm['labeled']}, {scored['target']}: {arm['arm']} loses {lost:.3f}{interval} Dice against "
                 f"{BASELINE}; its mean is {'within' if lost <= LIMIT else 'above'} {LIMIT}",
                 flush=True,
             )

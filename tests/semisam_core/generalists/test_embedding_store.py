@@ -131,11 +131,11 @@ def test_a_kill_loses_at_most_one_chunk(tmp_path: Path) -> None:
 
 
 def test_progress_is_reported_from_first_to_last(tmp_path: Path) -> None:
-    reported: list[tuple[int, int]] = []
+    seen: list[tuple[int, int]] = []
     volume = _volume()
     store = EmbeddingStore(tmp_path, ROOMY, chunk=2)
-    store.fetch(FakeGeneralist(), scan_key(volume), volume, GRID, [0, 1, 2], lambda done, of: reported.append((done, of)))
-    assert reported == [(0, 3), (2, 3), (3, 3)]
+    store.fetch(FakeGeneralist(), scan_key(volume), volume, GRID, [0, 1, 2], lambda done, of: seen.append((done, of)))
+    assert seen == [(0, 3), (2, 3), (3, 3)]
 
 
 @settings(deadline=None, max_examples=20)
