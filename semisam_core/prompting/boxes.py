@@ -62,8 +62,8 @@ class Track:
 def follow_components(mask: Mask, share: float) -> list[Track]:
     """Follow each component of a slice to the component of the next slice that it overlaps most.
 
-    Where components merge, the largest overlap goes on and the other track ends; where one divides, the largest part
-    takes the track.
+    Where components merge, the track with the largest overlap continues and the others end. Where one divides, its
+    largest part continues the track.
 
     Args:
         mask: (H, W, D).

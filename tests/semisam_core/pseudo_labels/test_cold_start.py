@@ -123,6 +123,37 @@ def test_features_in_the_padding_reach_no_voxel(height: int, width: int, stretch
     assert bool((framing.spread((covered == 0).float(), (height, width)) == 0).all())
 
 
+class TwoScanners(ClassEncoder):
+    """Features of a second scanner, whose intensities start at 10, are all shifted towards those of class 1."""
+
+    def _encode(self, plane: Tensor) -> Tensor:
+        second = float(plane.min()) >= 10
+        return super()._encode(plane - 10 * second) + second * 3 * CODES[1]
+
+
+def test_what_all_features_of_a_scan_have_in_common_does_not_matter(tmp_path: Path) -> None:
+    starter = _starter(tmp_path, _plan(), TwoScanners())
+    prototypes = starter.learn([(_image(LABELED), LABELED)])
+    assert dice_of(starter.rough(_image(OTHER) + 10, prototypes)[1] > 0.5, OTHER > 0) > 0.9
+
+
+class StrongPadding(ClassEncoder):
+    """Features in the padding are large and unlike those of any class."""
+
+    def _encode(self, plane: Tensor) -> Tensor:
+        features = super()._encode(plane)
+        inside = self.framing.shares(torch.ones(1, *plane.shape), self._side)[0] > 0
+        features[~inside] = torch.tensor([0.0, 0.0, 50.0, 0.0])
+        return features
+
+
+def test_features_in_the_padding_do_not_matter(tmp_path: Path) -> None:
+    starter = _starter(tmp_path, _plan(), StrongPadding())
+    rough = starter.rough(_image(OTHER), starter.learn([(_image(LABELED), LABELED)]))
+    assert dice_of(rough[1] > 0.5, OTHER > 0) > 0.9
+    assert float(rough[1][OTHER > 0].mean()) > 0.9
+
+
 def test_a_second_class_is_distinguished_from_the_first_and_from_background(tmp_path: Path) -> None:
     plan = _plan(TWO_CLASSES)
     first, second = (slice(4, 20), slice(4, 20), slice(0, 6)), (slice(24, 38), slice(30, 52), slice(0, 6))
