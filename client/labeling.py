@@ -18,9 +18,10 @@ from semisam_core.errors import WeightsError
 from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist, scan_key
 from semisam_core.inference import predict
 from semisam_core.plan import Plan
-from semisam_core.pseudo_labels.calibration import LabeledExample, calibrate
+from semisam_core.pseudo_labels.calibration import Calibration, LabeledExample, calibrate
 from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes, background_only, cold_start_of
-from semisam_core.pseudo_labels.fusion import Calibration, PseudoLabel, make_pseudo_label, policy_of
+from semisam_core.pseudo_labels.fusion import PseudoLabel, make_pseudo_label
+from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.store import PseudoLabelStore
 
 logger = logging.getLogger(__name__)

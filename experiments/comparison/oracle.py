@@ -26,7 +26,8 @@ from semisam_core.plan import Plan, load_plan
 from semisam_core.plan_sections.pseudo_labels import Strategy
 from semisam_core.prompting import Region
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble
-from semisam_core.pseudo_labels.fusion import policy_of, settle_overlaps
+from semisam_core.pseudo_labels.fusion import settle_overlaps
+from semisam_core.pseudo_labels.policy import policy_of
 
 logger = logging.getLogger(__name__)
 SELECTED_BY = "nothing is trained or selected; prompts come from the labels of the scored cases"
