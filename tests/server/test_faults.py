@@ -189,7 +189,7 @@ def test_an_update_in_the_name_of_another_site_is_refused(tmp_path: Path) -> Non
     record = run(grid, plan, tmp_path, 2)
     assert contributors(record)[0] == "alpha"
     assert events(record, "refused", "site", "reason") == [
-        ("beta", "the reply is not of the site that joined from its node")
+        ("beta", "the reply is not from the site that joined from its node")
     ]
 
 

@@ -79,7 +79,7 @@ def _second(round_number: int) -> Callable[..., bool]:
 
 
 def _configure() -> None:
-    _die_at(Mailbox, "ask", lambda _, node, site, kind, number, *rest: (site, kind, number) == ("beta", "train", 2))
+    _die_at(Mailbox, "send", lambda _, node, site, kind, number, *rest: (site, kind, number) == ("beta", "train", 2))
 
 
 def _receive() -> None:
