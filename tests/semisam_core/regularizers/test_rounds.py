@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.site import Site, SiteReport
+from client.report import SiteReport
+from client.site import Site
 from client.site_config import load_site_config
 from client.state import RunState
 from semisam_core.contract import TRAIN_SCALARS, disagreement, specialist_spec
