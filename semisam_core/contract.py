@@ -163,7 +163,9 @@ def disagreement(tensors: Mapping[str, Tensor], spec: Mapping[str, TensorSpec]) 
     """Return what is wrong with the first tensor that is not as agreed or not finite, or None."""
     missing, foreign = sorted(set(spec) - set(tensors)), sorted(set(tensors) - set(spec))
     if missing or foreign:
-        return f"{len(missing)} agreed tensors are missing ({missing[:3]}), {len(foreign)} are not agreed ({foreign[:3]})"
+        return (
+            f"{len(missing)} agreed tensors are missing ({missing[:3]}), {len(foreign)} are not agreed ({foreign[:3]})"
+        )
     for name, agreed in spec.items():
         found = tensors[name]
         if tuple(found.shape) != agreed.shape or found.dtype != agreed.dtype:

@@ -165,7 +165,7 @@ def admit(
 
 
 def _failure(error: Error) -> Refused | Failed:
-    """Return what an error reply means. A site that cannot send records sends a refusal's word as the error's reason."""
+    """Return what an error reply means: a site that cannot send records refuses by a word in the error's reason."""
     if (rule := _refusal_rule(error.reason)) is not None:
         return Refused(NAMELESS, rule)
     return Failed(NAMELESS, f"{ERROR_WORDS.get(error.code, 'it failed')} (Flower's error code {error.code})")
