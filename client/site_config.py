@@ -13,6 +13,7 @@ from semisam_core.contract import CLASS_SCORES
 from semisam_core.data.cases import Inventory, find_cases
 from semisam_core.errors import ConfigError
 from semisam_core.generalists.registry import accepted_prompts
+from semisam_core.paths import absolute_path
 from semisam_core.plan import Plan
 
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -131,22 +132,24 @@ def load_site_config(path: Path) -> SiteConfig:
         ConfigError: file, key, value and what is accepted.
     """
     config = parse(SiteConfig, read_yaml(path), str(path))
-    base = path.resolve().parent
+    base = absolute_path(path, "site file").parent
 
-    def absolute(value: Path) -> Path:
-        return (base / value.expanduser()).resolve()
+    def absolute(value: Path, key: str) -> Path:
+        return absolute_path(value, f"{path}: {key}", base)
 
     data = config.data.model_copy(
         update={
-            "images": absolute(config.data.images),
-            "labels": absolute(config.data.labels) if config.data.labels else None,
+            "images": absolute(config.data.images, "data.images"),
+            "labels": absolute(config.data.labels, "data.labels") if config.data.labels else None,
         }
     )
     generalists = {
-        name: entry if entry.weights == "packaged" else entry.model_copy(update={"weights": absolute(entry.weights)})
+        name: entry
+        if entry.weights == "packaged"
+        else entry.model_copy(update={"weights": absolute(entry.weights, f"generalists.{name}.weights")})
         for name, entry in config.generalists.items()
     }
-    storage = config.storage.model_copy(update={"folder": absolute(config.storage.folder)})
+    storage = config.storage.model_copy(update={"folder": absolute(config.storage.folder, "storage.folder")})
     return config.model_copy(update={"data": data, "generalists": generalists, "storage": storage})
 
 

@@ -99,7 +99,7 @@ def test_a_study_in_which_every_site_fails_exits_with_one_and_says_why(
     [
         ((), "--plan and --sites are required"),
         (("--engine", "magic"), "accepted: flower, in-process"),
-        (("--resume", "nowhere"), "no run folder"),
+        (("--resume", "nowhere"), "not a run folder"),
         (("--plan", "absent.yaml", "--sites", "."), "absent.yaml"),
     ],
 )
