@@ -31,7 +31,7 @@ from semisam_core.generalists.slices import intensity_limits
 from semisam_core.inference import new_specialist, predict
 from semisam_core.plan import Plan, load_plan
 from semisam_core.pseudo_labels.fusion import PseudoLabel, make_pseudo_label
-from semisam_core.training import new_teacher, train_round
+from semisam_core.training import LocalRound, new_teacher, train_round
 
 PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "left-atrium" / "plan.yaml"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -213,7 +213,7 @@ def _label(scan: Scan, model: Generalist, embeddings: EmbeddingStore, plan: Plan
 def _train(plan: Plan, labeled: Scan, unlabeled: TrainingScan) -> None:
     specialist = new_specialist(plan).to(DEVICE)
     scans = [lambda: TrainingScan(labeled.image, labeled.label)], [lambda: unlabeled]
-    train_round(plan, specialist, new_teacher(specialist), *scans, 1, 0, DEVICE)
+    train_round(LocalRound(plan, specialist, new_teacher(specialist), *scans, 1, 0, DEVICE))
 
 
 def _random_weights(name: str, path: Path) -> None:

@@ -18,7 +18,7 @@ from semisam_core.data.scans import Scan, load_scan
 from semisam_core.evaluation import dice_of
 from semisam_core.inference import new_specialist, predict, segmentation
 from semisam_core.plan import Plan, load_plan
-from semisam_core.training import new_teacher, train_round
+from semisam_core.training import LocalRound, new_teacher, train_round
 
 PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "phantom" / "plan.yaml"
 ALL_THAT_IS_PREDICTED = "task.classes=[{name: liver, value: 1}]"  # islands are scored too
@@ -51,7 +51,7 @@ def _case(folder: Path, number: int) -> Case:
 
 def _train_and_score(plan: Plan, train: Sequence[Scan], test: Sequence[Scan]) -> list[float]:
     specialist = new_specialist(plan)
-    train_round(plan, specialist, new_teacher(specialist), [_loader(scan) for scan in train], [], 1, 0, CPU)
+    train_round(LocalRound(plan, specialist, new_teacher(specialist), [_loader(scan) for scan in train], [], 1, 0, CPU))
     scores = []
     for scan in test:
         if scan.label is None:

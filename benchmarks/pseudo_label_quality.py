@@ -31,7 +31,7 @@ from semisam_core.plan_sections.pseudo_labels import PseudoLabels
 from semisam_core.prompting import Refusal, find_region, meaningful_components
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, GeneralistOutput, weighted_moments
 from semisam_core.pseudo_labels.fusion import confidence_fused
-from semisam_core.training import new_teacher, train_round
+from semisam_core.training import LocalRound, new_teacher, train_round
 
 PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "left-atrium" / "plan.yaml"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -152,7 +152,7 @@ class _Study:
         ]
         specialist = new_specialist(plan)
         teacher.to(DEVICE)
-        train_round(plan, specialist, teacher, loaders, [], 1, 0, DEVICE)
+        train_round(LocalRound(plan, specialist, teacher, loaders, [], 1, 0, DEVICE))
 
     def _measure(self, column: str, scan: Scan, truth: Tensor, teacher: Tensor) -> dict[str, float]:
         scores = {"specialist": dice_of(teacher > 0.5, truth)}

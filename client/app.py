@@ -13,7 +13,9 @@ from flwr.common.constant import ErrorCode
 
 import semisam_core
 from client.egress import EgressError, EgressGate, arriving_tensors
-from client.site import NoUsableCaseError, Site, SiteReport, WeightsNotAgreedError
+from client.report import SiteReport
+from client.restore import WeightsNotAgreedError
+from client.site import NoUsableCaseError, Site
 from client.site_config import SiteConfig, load_site_config, load_site_folder
 from client.state import RUN_NAME
 from semisam_core.contract import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from client.progress import ProgressLog
+from client.scans import ScanPair
 from client.site_config import SiteConfig, annotated_classes, usable_generalists
-from semisam_core.data.scans import Scan, resample
+from semisam_core.data.scans import resample
 from semisam_core.errors import WeightsError
 from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist, scan_key
 from semisam_core.inference import predict
@@ -25,14 +25,6 @@ from semisam_core.pseudo_labels.store import PseudoLabelStore
 
 logger = logging.getLogger(__name__)
 CALIBRATION_SCANS = 8
-
-
-@dataclass(frozen=True)
-class ScanPair:
-    """One scan, on the grid on which the specialist learns and on the one on which generalists look."""
-
-    scan: Scan
-    closer: Scan
 
 
 Scans = Iterable[tuple[str, Callable[[], ScanPair | None]]]

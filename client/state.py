@@ -45,9 +45,12 @@ class RunState:
         """
         self._save(TEACHER, round_number, teacher)
 
-    def load_teacher(self, round_number: int) -> dict[str, Tensor] | None:
-        """Return the teacher as it was after this round, or None where it was not kept."""
-        return _read(self._file(TEACHER, round_number))
+    def load_teacher(self, before: int) -> dict[str, Tensor] | None:
+        """Return the teacher as the site's last round before this one left it, or None.
+
+        That need not be the round just before: a site may have missed it.
+        """
+        return self._latest(TEACHER, before)
 
     def save_networks(self, round_number: int, networks: dict[str, Tensor]) -> None:
         """Keep the regularizer's own networks as they are after this round, and drop those of long ago.

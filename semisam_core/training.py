@@ -21,6 +21,7 @@ from semisam_core.losses import (
 )
 from semisam_core.optimizers import build_optimizer, descend, learning_rate
 from semisam_core.plan import Plan
+from semisam_core.progress import ProgressCallback
 from semisam_core.regularizers import (
     LabeledPatches,
     Losses,
@@ -43,36 +44,45 @@ class TrainingResult:
     generalist: float | None
 
 
-def train_round(
-    plan: Plan,
-    specialist: nn.Module,
-    teacher: nn.Module,
-    labeled: Sequence[Callable[[], TrainingScan]],
-    unlabeled: Sequence[Callable[[], TrainingScan]],
-    round_number: int,
-    seed: int,
-    device: torch.device,
-    on_step: Callable[[int, int], None] | None = None,
-    regularizer: Regularizer | None = None,
-    annotated: tuple[int, ...] | None = None,
-) -> TrainingResult:
+Loader = Callable[[], TrainingScan]
+
+
+@dataclass(frozen=True, eq=False)
+class LocalRound:
+    """One round of training at one site.
+
+    Attributes:
+        plan: the study plan.
+        specialist: the student, with the weights the server sent; trained in place.
+        teacher: its exponential moving average; moved in place.
+        labeled: loaders of the site's labeled scans; may be empty.
+        unlabeled: loaders of the site's unlabeled scans, with accepted pseudo-labels attached; may be empty.
+        number: the round, from 1.
+        seed: seed of this site's round.
+        device: where to compute.
+        regularizer: the plan's, with its own networks as the site kept them, trained in place; None builds a fresh one.
+        annotated: the classes (from 1) that the site's labels mark; None for all.
+        progress: called with (steps taken, steps of the round) after each step.
+    """
+
+    plan: Plan
+    specialist: nn.Module
+    teacher: nn.Module
+    labeled: Sequence[Loader]
+    unlabeled: Sequence[Loader]
+    number: int
+    seed: int
+    device: torch.device
+    regularizer: Regularizer | None = None
+    annotated: tuple[int, ...] | None = None
+    progress: ProgressCallback | None = None
+
+
+def train_round(local: LocalRound) -> TrainingResult:
     """Train the specialist in place for one round, and move the teacher after it.
 
     L = L_sup + lambda_c(t) L_unsup + lambda_s(t) L_sam + mu/2 ||w - w_global||^2, t counting optimizer steps over the
     whole study.
-
-    Args:
-        plan: the study plan.
-        specialist: the student, with the weights the server sent.
-        teacher: its exponential moving average.
-        labeled: loaders of the site's labeled scans; may be empty.
-        unlabeled: loaders of the site's unlabeled scans, with accepted pseudo-labels attached; may be empty.
-        round_number: counts from 1.
-        seed: seed of this site's round.
-        device: where to compute.
-        on_step: told (step, steps of the round) after each step.
-        regularizer: the plan's, with its own networks as the site kept them, trained in place; None builds it anew.
-        annotated: the classes (from 1) that the site's labels mark; None for all.
 
     Returns:
         Steps taken (0 where the site has nothing to learn from under this plan) and mean losses.
@@ -80,14 +90,13 @@ def train_round(
     Raises:
         FloatingPointError: a loss is not finite; the weights must then not be used.
     """
-    regularizer = regularizer or new_regularizer(plan, device)
-    trainer = _Trainer(plan, specialist, teacher, regularizer, labeled, unlabeled, seed, device, annotated)
-    steps = plan.training.steps_per_round if trainer.has_work else 0
-    first = (round_number - 1) * plan.training.steps_per_round
+    trainer = _Trainer(local)
+    per_round = local.plan.training.steps_per_round
+    steps = per_round if trainer.has_work else 0
     for step in range(steps):
-        trainer.step(first + step)
-        if on_step is not None:
-            on_step(step + 1, steps)
+        trainer.step((local.number - 1) * per_round + step)
+        if local.progress is not None:
+            local.progress(step + 1, steps)
     return trainer.result(steps)
 
 
@@ -121,28 +130,20 @@ def update_teacher(teacher: nn.Module, specialist: nn.Module, decay: float) -> N
 class _Trainer:
     """The state of one round: streams, optimizer, running means."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        specialist: nn.Module,
-        teacher: nn.Module,
-        regularizer: Regularizer | None,
-        labeled: Sequence[Callable[[], TrainingScan]],
-        unlabeled: Sequence[Callable[[], TrainingScan]],
-        seed: int,
-        device: torch.device,
-        annotated: tuple[int, ...] | None,
-    ) -> None:
-        self._plan, self._device, self._regularizer, self._annotated = plan, device, regularizer, annotated
-        self._own_networks = None if regularizer is None else regularizer.own
-        self._specialist, self._teacher = specialist.to(device).train(), teacher.to(device).train()
-        training = plan.training
-        self._labeled = _stream(labeled, plan, training.labeled_batch, seed)
-        self._unlabeled = _stream(unlabeled, plan, training.unlabeled_batch, seed + 1) if plan.uses_unlabeled else None
-        self._generator = torch.Generator().manual_seed(seed + 2)
-        self._optimizer = build_optimizer(specialist, training.optimizer)
-        sent = travelling(plan, specialist)
-        self._tethered = [value for name, value in specialist.named_parameters() if name in sent]
+    def __init__(self, local: LocalRound) -> None:
+        plan, training = local.plan, local.plan.training
+        self._plan, self._device, self._annotated = plan, local.device, local.annotated
+        self._regularizer = local.regularizer or new_regularizer(plan, local.device)
+        self._own_networks = None if self._regularizer is None else self._regularizer.own
+        self._specialist = local.specialist.to(local.device).train()
+        self._teacher = local.teacher.to(local.device).train()
+        self._labeled = _stream(local.labeled, plan, training.labeled_batch, local.seed)
+        unlabeled = local.unlabeled if plan.uses_unlabeled else ()
+        self._unlabeled = _stream(unlabeled, plan, training.unlabeled_batch, local.seed + 1)
+        self._generator = torch.Generator().manual_seed(local.seed + 2)
+        self._optimizer = build_optimizer(self._specialist, training.optimizer)
+        sent = travelling(plan, self._specialist)
+        self._tethered = [value for name, value in self._specialist.named_parameters() if name in sent]
         self._start = [value.detach().clone() for value in self._tethered] if training.proximal > 0 else []
         self._sums = {"supervised": [0.0, 0], "consistency": [0.0, 0], "generalist": [0.0, 0]}
 
@@ -223,7 +224,7 @@ class _Trainer:
         return loss * weight
 
 
-def _stream(scans: Sequence[Callable[[], TrainingScan]], plan: Plan, batch_size: int, seed: int) -> PatchStream | None:
+def _stream(scans: Sequence[Loader], plan: Plan, batch_size: int, seed: int) -> PatchStream | None:
     if not scans:
         return None
     return PatchStream(lambda k: scans[k](), len(scans), plan, batch_size, seed)

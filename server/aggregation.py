@@ -1,19 +1,14 @@
-"""From admitted updates to new global weights. What an update weighs is computed apart from how they are combined.
-
-`evidence_weights` says what each update weighs, `votes` what of that the plan's rule lets count, `combine` combines.
-"""
+"""From admitted updates to new global weights: evidence weights, then votes and combination by the plan's rule."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
+from semisam_core.aggregation import Update, aggregation_rule
 from semisam_core.plan_sections.aggregation import Aggregation
-from server import robust
-from server.updates import Update
 
 
 def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float, classes: int = 1) -> list[float]:
@@ -57,81 +52,46 @@ def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float
 def votes(updates: Sequence[Update], shares: Sequence[float], policy: Aggregation, rejected: int = 0) -> list[float]:
     """Return what each update counts under the plan's rule, summing to one.
 
-    An update that weighs nothing counts nothing under any rule. Of the others, `weighted-mean` takes the shares as they
-    are, `median` and `trimmed-mean` take all alike, `krum` takes one, and `multi-krum` the shares of all but as many as
-    the plan takes for malicious.
+    An update with no evidence weight has no vote under any rule.
 
-    A site whose answer was rejected is one of those that the rule would have had to bear: it counts towards the number
-    of sites that the rule needs, and as one malicious site less among the others. Otherwise one site at the minimum
-    could stop a study by sending nonsense.
+    A site whose answer was rejected is one of those that the rule would have had to tolerate: it counts towards the
+    number of sites that the rule needs. Otherwise one site at the minimum could stop a study by sending nonsense.
 
     Args:
         updates: admitted updates in the order of site names.
         shares: from `evidence_weights`.
-        policy: rule, trim_share and malicious_sites.
-        rejected: how many sites' answers of this round the server rejected; sites that are silent are none of them.
+        policy: the rule and its settings.
+        rejected: how many sites' answers of this round the server rejected; silent sites do not count.
 
     Raises:
         ValueError: the rule needs more updates than there are.
     """
-    if policy.rule == "weighted-mean":
-        return list(shares)
     voters = [k for k, share in enumerate(shares) if share > 0]
-    if not voters or len(voters) + rejected < policy.least_updates:
+    needed = policy.least_updates
+    if not voters or len(voters) + rejected < needed:
         raise ValueError(
-            f"the rule {policy.rule} needs {policy.least_updates} updates, there are {len(voters)} that weigh anything"
+            f"the rule {policy.rule} needs {needed} updates, there are {len(voters)} that weigh anything"
             f" and {rejected} that were rejected"
         )
-    if policy.rule in ("median", "trimmed-mean"):
-        return [1 / len(voters) if share > 0 else 0.0 for share in shares]
-    malicious = max(0, policy.malicious_sites - rejected)
-    order = [voters[place] for place in robust.by_krum([updates[k] for k in voters], malicious)]
-    kept = set(order[:1] if policy.rule == "krum" else order[: len(order) - malicious])
-    total = math.fsum(shares[k] for k in kept)
-    return [share / total if k in kept else 0.0 for k, share in enumerate(shares)]
+    rule = aggregation_rule(policy.rule)
+    counted = rule.votes([updates[k] for k in voters], [shares[k] for k in voters], policy, rejected)
+    found = [0.0] * len(updates)
+    for k, vote in zip(voters, counted, strict=True):
+        found[k] = vote
+    return found
 
 
 def combine(updates: Sequence[Update], counted: Sequence[float], policy: Aggregation) -> dict[str, Tensor]:
     """Return the combined specialist.
 
     Args:
-        updates: admitted updates in the order of site names, at least one that counts.
+        updates: admitted updates in the order of site names, at least one with a vote.
         counted: from `votes`.
-        policy: the rule.
+        policy: the rule and its settings.
 
     Raises:
         ValueError: there is no update, or votes do not fit.
     """
     voters = [(update, vote) for update, vote in zip(updates, counted, strict=True) if vote > 0]
-    if policy.rule == "median":
-        return robust.median([update for update, _ in voters])
-    if policy.rule == "trimmed-mean":
-        return robust.trimmed_mean([update for update, _ in voters], policy.trim_share)
-    return weighted_mean([update for update, _ in voters], [vote for _, vote in voters])
-
-
-def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return sum_k w_k theta_k, accumulated in double precision in the order of site names.
-
-    The fixed order makes the result the same however replies arrive. One tensor of one site is read at a time.
-
-    Args:
-        updates: admitted updates, at least one, all with the same tensors.
-        weights: non-negative, summing to one.
-
-    Raises:
-        ValueError: there is no update, or weights do not fit.
-    """
-    if not updates or len(updates) != len(weights):
-        raise ValueError(f"{len(updates)} updates and {len(weights)} weights cannot be combined")
-    if any(w < 0 for w in weights) or not math.isclose(sum(weights), 1.0, rel_tol=1e-9):
-        raise ValueError("weights must be non-negative and sum to one")
-    ordered = sorted(zip(updates, weights, strict=True), key=lambda pair: pair[0].site)
-    result = {}
-    for name in ordered[0][0].names:
-        first = ordered[0][0].tensor(name)
-        total = torch.zeros(first.shape, dtype=torch.float64)
-        for update, weight in ordered:
-            total += weight * update.tensor(name).double()
-        result[name] = total.to(first.dtype) if first.is_floating_point() else total.round().to(first.dtype)
-    return result
+    rule = aggregation_rule(policy.rule)
+    return rule.combine([update for update, _ in voters], [vote for _, vote in voters], policy)

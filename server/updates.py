@@ -6,35 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from safetensors import safe_open
 from torch import Tensor
 
 from semisam_core.files import save_tensors
-
-
-class Update(Protocol):
-    """One site's admitted update of one round, read tensor by tensor."""
-
-    @property
-    def site(self) -> str:
-        """The site's name."""
-        ...
-
-    @property
-    def scalars(self) -> Mapping[str, float]:
-        """The agreed scalars."""
-        ...
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the specialist's tensors, the same at every site."""
-        ...
-
-    def tensor(self, name: str) -> Tensor:
-        """Return one tensor."""
-        ...
 
 
 @dataclass(frozen=True)

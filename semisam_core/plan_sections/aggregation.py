@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from semisam_core.aggregation import aggregation_rule
 from semisam_core.configuration import Fraction, StrictModel
-
-Rule = Literal["weighted-mean", "median", "trimmed-mean", "krum", "multi-krum"]
 
 
 class Admission(StrictModel):
@@ -43,21 +42,6 @@ class ServerOptimizerSettings(StrictModel):
         return self
 
 
-def least_updates(rule: Rule, trim_share: float, malicious_sites: int) -> int:
-    """Return how many updates a rule needs for what it promises.
-
-    A median is none of fewer than 3; a trimmed mean cuts nothing off before trim_share * n reaches 1; Krum's proof
-    asks for n >= 2 f + 3 (Blanchard et al., NeurIPS 2017).
-    """
-    if rule == "median":
-        return 3
-    if rule == "trimmed-mean":
-        return next(n for n in range(3, 100_000) if int(trim_share * n) > 0)
-    if rule in ("krum", "multi-krum"):
-        return 2 * malicious_sites + 3
-    return 1
-
-
 class Exclusion(StrictModel):
     """A site that fails `after_failures` rounds in a row is left out of the next `rounds` rounds, then asked again."""
 
@@ -80,7 +64,7 @@ class Aggregation(StrictModel):
     site that comes back within `rejoin_window_s` of a round's start still takes part in it.
     """
 
-    rule: Rule = "weighted-mean"
+    rule: str = "weighted-mean"
     trim_share: float = Field(default=0.2, ge=0.001, lt=0.5)
     malicious_sites: int = Field(default=1, ge=1)
     weights: Literal["samples", "equal", "evidence", "confidence"] = "samples"
@@ -93,6 +77,11 @@ class Aggregation(StrictModel):
     wait_for_quorum_s: float = Field(default=600, ge=0)
     rejoin_window_s: float = Field(default=120, ge=0)
     exclusion: Exclusion = Exclusion()
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, value: str) -> str:
+        return aggregation_rule(value).name
 
     @model_validator(mode="after")
     def _enough_sites(self) -> Aggregation:
@@ -107,15 +96,9 @@ class Aggregation(StrictModel):
     @property
     def least_updates(self) -> int:
         """How many updates the rule needs for what it promises."""
-        return least_updates(self.rule, self.trim_share, self.malicious_sites)
+        return aggregation_rule(self.rule).least_updates(self)
 
     @property
     def tolerated_sites(self) -> int:
-        """How many hostile sites the rule bears among the minimum of sites."""
-        return {
-            "weighted-mean": 0,
-            "median": (self.minimum_sites - 1) // 2,
-            "trimmed-mean": int(self.trim_share * self.minimum_sites),
-            "krum": self.malicious_sites,
-            "multi-krum": self.malicious_sites,
-        }[self.rule]
+        """How many hostile sites the rule tolerates among the minimum of sites."""
+        return aggregation_rule(self.rule).tolerates(self, self.minimum_sites)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from client.labeling import Labeler
-from client.site import Site, SiteReport
+from client.report import SiteReport
+from client.site import Site
 from client.site_config import load_site_config
 from semisam_core.contract import TRAIN_SCALARS
 from semisam_core.evaluation import dice_of

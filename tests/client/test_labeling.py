@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.labeling import Labeler, ScanPair
+from client.labeling import Labeler
 from client.progress import ProgressLog
+from client.scans import ScanPair
 from client.site import Site
 from client.site_config import load_site_config
 from semisam_core.files import read_json_lines
@@ -67,7 +68,7 @@ def test_labeled_scans_are_looked_at_only_when_labels_are_made_anew(make_site: M
 def _cases(site: Site) -> list[tuple[str, Callable[[], object]]]:
     from semisam_core.data.cases import Role
 
-    return site._loaders(Role.UNLABELED)
+    return site.scans.pair_loaders(Role.UNLABELED)
 
 
 def test_generalists_look_on_a_grid_of_their_own_and_the_specialist_learns_on_its_own(make_site: MakeSite) -> None:

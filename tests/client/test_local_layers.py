@@ -11,11 +11,13 @@ import yaml
 from safetensors.torch import load_file
 
 from client.app import app as client_app
-from client.site import Site, WeightsNotAgreedError
+from client.restore import WeightsNotAgreedError
+from client.site import Site
 from client.site_config import load_site_config
 from client.state import RunState
 from engines.in_process_grid import run_in_process
 from semisam_core.contract import disagreement, specialist_spec, travelling
+from semisam_core.data.cases import Role
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
@@ -120,9 +122,8 @@ def test_scores_are_those_of_the_sites_own_layers_as_its_last_training_left_them
     (mine,) = read_json_lines(site.state.folder / "scores.jsonl")
     specialist = new_specialist(plan)
     specialist.load_state_dict({**sent, **_kept(path, plan, 2)}, strict=True)
-    expected = site._score(
-        site._usable(*(case.role for case in site._found.cases if case.id == "case-2"))[0], specialist
-    )
+    (case,) = site.scans.usable(Role.VALIDATION)
+    expected = site._score(case, specialist)
     assert expected[0] is not None
     assert mine["dice"] == expected[0].dice
     other = _site(path, plan, 1, "elsewhere")
@@ -137,7 +138,7 @@ def test_layers_of_another_network_are_not_used(make_site: MakeSite, caplog: pyt
     site = _site(path, plan, 2)
     site.state.save_layers(1, {"foreign": torch.zeros(1)})
     assert _same(expected, _train(path, plan, 2))
-    assert "batch-norm layers are of no use" in caplog.text
+    assert "batch-norm layers do not fit" in caplog.text
 
 
 def test_a_site_takes_no_layers_from_the_server_that_are_to_stay_local(make_site: MakeSite) -> None:

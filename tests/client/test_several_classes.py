@@ -12,7 +12,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from client.site import Site, SiteReport
+from client.report import SiteReport
+from client.site import Site
 from client.site_config import load_site_config
 from semisam_core.files import read_json_lines
 from semisam_core.generalists.base import PromptKind, Prompts, Segmentation, VolumeGrid

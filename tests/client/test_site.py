@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.site import NoUsableCaseError, Site, WeightsNotAgreedError
+from client.restore import WeightsNotAgreedError
+from client.site import NoUsableCaseError, Site
 from client.site_config import load_site_config
 from semisam_core.contract import TRAIN_SCALARS, evaluation_scalars
 from semisam_core.errors import ConfigError, WeightsError

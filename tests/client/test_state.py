@@ -33,13 +33,23 @@ def test_the_teachers_of_the_last_three_rounds_are_kept(tmp_path: Path) -> None:
     state = RunState(tmp_path, "run")
     for number in range(1, 6):
         state.save_teacher(number, {"w": torch.full((2,), float(number))})
-    kept = {number: state.load_teacher(number) for number in range(1, 6)}
-    assert kept[1] is None
-    assert kept[2] is None
+    left = {number: state.load_teacher(before=number + 1) for number in range(1, 6)}
+    assert left[1] is None
+    assert left[2] is None
     for number in (3, 4, 5):
-        teacher = kept[number]
+        teacher = left[number]
         assert teacher is not None
         assert teacher["w"].tolist() == [number, number]
+
+
+def test_a_site_that_missed_rounds_goes_on_from_the_last_teacher_it_kept(tmp_path: Path) -> None:
+    state = RunState(tmp_path, "run")
+    state.save_teacher(2, {"w": torch.full((2,), 2.0)})
+    for number in (3, 4, 7):
+        teacher = state.load_teacher(before=number)
+        assert teacher is not None
+        assert teacher["w"].tolist() == [2, 2]
+    assert state.load_teacher(before=2) is None
 
 
 def test_a_damaged_teacher_counts_as_absent(tmp_path: Path) -> None:
@@ -47,7 +57,7 @@ def test_a_damaged_teacher_counts_as_absent(tmp_path: Path) -> None:
     state.save_teacher(1, {"w": torch.ones(2)})
     (file,) = state.folder.glob("teacher-*")
     file.write_bytes(b"torn")
-    assert state.load_teacher(1) is None
+    assert state.load_teacher(before=2) is None
 
 
 def test_progress_always_says_the_first_and_the_last(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,11 +13,18 @@ from semisam_core.data.patches import TrainingScan
 from semisam_core.inference import new_specialist
 from semisam_core.losses import proximal_loss
 from semisam_core.plan import Plan
-from semisam_core.training import TrainingResult, learning_rate, new_teacher, train_round, update_teacher
+from semisam_core.training import (
+    Loader,
+    LocalRound,
+    TrainingResult,
+    learning_rate,
+    new_teacher,
+    train_round,
+    update_teacher,
+)
 from tests.conftest import blob, tiny_plan
 
 CPU = torch.device("cpu")
-Loader = Callable[[], TrainingScan]
 
 
 def _labeled(seed: int = 0) -> Loader:
@@ -40,7 +46,8 @@ def _round(
 ) -> tuple[nn.Module, nn.Module, TrainingResult]:
     specialist = new_specialist(plan)
     teacher = new_teacher(specialist)
-    return specialist, teacher, train_round(plan, specialist, teacher, labeled, unlabeled, number, seed, CPU)
+    local = LocalRound(plan, specialist, teacher, labeled, unlabeled, number, seed, CPU)
+    return specialist, teacher, train_round(local)
 
 
 def _flat(network: nn.Module) -> Tensor:
@@ -146,7 +153,10 @@ def test_progress_is_told_after_each_step(plan: Plan) -> None:
     told: list[tuple[int, int]] = []
     specialist = new_specialist(plan)
     teacher = copy.deepcopy(specialist)
-    train_round(plan, specialist, teacher, [_labeled()], [], 1, 0, CPU, lambda done, total: told.append((done, total)))
+    local = LocalRound(
+        plan, specialist, teacher, [_labeled()], [], 1, 0, CPU, progress=lambda done, total: told.append((done, total))
+    )
+    train_round(local)
     assert told == [(1, 2), (2, 2)]
 
 

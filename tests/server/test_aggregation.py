@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semisam_core.aggregation.weighted_mean import weighted_mean
 from semisam_core.plan_sections.aggregation import Aggregation
-from server.aggregation import evidence_weights, weighted_mean
+from server.aggregation import evidence_weights
 from server.updates import MemoryUpdate
 
 

@@ -15,9 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from semisam_core.aggregation import coordinates
+from semisam_core.aggregation.krum import squared_distances
+from semisam_core.aggregation.median import median
+from semisam_core.aggregation.trimmed_mean import trimmed_mean
+from semisam_core.aggregation.weighted_mean import weighted_mean
 from semisam_core.plan_sections.aggregation import Aggregation
-from server import robust
-from server.aggregation import combine, votes, weighted_mean
+from server.aggregation import combine, votes
 from server.updates import MemoryUpdate, UpdateShelf
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 2), "b": (), "c": (5,)}
@@ -48,7 +52,7 @@ SEEDS = st.integers(0, 10_000)
 def test_the_median_is_flowers(count: int, seed: int) -> None:
     updates = _updates(count, seed)
     expected = aggregate_median([(_layers(update), 1) for update in updates])
-    found = robust.median(updates)
+    found = median(updates, [], Aggregation())
     for value, oracle in zip(found.values(), expected, strict=True):
         assert np.allclose(value.numpy(), oracle, rtol=1e-6, atol=0)
         assert value.dtype == torch.float32
@@ -59,7 +63,7 @@ def test_the_median_is_flowers(count: int, seed: int) -> None:
 def test_the_trimmed_mean_is_flowers(count: int, seed: int, share: float) -> None:
     updates = _updates(count, seed)
     expected = aggregate_trimmed_avg([(_layers(update), 1) for update in updates], share)
-    found = robust.trimmed_mean(updates, share)
+    found = trimmed_mean(updates, [], Aggregation(trim_share=share))
     for value, oracle in zip(found.values(), expected, strict=True):
         assert np.allclose(value.numpy(), oracle, rtol=1e-6, atol=1e-7)
 
@@ -99,7 +103,7 @@ def test_distances_of_near_updates_far_from_zero_are_not_lost() -> None:
     expected = [
         [float((a.weights["w"].double() - b.weights["w"].double()).square().sum()) for a in updates] for b in updates
     ]
-    assert np.allclose(robust.squared_distances(updates), expected, rtol=1e-9)
+    assert np.allclose(squared_distances(updates), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("rule", ["weighted-mean", "median", "trimmed-mean", "krum", "multi-krum"])
@@ -119,7 +123,7 @@ def test_no_order_of_arrival_changes_a_bit_of_any_rule(rule: str, tmp_path: Path
 def test_blocks_change_no_bit(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     updates, policy = _updates(7, 5), _policy(rule)
     whole = combine(updates, votes(updates, [1 / 7] * 7, policy), policy)
-    monkeypatch.setattr(robust, "BLOCK_VALUES", 14)
+    monkeypatch.setattr(coordinates, "BLOCK_VALUES", 14)
     pieces = combine(updates, votes(updates, [1 / 7] * 7, policy), policy)
     assert all(torch.equal(whole[name], pieces[name]) for name in SHAPES)
 

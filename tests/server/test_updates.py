@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.aggregation import weighted_mean
+from semisam_core.aggregation.weighted_mean import weighted_mean
 from server.updates import MemoryUpdate, UpdateShelf, change_norm
 
 REFERENCE = {"a": torch.zeros(2, 3), "b": torch.zeros(()), "n": torch.tensor([3])}

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.site import Site, SiteReport
+from client.report import SiteReport
+from client.site import Site
 from client.site_config import load_site_config
 from client.state import RunState
 from semisam_core.contract import TRAIN_SCALARS, disagreement, specialist_spec
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from semisam_core.training import new_regularizer, new_teacher, train_round
+from semisam_core.training import LocalRound, new_regularizer, new_teacher, train_round
 from tests.semisam_core.regularizers.steps import CPU, NAMES, WITH_NETWORKS, noise, plan_of
 from tests.semisam_core.test_training import _labeled, _unlabeled
 
@@ -85,7 +86,7 @@ def test_each_has_its_say_in_what_the_specialist_becomes(name: str) -> None:
     def trained(regularizer: str) -> State:
         plan = plan_of(regularizer, "regularizer.ramp_share=0.0")
         specialist = new_specialist(plan)
-        train_round(plan, specialist, new_teacher(specialist), [_labeled()], [_unlabeled()], 1, 0, CPU)
+        train_round(LocalRound(plan, specialist, new_teacher(specialist), [_labeled()], [_unlabeled()], 1, 0, CPU))
         return specialist.state_dict()
 
     assert not _same(trained(name), trained("none"))

@@ -1,0 +1,30 @@
+"""The mean of each value without the largest and smallest of the updates (Yin et al., ICML 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scipy.stats import trim_mean
+from torch import Tensor
+
+from semisam_core.aggregation.base import AggregationRule, RuleSettings, Update, equal_votes
+from semisam_core.aggregation.coordinates import by_coordinate
+
+
+def trimmed_mean(updates: Sequence[Update], votes: Sequence[float], settings: RuleSettings) -> dict[str, Tensor]:
+    """Return the mean of each value without the trim_share of values at each end; votes have no say."""
+    return by_coordinate(updates, lambda block: trim_mean(block, settings.trim_share, axis=0))
+
+
+def _least_updates(settings: RuleSettings) -> int:
+    """Return how many updates it takes until anything is trimmed."""
+    return next(n for n in range(3, 100_000) if int(settings.trim_share * n) > 0)
+
+
+RULE = AggregationRule(
+    name="trimmed-mean",
+    combine=trimmed_mean,
+    votes=equal_votes,
+    least_updates=_least_updates,
+    tolerates=lambda settings, sites: int(settings.trim_share * sites),
+)
