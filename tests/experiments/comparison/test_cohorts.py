@@ -10,7 +10,7 @@ import pytest
 
 from client.site_config import inventory, load_site_folder
 from experiments.checks import check_study
-from experiments.comparison.cohorts import Cohort, lend_storage, narrowed, write_cohort
+from experiments.comparison.cohorts import Cohort, fingerprint, lend_storage, narrowed, write_cohort
 from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError
 from tests.conftest import tiny_plan, write_site
@@ -124,3 +124,21 @@ def test_lent_files_are_links_that_survive_eviction_on_either_side(study: Study,
     lend_storage(cohort)
     lent.unlink()
     assert kept.read_bytes() == b"two"
+
+
+def _fingerprint(study: Study) -> str:
+    return fingerprint(check_study(*study, []).sites)
+
+
+def test_the_fingerprint_changes_with_files_and_settings_and_with_nothing_else(study: Study, tmp_path: Path) -> None:
+    before = _fingerprint(study)
+    image = tmp_path / "data" / "alpha" / "images" / "case-2.nii.gz"
+    content = image.read_bytes()
+    image.write_bytes(content)
+    assert _fingerprint(study) == before
+    image.write_bytes(content + b"x")
+    assert _fingerprint(study) != before
+    image.write_bytes(content)
+    site = study[1] / "beta.yaml"
+    site.write_text(site.read_text().replace("threads: 1", "threads: 2"))
+    assert _fingerprint(study) != before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,31 @@ def test_a_difference_is_paired_with_the_baseline_where_both_were_scored(results
     assert better.hd95_difference_mm is not None
     assert better.hd95_difference_mm.cases == 3
     assert "+0.050 [+0.050, +0.050]" in _report(results).markdown()
+
+
+def test_an_arm_is_compared_with_the_baseline_under_the_same_label_count(tmp_path: Path) -> None:
+    jobs = {}
+    for setting, shift in (("1", 0.0), ("all", 0.05)):
+        cohort = replace(_cohort(tmp_path), setting=setting)
+        jobs[Job(BASELINE, cohort, 0, None, tmp_path)] = _scores(shift, 0)
+        jobs[Job(BETTER, cohort, 0, None, tmp_path)] = _scores(shift + 0.02, 0)
+    differences = [each.classes[0].dice_difference for each in gather(list(jobs), jobs, ["blob"], BASELINE.name)]
+    assert [each and round(each.mean, 6) for each in differences] == [None, 0.02, None, 0.02]
+
+
+@pytest.mark.parametrize("width", [60, 80, 250])
+def test_the_report_is_whole_at_any_width(results: list[ArmResult], width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    _report(results).show(console)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(len(line) for line in lines) <= width
+    intervals = [line for line in lines if "0.580 [" in line]
+    assert intervals
+    assert all(line.rstrip().endswith("]") for line in lines if line.strip().startswith("Dice: "))
+    assert any("beta (worst)" in line for line in lines)
+    if width < 100:
+        assert "arm: federated-supervised (baseline)" in [line.rstrip() for line in lines]
 
 
 def test_an_oracle_comes_last_and_is_marked_and_has_no_difference(results: list[ArmResult]) -> None:
