@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.mutants.run import LISTS, ROOT, main, read_mutants
+from tests.mutants.run import LISTS, ROOT, Mutant, main, read_mutants, survives
 
 CODE = "def double(x: int) -> int:\n    y = 2 * x\n    return y\n"
 TEST = "from thing import double\n\n\ndef test_double() -> None:\n    assert double(2) == 4\n"
@@ -56,8 +56,10 @@ def test_a_run_without_survivors_succeeds_and_leaves_the_project_as_it_was(proje
 
 
 def test_a_fault_that_makes_the_tests_hang_is_caught(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.mutants.run.TIMEOUT_S", 20)
-    assert _run(project, HANGS) == 0
+    monkeypatch.setattr("tests.mutants.run.TIMEOUT_S", 10)
+    mutant = Mutant(**HANGS, file="thing.py", tests=("test_thing.py",))
+    assert not survives(mutant, project)
+    assert (project / "thing.py").read_text() == CODE
 
 
 def test_a_fault_that_only_breaks_an_import_proves_nothing(project: Path) -> None:

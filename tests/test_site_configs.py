@@ -142,7 +142,7 @@ def test_every_key_of_a_plan_is_there_and_explained(name: str) -> None:
 )
 def test_the_key_connected_is_explained_above_the_classes(path: Path) -> None:
     above = path.read_text(encoding="utf-8").partition("  classes:")[0]
-    assert re.search(r"# connected: true where .*only the largest connected\n *# component is scored", above)
+    assert re.search(r"# connected: true if .*only the largest connected\n *# component is scored", above)
 
 
 def test_only_structures_in_one_piece_are_connected() -> None:
