@@ -107,7 +107,7 @@ def check(plan: PlanOption, sites: SitesOption, assignments: SetOption = None) -
 
         study = check_study(plan, sites, assignments or [])
         console.print(study_table(study))
-    console.print(f"plan hash {study.plan.hash}", highlight=False)
+    console.print(f"plan hash {study.plan.hash}", highlight=False, soft_wrap=True)
 
 
 @app.command("init-sites")

@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from engines.results import SiteResult, results_table
 from engines.tables import FittingTable
 
 SITES = ("charite", "site-with-quite-a-long-name")
@@ -60,3 +61,25 @@ def test_the_table_is_used_exactly_as_soon_as_it_fits() -> None:
     needed = max(len(line.rstrip()) for line in _shown(200))
     assert len(_shown(needed)) == 7
     assert "  HD95 mm: 8.1" in [line.rstrip() for line in _shown(needed - 1)]
+
+
+def _result(site: str, missing: int = 0) -> SiteResult:
+    return SiteResult(site, "left-atrium", 4, 16, 2, 0, 12, 4, 0.403, 35.8, 0.863, 8.6, missing)
+
+
+def test_the_results_of_a_study_fit_a_terminal_of_80_columns() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(results_table([_result("site-a"), _result("site-b")], "left-atrium, run-1", "last round"))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    row = next(line for line in lines if line.startswith("site-b"))
+    assert " ".join(row.split()) == "site-b left-atrium 4 / 16 12 / 4 0.403 / 0.863 35.8 / 8.6"
+
+
+def test_the_results_of_a_study_are_a_list_where_they_do_not_fit() -> None:
+    console = Console(file=io.StringIO(), width=60)
+    console.print(results_table([_result("site-a", missing=2)], "left-atrium, run-1", "last round"))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert "  Dice local / federated: 0.403 / 0.863" in lines
+    assert "  HD95 mm local / federated: 35.8 / 8.6 (2 missing)" in lines

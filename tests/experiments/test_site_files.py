@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -126,8 +127,6 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0\r", max_cod
 @settings(max_examples=150, deadline=None)
 @given(cases=st.lists(NAMES, min_size=1, max_size=4), folder=NAMES)
 def test_any_name_reads_back_as_it_was(cases: list[str], folder: str) -> None:
-    import unicodedata
-
     cases = sorted({name for case in cases if (name := unicodedata.normalize("NFC", case).strip())})
     folder = f"i{folder}"  # neither . nor ..
     if not cases:
