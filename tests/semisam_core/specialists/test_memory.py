@@ -17,11 +17,12 @@ from semisam_core.specialists import (
     SPECIALISTS,
     build_specialist,
     check_specialist,
+    memory,
     memory_estimate,
     parameter_count,
     patch_divisor,
 )
-from semisam_core.specialists.memory import PeakBook
+from semisam_core.specialists.memory import PeakBook, training_step_bytes
 from tests.semisam_core.specialists.examples import EVERY_BATCHED, EVERY_EXAMPLE, EXAMPLES, Example
 
 BATCH = 2  # a single tiny patch makes CPU libraries unfold the input of every convolution
@@ -50,6 +51,18 @@ def _estimate(example: Example, image: Tensor) -> int:
     return memory_estimate(example.name, example.arguments, 1, 1, (height, width, depth), BATCH)
 
 
+def _estimate_without_unfolding(example: Example, image: Tensor) -> int:
+    """Return the estimate for a library that convolves without an unfolded copy of the input, as oneDNN often does."""
+    height, width, depth = image.shape[2:]
+
+    def build() -> nn.Module:
+        return build_specialist(example.name, example.arguments, 1, 1, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_unfolded_bytes", lambda func, args: 0)
+        return training_step_bytes(build, 1, (height, width, depth), BATCH)
+
+
 def _check_against_the_allocator(example: Example) -> None:
     image, label = _patches(example)
     network = build_specialist(example.name, example.arguments, 1, 1, 0)
@@ -62,8 +75,8 @@ def _check_against_the_allocator(example: Example) -> None:
     for event in sorted(events, key=lambda each: each.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    estimate = _estimate(example, image)
-    assert estimate / FACTOR < held + peak < estimate * FACTOR
+    # Whether a convolution unfolds its input depends on the processor that the library was tuned for.
+    assert _estimate_without_unfolding(example, image) / FACTOR < held + peak < _estimate(example, image) * FACTOR
 
 
 @EVERY_EXAMPLE
