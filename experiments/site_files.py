@@ -48,30 +48,23 @@ def write_site_files(
     """
     images, labels = _existing(images, "--images"), _existing(labels, "--labels")
     rows = read_case_table(table)
-    sites = sorted({row.site for row in rows})
-    for site in sites:
-        _check_site_name(site, table)
+    sites = _site_names(rows, table)
     for name in generalists:
         accepted_prompts(name)
     counts = _labeled_counts(labeled, sites)
     storage = absolute_path(storage, "--storage")
     everything = sorted(_cases_in(images, {row.case for row in rows}))
-    contents = {}
-    for site in sites:
-        train, validation = _of_site(rows, site, "train"), _of_site(rows, site, "val")
-        if counts[site] > len(train):
-            raise ConfigError(f"--labeled {labeled}: {site} has only {len(train)} train cases.")
-        own = {*train, *validation}
-        contents[site] = TEMPLATE.format(
+    contents = {
+        site: TEMPLATE.format(
             site=flow_yaml(site),
             images=flow_yaml(str(images)),
             labels=flow_yaml(str(labels)),
-            labeled=_items(train[: counts[site]]),
-            validation=_items(validation),
-            excluded=_items([case for case in everything if case not in own]),
             generalists=flow_yaml({name: {"weights": "packaged"} for name in generalists}),
             storage=flow_yaml(str(storage / site)),
+            **_case_lists(rows, site, counts[site], everything),
         )
+        for site in sites
+    }
     out = writable_folder(out, "--out")
     paths = {out / f"{site}.yaml": content for site, content in contents.items()}
     for path, content in paths.items():
@@ -86,18 +79,29 @@ def _existing(folder: Path, option: str) -> Path:
     return absolute
 
 
-def _check_site_name(name: str, table: Path) -> None:
-    try:
-        _SITE_NAME.validate_python(name)
-    except ValidationError:
-        raise ConfigError(
-            f"--table {table}: site = {name!r}: a site's name is lowercase letters, digits and dashes, starts with a "
-            "letter or digit and has at most 63 characters."
-        ) from None
+def _site_names(rows: Sequence[CaseRow], table: Path) -> list[str]:
+    """Return the sites in the table, sorted; each is checked against the pattern that every command uses."""
+    names = sorted({row.site for row in rows})
+    for name in names:
+        try:
+            _SITE_NAME.validate_python(name)
+        except ValidationError:
+            raise ConfigError(
+                f"--table {table}: site = {name!r}: a site's name is lowercase letters, digits and dashes, starts with "
+                "a letter or digit and has at most 63 characters."
+            ) from None
+    return names
 
 
-def _of_site(rows: Sequence[CaseRow], site: str, split: str) -> list[str]:
-    return sorted(row.case for row in rows if row.site == site and row.split == split)
+def _case_lists(rows: Sequence[CaseRow], site: str, labeled: int, everything: Sequence[str]) -> dict[str, str]:
+    """Return what a site file lists under labeled, validation and excluded, as YAML."""
+    train, validation = (
+        sorted(row.case for row in rows if row.site == site and row.split == split) for split in ("train", "val")
+    )
+    if labeled > len(train):
+        raise ConfigError(f"--labeled: {site} has only {len(train)} train cases, fewer than {labeled}.")
+    others = [case for case in everything if case not in {*train, *validation}]
+    return {"labeled": _items(train[:labeled]), "validation": _items(validation), "excluded": _items(others)}
 
 
 def _items(names: Sequence[str]) -> str:
