@@ -14,6 +14,7 @@ from semisam_core.data.cases import Inventory, Role, find_cases
 from semisam_core.data.names import case_name
 from semisam_core.errors import ConfigError
 from semisam_core.generalists.registry import accepted_prompts
+from semisam_core.paths import absolute_path
 from semisam_core.plan import Plan
 
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -144,22 +145,24 @@ def load_site_config(path: Path) -> SiteConfig:
         ConfigError: a key or value is invalid; the message names file, key, value and what is accepted.
     """
     config = parse(SiteConfig, read_yaml(path), str(path))
-    base = path.resolve().parent
+    base = absolute_path(path, "site file").parent
 
-    def absolute(value: Path) -> Path:
-        return (base / value.expanduser()).resolve()
+    def absolute(value: Path, key: str) -> Path:
+        return absolute_path(value, f"{path}: {key}", base)
 
     data = config.data.model_copy(
         update={
-            "images": absolute(config.data.images),
-            "labels": absolute(config.data.labels) if config.data.labels else None,
+            "images": absolute(config.data.images, "data.images"),
+            "labels": absolute(config.data.labels, "data.labels") if config.data.labels else None,
         }
     )
     generalists = {
-        name: entry if entry.weights == "packaged" else entry.model_copy(update={"weights": absolute(entry.weights)})
+        name: entry
+        if entry.weights == "packaged"
+        else entry.model_copy(update={"weights": absolute(entry.weights, f"generalists.{name}.weights")})
         for name, entry in config.generalists.items()
     }
-    storage = config.storage.model_copy(update={"folder": absolute(config.storage.folder)})
+    storage = config.storage.model_copy(update={"folder": absolute(config.storage.folder, "storage.folder")})
     return config.model_copy(update={"data": data, "generalists": generalists, "storage": storage})
 
 

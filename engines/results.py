@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from engines.tables import FittingTable
 from semisam_core.files import read_json_lines
 from server.metrics_log import counted
 
@@ -80,22 +79,23 @@ def as_json(results: Sequence[SiteResult]) -> list[dict[str, Any]]:
     return [asdict(result) for result in results]
 
 
-def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> Table:
+def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> FittingTable:
     """Return the results as a terminal shows them."""
-    table = Table(
+    table = FittingTable(
+        "site",
+        "class",
+        "scans\nlabeled /\nunlabeled",
+        "pseudo-labels\naccepted /\ngated",
+        "Dice\nlocal /\nfederated",
+        "HD95 mm\nlocal /\nfederated",
         title=title,
         caption="Local: trained alone, supervised, same steps. Pseudo-labels: last round, all classes together. "
         f"Selected by: {chosen_by}.",
+        numbers_from=2,
     )
-    table.add_column("site")
-    table.add_column("class")
-    table.add_column("scans\nlabeled / unlabeled", justify="right")
-    table.add_column("pseudo-labels\naccepted / gated", justify="right")
-    table.add_column("Dice\nlocal / federated", justify="right")
-    table.add_column("HD95 mm\nlocal / federated", justify="right")
     for r in results:
         missing = f" ({r.missing_distances} missing)" if r.missing_distances else ""
-        table.add_row(
+        table.add(
             r.site,
             r.target,
             f"{r.labeled} / {r.unlabeled}",

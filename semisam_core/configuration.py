@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -142,3 +143,15 @@ def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             target = nested
         target[last] = value
     return result
+
+
+def flow_yaml(value: Any) -> str:
+    """Return a plain value (word, number, list, mapping) as YAML on one line that reads back as the same value.
+
+    Words that YAML would read as something else (`yes`, `0007`, `a: b`, `x,y`) are quoted, so the text may be put into
+    a list or a mapping.
+    """
+    text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, sort_keys=False, width=math.inf)
+    if len(text.splitlines()) > 1:  # a line break inside a word: only double quotes can escape it
+        text = yaml.safe_dump([value], default_flow_style=True, default_style='"', sort_keys=False, width=math.inf)
+    return text.rstrip("\n")[1:-1]

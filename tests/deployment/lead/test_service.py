@@ -247,7 +247,7 @@ def test_a_killed_server_restarts_with_its_registrations_and_stop_leaves_no_proc
         stopped = typed("stop", "--study", str(study.folder))
     assert "has ended" in stopped.stdout
     assert processes_of(study.folder) == []
-    assert "did not run" in typed("stop", "--study", str(study.folder)).stdout
+    assert "was not running" in typed("stop", "--study", str(study.folder)).stdout
 
 
 @pytest.mark.slow

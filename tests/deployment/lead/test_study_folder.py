@@ -161,7 +161,7 @@ def test_new_code_is_not_used_until_the_lead_says_so(study: StudyFolder, monkeyp
     code, output = call("code", "--study", study.folder, "--update")
     assert code == 0
     assert sha256(b"other code") in output
-    assert "nvite every site" in output
+    assert "Invite every site again" in output
     assert study.code() == b"other code"
     assert stale_invitations(study) == ["north", "south"]
 
