@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from semisam_core.errors import ConfigError
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+NAME_PATTERN = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
+NAME_ACCEPTED = "lowercase letters, digits and dashes, at most 63, the first not a dash"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN.pattern)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -23,6 +27,11 @@ def _a_spacing(value: tuple[float, float, float]) -> tuple[float, float, float]:
 
 
 Spacing = Annotated[tuple[float, float, float], AfterValidator(_a_spacing)]
+
+
+def is_name(text: object) -> TypeGuard[str]:
+    """Return whether a text may name a site, a study or a run; such a name is also safe as a folder's."""
+    return isinstance(text, str) and NAME_PATTERN.fullmatch(text) is not None
 
 
 class StrictModel(BaseModel):
