@@ -11,9 +11,10 @@ import importlib.metadata
 import io
 import json
 import re
+import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,10 +30,12 @@ from semisam_core.files import write_atomically
 from semisam_core.plan import Plan
 
 HEADER, PLAN, CA, CODE = "invitation.json", "plan.yaml", "ca.crt", "code.fab"
-LIMITS = {HEADER: 2**16, PLAN: 2**18, CA: 2**16, CODE: 10 * 2**20}
+LIMITS = {HEADER: 2**16, PLAN: 2**17, CA: 2**16, CODE: 10 * 2**20}
 MAXIMUM_BYTES = 11 * 2**20
 MAXIMUM_DEPTH = 20
+MAXIMUM_EVENTS = 10_000  # of the YAML parser; a plan with 64 classes and every key has about 1,500
 PACKAGES = ("fedsemisam", "flwr", "torch", "monai")
+LOCAL_HEADER_BYTES, END_RECORD_BYTES, END_RECORD, DATA_DESCRIPTOR = 30, 22, b"PK\x05\x06", 0x8
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the same invitation is the same file, whenever it is written
 ADDRESS = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]):[1-9][0-9]{0,4}")
 
@@ -195,9 +198,31 @@ def _members(content: bytes, origin: str) -> dict[str, bytes]:
             names = sorted(info.filename for info in infos)
             if names != sorted(LIMITS) or archive.comment:
                 raise InvitationError(f"{origin}: expected are exactly {', '.join(LIMITS)}, found {names[:8]}.")
+            if not _nothing_between(content, infos, archive.start_dir):
+                raise InvitationError(
+                    f"{origin}: the zip file holds data before, between or after its files, or extra fields. Nothing "
+                    "could tell what that is; ask the lead for the file as `semisam lead invite` writes it."
+                )
             return {info.filename: _member(archive, info, origin) for info in infos}
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise InvitationError(f"{origin}: this is not a readable zip file ({error}).") from None
+
+
+def _nothing_between(content: bytes, infos: Sequence[zipfile.ZipInfo], directory: int) -> bool:
+    """Return whether the files, then the directory, then its end fill the zip without a gap or an extra field."""
+    position = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        if info.header_offset != position or info.extra or info.comment or info.flag_bits & DATA_DESCRIPTOR:
+            return False
+        name_length, extra_length = struct.unpack_from("<HH", content, position + 26)
+        if extra_length:
+            return False
+        position += LOCAL_HEADER_BYTES + name_length + info.compress_size
+    end = len(content) - END_RECORD_BYTES
+    if position != directory or content[end : end + 4] != END_RECORD:
+        return False
+    (directory_bytes,) = struct.unpack_from("<I", content, end + 12)
+    return bool(directory + directory_bytes == end)
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, origin: str) -> bytes:
@@ -215,7 +240,9 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, origin: str) -> byt
 
 def _header(content: bytes, origin: str) -> _Header:
     try:
-        header = json.loads(content.decode("utf-8"))
+        header = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+    except _TwiceError as error:
+        raise InvitationError(f"{origin}: {HEADER}: the key {error} is given twice.") from None
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
@@ -224,6 +251,19 @@ def _header(content: bytes, origin: str) -> _Header:
         return parse(_Header, header, f"{origin}: {HEADER}")
     except ConfigError as error:
         raise InvitationError(str(error)) from None
+
+
+class _TwiceError(Exception):
+    """A key of a JSON mapping is given twice."""
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _TwiceError(repr(key))
+        found[key] = value
+    return found
 
 
 def _plan(content: bytes, origin: str) -> Plan:
@@ -240,7 +280,9 @@ def _plan(content: bytes, origin: str) -> Plan:
 def _check_yaml(text: str, origin: str) -> None:
     """Refuse what takes much work to read: aliases, which can unfold without end, and deep nesting."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        if count > MAXIMUM_EVENTS:
+            raise InvitationError(f"{origin}: more YAML than any plan holds ({MAXIMUM_EVENTS} keys, values and marks).")
         if isinstance(event, yaml.AliasEvent):
             raise InvitationError(f"{origin}: YAML aliases (*name) are not accepted in an invitation's plan.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
