@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from semisam_core.errors import ConfigError
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+NAME_PATTERN = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
+NAME_ACCEPTED = "lowercase letters, digits and dashes, at most 63, the first not a dash"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN.pattern)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -22,6 +27,11 @@ def _a_spacing(value: tuple[float, float, float]) -> tuple[float, float, float]:
 
 
 Spacing = Annotated[tuple[float, float, float], AfterValidator(_a_spacing)]
+
+
+def is_name(text: object) -> TypeGuard[str]:
+    """Return whether a text may name a site, a study or a run; such a name is also safe as a folder's."""
+    return isinstance(text, str) and NAME_PATTERN.fullmatch(text) is not None
 
 
 class StrictModel(BaseModel):
@@ -142,3 +152,15 @@ def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             target = nested
         target[last] = value
     return result
+
+
+def flow_yaml(value: Any) -> str:
+    """Return a plain value (word, number, list, mapping) as YAML on one line that reads back as the same value.
+
+    Words that YAML would read as something else (`yes`, `0007`, `a: b`, `x,y`) are quoted, so the text may be put into
+    a list or a mapping.
+    """
+    text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, sort_keys=False, width=math.inf)
+    if len(text.splitlines()) > 1:  # a line break inside a word: only double quotes can escape it
+        text = yaml.safe_dump([value], default_flow_style=True, default_style='"', sort_keys=False, width=math.inf)
+    return text.rstrip("\n")[1:-1]

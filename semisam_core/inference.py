@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
-from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
+from semisam_core.components import largest_component
 from semisam_core.plan import Plan
 from semisam_core.specialists import build_specialist
 
@@ -77,15 +76,5 @@ def segmentation(probability: Tensor, plan: Plan) -> Tensor:
         if target.connected and box is not None:
             inside = indices[box]
             mask = inside == k
-            inside[mask & ~torch.from_numpy(_largest_component(mask.numpy()))] = 0
+            inside[mask & ~torch.from_numpy(largest_component(mask.numpy()))] = 0
     return indices
-
-
-def _largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return the largest component of a mask that is not empty."""
-    labels, _ = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    first = int(sizes[labels].argmax())  # the first voxel of any largest component
-    kept: NDArray[np.bool_] = labels == labels.ravel()[first]
-    return kept

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from deployment.invitation import sha256
+from deployment.site.worker import OWN
 from semisam_core.errors import SemiSAMError
 
 MAXIMUM_PACKED = 10 * 2**20
 MAXIMUM_UNPACKED = 64 * 2**20
 MAXIMUM_FILES = 2000
 PROJECT = "pyproject.toml"
-OWN = frozenset({"cli", "client", "deployment", "engines", "experiments", "semisam_core", "server"})
 PATH = re.compile(r"[A-Za-z0-9_.\-]+(?:/[A-Za-z0-9_.\-]+)*")
 COMPONENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*")
 

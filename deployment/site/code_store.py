@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from deployment.invitation import sha256
 from deployment.site.bundle import Bundle, BundleError, read_bundle
 from semisam_core.errors import SemiSAMError
-from semisam_core.files import write_atomically, write_json
+from semisam_core.files import utc_stamp, write_atomically, write_json
 
 
 class CodeAlteredError(SemiSAMError):
@@ -81,7 +80,7 @@ class CodeStore:
         write_atomically(temporary / "code.fab", bundle.content)
         os.replace(temporary, place)
         kept = [entry for entry in self.approvals() if entry.hash != bundle.hash or entry.revoked]
-        self._write([*kept, Approval(bundle.hash, bundle.component, _now())])
+        self._write([*kept, Approval(bundle.hash, bundle.component, utc_stamp())])
 
     def revoke(self, code_hash: str) -> Approval:
         """Take an approval back; its code is deleted. A hash may be shortened to its first 8 digits or more.
@@ -93,7 +92,7 @@ class CodeStore:
         if len(found) != 1:
             raise BundleError(f"{code_hash}: {len(found)} approvals have this hash; `semisam site approve --list`.")
         entries = self.approvals()
-        self._write([replace(entry, revoked=_now()) if entry == found[0] else entry for entry in entries])
+        self._write([replace(entry, revoked=utc_stamp()) if entry == found[0] else entry for entry in entries])
         _remove(self._folder / found[0].hash)
         return found[0]
 
@@ -151,7 +150,3 @@ def _read(path: Path) -> bytes:
 def _remove(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

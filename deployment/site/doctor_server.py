@@ -21,7 +21,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from deployment.lead.pki import expiry
+from deployment.certificates import expiry
 from deployment.site.findings import Finding, fine, problem, warning
 from deployment.site.lifecycle import running
 from deployment.site.site_folder import SiteFolder

@@ -12,10 +12,11 @@ from typing import Any
 
 import psutil
 
+from deployment.background import ProcessRecord
 from deployment.site.site_folder import SiteFolder
-from engines.processes import MARK, birth
+from engines.processes import ProcessTree
 from semisam_core.errors import ConfigError, SemiSAMError
-from semisam_core.files import write_json
+from semisam_core.files import utc_stamp, write_json
 
 START_S = 120.0
 STOP_S = 40.0
@@ -49,14 +50,9 @@ class Running:
 
 def running(folder: SiteFolder) -> Running | None:
     """Return the site's supervisor, or None. A process that only has the same number is none."""
-    noted = _read(folder, "process.json")
-    try:
-        process = psutil.Process(int(noted["pid"]))
-        if birth(process) != noted["birth"] or process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        return Running(process, str(noted["mark"]), _read(folder, "status.json"))
-    except (KeyError, TypeError, ValueError, psutil.Error):
-        return None
+    noted = ProcessRecord.read(folder.running / "process.json")
+    process = None if noted is None else noted.process
+    return None if noted is None or process is None else Running(process, noted.mark, _read(folder, "status.json"))
 
 
 def check_startable(folder: SiteFolder) -> None:
@@ -112,7 +108,7 @@ def stop(folder: SiteFolder) -> bool:
         found.process.terminate()
     psutil.wait_procs([found.process], timeout=STOP_S)
     left = [found.process] if found.process.is_running() else []
-    left += _marked(found.mark)
+    left += ProcessTree(found.mark).alive()
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -131,19 +127,10 @@ def withdraw(folder: SiteFolder) -> bool:
         OSError: it cannot be marked, and was stopped.
     """
     try:
-        write_json(folder.withdrawn_file, {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        write_json(folder.withdrawn_file, {"time": utc_stamp()})
     finally:
         stopped = stop(folder)
     return stopped
-
-
-def _marked(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == mark:
-                found.append(process)
-    return found
 
 
 def _read(folder: SiteFolder, name: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from deployment.invitation import Invitation
 from deployment.site.code_store import CodeStore
 from semisam_core.configuration import Name, StrictModel, parse
 from semisam_core.errors import ConfigError
-from semisam_core.files import append_json_line, write_atomically, write_json
+from semisam_core.files import append_json_line, utc_stamp, write_atomically, write_json
 from semisam_core.plan import Plan, load_plan
 
 
@@ -165,5 +164,4 @@ def book(config: SiteConfig, kind: str, **entry: str) -> None:
         OSError: the log cannot be written.
     """
     make_storage(config)
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    append_json_line(audit_log(config), {"time": moment, "site": config.site, "kind": kind, **entry})
+    append_json_line(audit_log(config), {"time": utc_stamp(), "site": config.site, "kind": kind, **entry})

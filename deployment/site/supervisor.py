@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from client.egress import EgressGate
 from client.site_config import SiteConfig
+from deployment.background import ProcessRecord, exclusive
 from deployment.site.site_folder import SiteFolder, audit_log, make_storage
 from deployment.site.supernode_client import Runtime, UnansweredError
 from deployment.site.task_runner import Runner
 from deployment.site.worker_pool import Workers
-from engines.processes import MARK, ProcessTree, birth
+from engines.processes import ProcessTree, free_port
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically, write_json
 from semisam_core.plan import Plan
@@ -44,20 +41,14 @@ CONNECTED = (b"SuperNode ID:", b"Connection successful", b"Received successfully
 DISCONNECTED = (b"Connection attempt failed", b"Failed to initialize the connection")
 
 
-@contextmanager
-def only_one(folder: SiteFolder) -> Iterator[None]:
-    """Hold the folder for this process; the system lets go of it however the process ends.
+def only_one(folder: SiteFolder) -> contextlib.AbstractContextManager[None]:
+    """Hold the folder for this process, however it ends.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it; raised on entering.
     """
-    folder.running.mkdir(mode=0o700, exist_ok=True)
-    with (folder.running / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{folder.path}: this site is running already; `semisam site status`.") from None
-        yield
+    busy = ConfigError(f"{folder.path}: this site is running already; see `semisam site status`.")
+    return exclusive(folder.running / "lock", busy)
 
 
 class ConnectionLog:
@@ -153,7 +144,7 @@ class Supervisor:
         Raises:
             UnansweredError: it has, or a message of it was lost.
         """
-        secret, port = secrets.token_bytes(32), _free_port()
+        secret, port = secrets.token_bytes(32), free_port()
         self._log = ConnectionLog(self._log_path)
         self._starts += 1
         self._supernode = self._start(tree, secret, port)
@@ -217,9 +208,7 @@ class Supervisor:
             self._write_status("running", self._log.look())
 
     def _write_process(self, tree: ProcessTree) -> None:
-        own = psutil.Process()
-        content = {"pid": own.pid, "birth": birth(own), "mark": tree.environment({})[MARK]}
-        write_json(self._folder.running / "process.json", content)
+        ProcessRecord.of(os.getpid(), tree.mark).write(self._folder.running / "process.json")
 
     def _write_status(self, state: str, connected: bool) -> None:
         content = {"state": state, "connected": connected, "supernode_starts": self._starts, "time": time.time()}
@@ -270,9 +259,3 @@ def serves(pid: int, port: int) -> bool:
         listening = psutil.Process(pid).net_connections("tcp")
         return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in listening)
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
