@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from semisam_core.configuration import StrictModel, parse, read_yaml
+from semisam_core.configuration import Name, StrictModel, parse, read_yaml
 from semisam_core.contract import CLASS_SCORES
 from semisam_core.data.cases import Inventory, Role, find_cases
 from semisam_core.data.names import case_name
@@ -16,8 +16,6 @@ from semisam_core.errors import ConfigError
 from semisam_core.generalists.registry import accepted_prompts
 from semisam_core.paths import absolute_path
 from semisam_core.plan import Plan
-
-SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
 class SiteData(StrictModel):
@@ -105,7 +103,7 @@ class SiteConfig(StrictModel):
     """One hospital. The files in `site_configs/` explain every key."""
 
     version: Literal[1]
-    site: SiteName
+    site: Name
     data: SiteData
     generalists: dict[str, SiteGeneralist] = Field(default_factory=dict)
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
