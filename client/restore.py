@@ -71,12 +71,12 @@ class RoundStart:
     def regularizer(self) -> Regularizer | None:
         """Return the plan's regularizer with its own networks as this site kept them."""
         regularizer = new_regularizer(self._plan, self._device)
-        if regularizer is not None and regularizer.own is not None:
-            kept, fresh = self._state.load_networks(self._round), regularizer.own.state()
+        if regularizer is not None and regularizer.auxiliary is not None:
+            kept, fresh = self._state.load_networks(self._round), regularizer.auxiliary.state()
             if kept is not None and (mistake := disagreement(kept, tensor_specs(fresh))):
                 logger.warning("The regularizer's kept networks do not fit and start afresh: %s", mistake)
             elif kept is not None:
-                regularizer.own.load(kept)
+                regularizer.auxiliary.load(kept)
         return regularizer
 
     def _layers(self, specialist: nn.Module, before: int) -> dict[str, Tensor]:
