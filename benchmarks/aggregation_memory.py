@@ -1,9 +1,9 @@
-"""Memory of a round at the server: 8 and 128 sites, a specialist of 30 MB, the mean and the median.
+"""Server memory during a round with 8 and 128 sites: a specialist of 30 MB, mean and median.
 
 python benchmarks/aggregation_memory.py            about 5 minutes on one core, 4 GB of disk
 
-Every reply is admitted, put on the shelf and forgotten before the next one comes; then updates are compared and
-combined. Each figure is the peak of a fresh process.
+Each reply is admitted, saved and released before the next one arrives; then the updates are compared and combined.
+Each figure is the peak of a fresh process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LIMIT = 1.3
 
 
 def main() -> None:
-    """Print the peaks of both numbers of sites for each rule, and their ratio."""
+    """Print the peak memory for both numbers of sites under each rule, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rule", choices=RULES, help=argparse.SUPPRESS)
     parser.add_argument("--sites", type=int, help=argparse.SUPPRESS)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def one_round(rule: str, sites: int) -> None:
-    """Take one round in and combine it; print the peak memory, in MB, at the end of the line."""
+    """Receive and combine one round; print the peak memory, in MB, at the end of the line."""
     torch.set_num_threads(1)
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
     plan = load_plan(PLAN, [*CHANGES, f"aggregation.rule={rule}", f"aggregation.minimum_sites={sites}"])
@@ -78,7 +78,7 @@ def one_round(rule: str, sites: int) -> None:
         size = sum(value.nbytes for value in combined.values()) / 1e6
         print(
             f"  {rule}, {len(updates)} sites of {size:.1f} MB, {weights_sha256(combined)[:8]}: "
-            f"{base:.0f} MB after imports, {arrived:.0f} MB when all had come ({came - began:.0f} s), "
+            f"{base:.0f} MB after imports, {arrived:.0f} MB when all had arrived ({came - began:.0f} s), "
             f"combined in {time.monotonic() - came:.0f} s with a peak of {peak_mb():.0f}"
         )
 
@@ -112,7 +112,7 @@ def _in_a_fresh_process(rule: str, sites: int) -> float:
 
 
 def peak_mb() -> float:
-    """Return this program's own peak; the one that getrusage gives begins with that of the process that started it."""
+    """Return this process's own peak in MB; getrusage would start from the parent's."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1e3
 

@@ -1,9 +1,9 @@
-"""What one of five hospitals can do to the specialist by sending its update with the sign turned, under each rule.
+"""How much damage one of five hospitals can do under each rule by flipping the sign of its update.
 
 python benchmarks/poisoned_site.py                 about 8 minutes on a core of its own
 
 Phantom hospitals, supervised only. The poisoned site trains honestly on good labels and sends
-theta - k (theta_k - theta) in place of theta_k. Dice is the mean over validation scans of the four honest hospitals.
+theta - k (theta_k - theta) instead of theta_k. Dice is the mean over validation scans of the four honest hospitals.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from semisam_core.plan import Plan, load_plan
 from server.app import app as server_app
 
 PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "phantom" / "plan.yaml"
-ALL_THAT_IS_PREDICTED = "task.classes=[{name: liver, value: 1}]"  # islands are scored too
+ALL_THAT_IS_PREDICTED = "task.classes=[{name: liver, value: 1}]"  # islands count in the score as well
 SCANNERS = {
     **DEMO_SCANNERS,
     "west": Scanner((3.4, 3.4, 4.4), "LAS", gain=600.0, offset=20.0, gamma=1.15, bias=0.30, noise=0.055),
@@ -40,14 +40,14 @@ LIMIT = 0.02
 
 
 class _PoisonedApp(ClientApp):
-    """The honest app, but for what leaves the poisoned site after training."""
+    """The honest app, except for what the poisoned site sends after training."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
         self._factor = factor
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Answer as the honest app does, with the change of the poisoned site turned round and scaled."""
+        """Reply as the honest app does, but with the poisoned site's change flipped and scaled."""
         reply = honest_app(message, context)
         mine = Path(str(context.node_config["site-config"])).stem == POISONED
         if mine and self._factor and message.metadata.message_type == MessageType.TRAIN and not reply.has_error():
@@ -66,8 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rule", choices=RULES, action="append", help="one rule; all when left out")
-    parser.add_argument("--attack", type=float, action="append", help="k; 5 when left out")
+    parser.add_argument("--rule", choices=RULES, action="append", help="one rule; all by default")
+    parser.add_argument("--attack", type=float, action="append", help="k; 5 by default")
     arguments = parser.parse_args()
     attacks = [0.0, *(arguments.attack or [5.0])]
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""What server and sites agree may travel: names of records, scalars and refusals, and the specialist's tensors.
+"""The contract between server and sites: names of records, scalars and refusals, and the specialist's tensors.
 
-Both sides check against these lists; whatever is not in them does not leave a site.
+Both sides check against these lists; nothing else leaves a site.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STUDY_RECORD = "study"
 SITE_RECORD = "site"
 METRICS_RECORD = "metrics"
 REFUSAL_RECORD = "refusal"
-# In the study record, where the server left this site's last answer out: the word of a RejectionRule, and the round.
+# In the study record, if the server rejected this site's last reply: the RejectionRule and the round.
 REJECTED, REJECTED_ROUND = "rejected", "rejected-round"
 
 JOIN_SCALARS = ("labeled", "unlabeled", "validation", "quarantined", "generalists")
@@ -41,14 +41,14 @@ TRAIN_SCALARS = (
     "seconds",
 )
 CLASS_SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm", "surface_dice", "cases", "missing_distances")
-# What values a scalar may have, by its name up to the first dot. Others are any number that is not negative.
+# Which values a scalar may take, by its name up to the first dot. All others may be any non-negative number.
 COUNTS = frozenset({*JOIN_SCALARS, "accepted", "gated", "steps", "cases", "missing_distances"})
 SHARES = frozenset({"confidence", "dice", "jaccard", "surface_dice"})
 ANY_SIGN = frozenset({"loss"})
 
 
 class RefusalRule(StrEnum):
-    """The rules by which a site refuses. The word of the rule is all that leaves; the rest is in the site's log."""
+    """Why a site refuses a message. Only this word leaves the site; the details are in the site's own log."""
 
     PLAN_INVALID = "plan-invalid"
     PLAN_HASH = "plan-hash"
@@ -70,8 +70,21 @@ class RefusalRule(StrEnum):
     OUT_OF_TIME = "out-of-time"
 
 
+# Refusals that may be gone a minute later: the same message is worth sending again. All others take a person (another
+# plan, another configuration, an approval) or would repeat themselves (training that diverges).
+TRANSIENT_REFUSALS = frozenset(
+    {
+        RefusalRule.STORAGE,
+        RefusalRule.INTERNAL,
+        RefusalRule.AUDIT_LOG,
+        RefusalRule.PROCESS_ENDED,
+        RefusalRule.OUT_OF_TIME,
+    }
+)
+
+
 class RejectionRule(StrEnum):
-    """The rules by which the server leaves a site's answer out. The site is told the word with the next message."""
+    """Why the server rejects a site's reply. The site gets this word with its next message."""
 
     ANOTHER_ROUND = "another-round-or-plan"
     ANOTHER_SITE = "not-the-site-that-joined"
@@ -87,26 +100,26 @@ class RejectionRule(StrEnum):
 
 
 def same_version(theirs: object, ours: str) -> bool:
-    """Return whether two versions of this project may work together: the first two numbers are the same."""
+    """Return whether two versions of this project are compatible, that is, share their first two numbers."""
     return isinstance(theirs, str) and theirs.split(".")[:2] == ours.split(".")[:2]
 
 
 def evaluation_scalars(plan: Plan) -> tuple[str, ...]:
-    """Return the names of the scalars of an evaluation: ``dice.<class>`` and so on, and ``validation``."""
+    """Return the names of an evaluation's scalars: ``validation``, ``dice.<class>`` and so on."""
     return ("validation", *(f"{score}.{name}" for name in plan.class_names for score in CLASS_SCORES))
 
 
 def scalar_mistake(name: str, value: object) -> str | None:
-    """Return a sentence on a scalar whose value is none that its name allows, or None."""
+    """Return why a scalar's value is invalid, or None."""
     kind = name.partition(".")[0]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return f"the scalar {name} is not a finite number"
     if value < 0 and kind not in ANY_SIGN:
         return f"the scalar {name} is negative"
     if kind in COUNTS and not isinstance(value, int):
-        return f"the scalar {name} is a count and not a whole number"
+        return f"the scalar {name} is a count but not a whole number"
     if kind in SHARES and value > 1:
-        return f"the scalar {name} is a share and above 1"
+        return f"the scalar {name} is a share but exceeds 1"
     return None
 
 
@@ -126,14 +139,14 @@ def specialist_spec(plan: Plan) -> dict[str, TensorSpec]:
 
 
 def travelling(plan: Plan, specialist: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a specialist that travel; the others stay at the site.
+    """Return the specialist's tensors that travel; the others stay at the site.
 
-    With `specialist.statistics: local`, batch-norm layers stay, running statistics, scales and shifts alike (FedBN, Li
-    et al., ICLR 2021). Their counters of batches never travel: they are whole numbers, and nothing depends on them.
+    With `specialist.statistics: local`, batch-norm layers stay at the site: running statistics, scales and shifts
+    (FedBN, Li et al., ICLR 2021). Batch counters never travel: they are integers that nothing depends on.
 
     Args:
         plan: the study plan.
-        specialist: the plan's specialist; the tensors that are returned are its own, not copies.
+        specialist: the plan's specialist; its own tensors are returned, not copies.
     """
     normalising = batch_norm_tensors(specialist)
     local = plan.specialist.statistics == "local"
@@ -147,21 +160,23 @@ def tensor_specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
 
 
 def disagreement(tensors: Mapping[str, Tensor], spec: Mapping[str, TensorSpec]) -> str | None:
-    """Return a sentence on the first tensor that is not as agreed or not finite, or None."""
+    """Return what is wrong with the first tensor that is not as agreed or not finite, or None."""
     missing, foreign = sorted(set(spec) - set(tensors)), sorted(set(tensors) - set(spec))
     if missing or foreign:
-        return f"{len(missing)} agreed tensors are missing ({missing[:3]}), {len(foreign)} are foreign ({foreign[:3]})"
+        return (
+            f"{len(missing)} agreed tensors are missing ({missing[:3]}), {len(foreign)} are not agreed ({foreign[:3]})"
+        )
     for name, agreed in spec.items():
         found = tensors[name]
         if tuple(found.shape) != agreed.shape or found.dtype != agreed.dtype:
-            return f"tensor {name} is {tuple(found.shape)} {found.dtype}, agreed is {agreed.shape} {agreed.dtype}"
+            return f"tensor {name} is {tuple(found.shape)} {found.dtype}, expected {agreed.shape} {agreed.dtype}"
         if not bool(torch.isfinite(found).all()):
             return f"tensor {name} has values that are not finite"
     return None
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return SHA-256 over names, shapes, dtypes and bytes, in the order of names."""
+    """Return the SHA-256 of all names, shapes, dtypes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

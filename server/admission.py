@@ -1,4 +1,4 @@
-"""A reply is admitted, not trusted: from the right site, plan and round, with agreed names, counts and tensors."""
+"""Admission of replies: each must come from the right site, plan and round, with agreed names, counts and tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType
+from flwr.app import Error, Message, MessageType
+from flwr.common.constant import ErrorCode
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from semisam_core.contract import (
     SITE_RECORD,
     SPECIALIST_RECORD,
     TRAIN_SCALARS,
+    TRANSIENT_REFUSALS,
     RefusalRule,
     RejectionRule,
     TensorSpec,
@@ -31,6 +33,16 @@ REQUIRED: Mapping[str, Sequence[str]] = {
     MessageType.QUERY: ("labeled", "unlabeled", "validation", "quarantined"),
     MessageType.TRAIN: ("labeled", "unlabeled", "accepted", "confidence", "steps"),
     MessageType.EVALUATE: ("validation",),
+}
+NAMELESS = "(a site without a name)"
+UNREACHABLE = "its SuperNode has stopped sending heartbeats"
+ERROR_WORDS = {
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its ClientApp could not be loaded",
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its ClientApp raised an error",
+    ErrorCode.CLIENT_APP_CRASHED: "its ClientApp was killed",
+    ErrorCode.MESSAGE_UNAVAILABLE: "the message expired or was lost",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "the reply expired or was lost",
+    ErrorCode.NODE_UNAVAILABLE: UNREACHABLE,
 }
 _NAME = TypeAdapter(Name)
 
@@ -47,18 +59,67 @@ class Admitted:
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A reply that is left out, and why.
+class Refused:
+    """A site's refusal to act on a message.
 
     Attributes:
-        site: its name, or words that stand for one.
+        site: its name.
+        rule: the site's word for why; None if it is not one of the agreed words.
+    """
+
+    site: str
+    rule: RefusalRule | None
+
+    @property
+    def reason(self) -> str:
+        """A sentence for the run's record."""
+        return f"refused by rule {self.rule.value if self.rule is not None else 'unknown'}"
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same message may succeed later."""
+        return self.rule in TRANSIENT_REFUSALS
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A reply that the server does not use.
+
+    Attributes:
+        site: its name, or words in place of one.
         reason: a sentence for the run's record.
-        rule: what the site is told; None where it refused by itself, failed, or cannot be told apart.
+        rule: what the site is told.
     """
 
     site: str
     reason: str
-    rule: RejectionRule | None = None
+    rule: RejectionRule
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same message may succeed later: a site that breaks the contract will do so again."""
+        return False
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A message without a reply: the site, its connection or Flower failed.
+
+    Attributes:
+        site: its name, or words in place of one.
+        reason: a sentence for the run's record.
+    """
+
+    site: str
+    reason: str
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same message may succeed later."""
+        return True
+
+
+NotAdmitted = Refused | Rejected | Failed
 
 
 def admit(
@@ -68,28 +129,26 @@ def admit(
     plan: Plan,
     spec: Mapping[str, TensorSpec] | None,
     joined: Mapping[int, Admitted] | None = None,
-) -> Admitted | Rejected:
-    """Check a reply.
+) -> Admitted | NotAdmitted:
+    """Check a reply. Whatever reading it raises is a reason to reject it.
 
     Args:
-        reply: as it came. Whatever reading it raises is a reason to leave it out.
-        kind: the message type that was asked.
-        round_number: the round that was asked about.
+        reply: the reply as it arrived.
+        kind: the type of the message it answers.
+        round_number: the round of the message it answers.
         plan: the study plan.
-        spec: the agreed tensors where weights are due, else None.
-        joined: what each node answered when it joined, by node; None while sites join.
+        spec: the agreed tensors if the reply should carry weights, else None.
+        joined: node -> the reply with which its site joined; None while sites join.
     """
     if reply.has_error():
-        return Rejected("(a site that failed)", f"Flower reports error code {reply.error.code}")
+        return _failure(reply.error)
     site: str | None = None
     try:
         site = _site_name(reply)
+        if (refusal := reply.content.config_records.get(REFUSAL_RECORD)) is not None and site is not None:
+            return Refused(site, _refusal_rule(refusal.get("rule")))
         if site is None:
-            return Rejected("(a site without a name)", "the reply names no site")
-        if (refusal := reply.content.config_records.get(REFUSAL_RECORD)) is not None:
-            rule = refusal.get("rule")
-            known = {known.value for known in RefusalRule}
-            return Rejected(site, f"refused by rule {rule if rule in known else 'unknown'}")
+            raise NotAdmittedError(RejectionRule.RECORDS, "the reply names no site")
         declared = None if joined is None else _declared(reply, site, joined)
         _check_origin(reply, kind, round_number, plan)
         scalars = _scalars(reply, kind, plan)
@@ -98,11 +157,22 @@ def admit(
         weights = None if spec is None else read_tensors(reply.content.array_records[SPECIALIST_RECORD], spec)
         return Admitted(site, scalars, weights)
     except NotAdmittedError as mistake:
-        return Rejected(site or "(a site without a name)", str(mistake), mistake.rule)
-    except Exception as error:  # records are unpacked when they are read, and hostile ones may raise anything
+        return Rejected(site or NAMELESS, str(mistake), mistake.rule)
+    except Exception as error:  # records are unpacked when read, and hostile ones may raise anything
         logger.warning("A reply cannot be read", exc_info=error)
         reason = f"the reply cannot be read ({type(error).__name__})"
-        return Rejected(site or "(a site without a name)", reason, RejectionRule.UNREADABLE)
+        return Rejected(site or NAMELESS, reason, RejectionRule.UNREADABLE)
+
+
+def _failure(error: Error) -> Refused | Failed:
+    """Return what an error reply means: a site that cannot send records refuses by a word in the error's reason."""
+    if (rule := _refusal_rule(error.reason)) is not None:
+        return Refused(NAMELESS, rule)
+    return Failed(NAMELESS, f"{ERROR_WORDS.get(error.code, 'it failed')} (Flower's error code {error.code})")
+
+
+def _refusal_rule(word: object) -> RefusalRule | None:
+    return next((rule for rule in RefusalRule if rule.value == word), None)
 
 
 def _site_name(reply: Message) -> str | None:
@@ -116,7 +186,7 @@ def _site_name(reply: Message) -> str | None:
 def _declared(reply: Message, site: str, joined: Mapping[int, Admitted]) -> Mapping[str, float]:
     known = joined.get(reply.metadata.src_node_id)
     if known is None or known.site != site:
-        raise NotAdmittedError(RejectionRule.ANOTHER_SITE, "the reply is not of the site that joined from its node")
+        raise NotAdmittedError(RejectionRule.ANOTHER_SITE, "the reply is not from the site that joined from its node")
     return known.scalars
 
 
@@ -125,13 +195,13 @@ def _check_origin(reply: Message, kind: str, round_number: int, plan: Plan) -> N
     number = about.get("round")
     if type(number) is not int or number != round_number or about.get("plan-hash") != plan.hash:
         raise NotAdmittedError(RejectionRule.ANOTHER_ROUND, "the reply is about another round or plan")
-    due = {SITE_RECORD, METRICS_RECORD} | ({SPECIALIST_RECORD} if kind == MessageType.TRAIN else set())
-    if missing := sorted(due - set(reply.content)):
+    agreed = {SITE_RECORD, METRICS_RECORD} | ({SPECIALIST_RECORD} if kind == MessageType.TRAIN else set())
+    if missing := sorted(agreed - set(reply.content)):
         words = {METRICS_RECORD: "scalars", SPECIALIST_RECORD: "specialist"}
         raise NotAdmittedError(RejectionRule.RECORDS, f"the reply has no {words[missing[0]]}")
-    if foreign := sorted(set(reply.content) - due):
+    if foreign := sorted(set(reply.content) - agreed):
         shown = [name[:60] for name in foreign[:3]]
-        raise NotAdmittedError(RejectionRule.RECORDS, f"the reply has records that are not agreed: {shown}")
+        raise NotAdmittedError(RejectionRule.RECORDS, f"the reply has records that are not on the agreed list: {shown}")
 
 
 def _scalars(reply: Message, kind: str, plan: Plan) -> dict[str, float]:
@@ -152,7 +222,7 @@ def _scalars(reply: Message, kind: str, plan: Plan) -> dict[str, float]:
 
 
 def _check_counts(scalars: Mapping[str, float], kind: str, plan: Plan, declared: Mapping[str, float]) -> None:
-    """Check claims against what the site declared when it joined; a quarantined scan may have been repaired since."""
+    """Compare counts with what the site declared when it joined; quarantined scans may have been repaired since."""
     roles = {MessageType.TRAIN: ("labeled", "unlabeled"), MessageType.EVALUATE: ("validation",)}.get(kind, ())
     limits = [(role, scalars[role], declared[role] + declared["quarantined"]) for role in roles]
     if kind == MessageType.TRAIN:
@@ -168,4 +238,4 @@ def _check_counts(scalars: Mapping[str, float], kind: str, plan: Plan, declared:
         limits += [(name, scalars[name], scalars["validation"]) for name in cases]
     for name, found, most in limits:
         if found > most:
-            raise NotAdmittedError(RejectionRule.COUNTS, f"{name} is {found:g}, and can be {most:g} at most")
+            raise NotAdmittedError(RejectionRule.COUNTS, f"{name} is {found:g} but can be at most {most:g}")

@@ -1,4 +1,4 @@
-"""From admitted updates to new global weights: evidence weights, then votes and combination by the plan's rule."""
+"""From admitted updates to new global weights: evidence weights, then votes and combination under the plan's rule."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from semisam_core.plan_sections.aggregation import Aggregation
 
 
 def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float, classes: int = 1) -> list[float]:
-    """Return what each update weighs, summing to one.
+    """Return the evidence weight of each update, summing to one.
 
-    An update of a site that took no step carries nothing new and weighs 0.
+    An update of a site that took no steps carries nothing new and has weight 0.
 
     Args:
         updates: admitted updates.
         policy: `samples`: labeled and unlabeled scans; `equal`; `evidence`: labeled scans plus unlabeled_share *
-            exp(-5 (1 - progress)^2) * accepted pseudo-labels / classes, of which a scan has one a class; `confidence`:
-            likewise, with the sum of their mean confidences in place of their number.
-        progress: share of the study's rounds that are done, in [0, 1].
+            exp(-5 (1 - progress)^2) * accepted pseudo-labels / classes (a scan has up to one per class); `confidence`:
+            the same with the sum of the pseudo-labels' mean confidences instead of their number.
+        progress: finished share of the study's rounds, in [0, 1].
         classes: the plan's number of foreground classes.
 
     Raises:
-        ValueError: no update weighs anything.
+        ValueError: no update has any weight.
     """
     raw = [
         _evidence(update.scalars, policy, progress, classes) if update.scalars["steps"] > 0 else 0.0
@@ -33,7 +33,7 @@ def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: f
     ]
     total = sum(raw)
     if total <= 0:
-        raise ValueError("no site brought anything to learn from in this round")
+        raise ValueError("no site had anything to learn from in this round")
     return [value / total for value in raw]
 
 
@@ -50,18 +50,19 @@ def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float
 
 
 def votes(updates: Sequence[Update], shares: Sequence[float], policy: Aggregation, rejected: int = 0) -> list[float]:
-    """Return what each update counts under the plan's rule, summing to one.
+    """Return each update's vote under the plan's rule, summing to one.
 
-    An update with no evidence weight has no vote under any rule.
+    An update without evidence weight has no vote under any rule.
 
-    A site whose answer was rejected is one of those that the rule would have had to tolerate: it counts towards the
-    number of sites that the rule needs. Otherwise one site at the minimum could stop a study by sending nonsense.
+    A site whose reply was rejected is one of the hostile sites that the rule would have had to tolerate, so it counts
+    towards the number of updates that the rule needs. Otherwise one site could stop a study at its minimum by sending
+    nonsense.
 
     Args:
         updates: admitted updates in the order of site names.
         shares: from `evidence_weights`.
         policy: the rule and its settings.
-        rejected: how many sites' answers of this round the server rejected; silent sites do not count.
+        rejected: how many sites' replies the server rejected in this round; silent sites do not count.
 
     Raises:
         ValueError: the rule needs more updates than there are.
@@ -70,7 +71,7 @@ def votes(updates: Sequence[Update], shares: Sequence[float], policy: Aggregatio
     needed = policy.least_updates
     if not voters or len(voters) + rejected < needed:
         raise ValueError(
-            f"the rule {policy.rule} needs {needed} updates, there are {len(voters)} that weigh anything"
+            f"the rule {policy.rule} needs {needed} updates, there are {len(voters)} with any weight"
             f" and {rejected} that were rejected"
         )
     rule = aggregation_rule(policy.rule)
@@ -90,7 +91,7 @@ def combine(updates: Sequence[Update], counted: Sequence[float], policy: Aggrega
         policy: the rule and its settings.
 
     Raises:
-        ValueError: there is no update, or votes do not fit.
+        ValueError: there is no update, or the votes do not fit.
     """
     voters = [(update, vote) for update, vote in zip(updates, counted, strict=True) if vote > 0]
     rule = aggregation_rule(policy.rule)

@@ -1,4 +1,4 @@
-"""The ServerApp: reads plan and run folder from the run config, executes the study, leaves the truth in status.json."""
+"""The ServerApp: reads the run config, runs the study and records its outcome in status.json."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def main(grid: Grid, context: Context) -> None:
     """Run the study to its end.
 
     Run config: ``plan`` (path of the plan), ``sites`` (simulation: folder of site files), ``num-sites`` (how many to
-    wait for; 0 counts the files), ``run-folder`` (where the record goes; empty makes a new one under ``runs/``).
+    wait for; 0 counts the files), ``run-folder`` (where the record goes; if empty, a new one under ``runs/``).
 
     Raises:
-        SemiSAMError: the run cannot start or go on; also in the run folder's status.json.
+        SemiSAMError: the run cannot start or continue; the reason is in the run folder's status.json as well.
     """
     config = context.run_config
     plan_path = str(config.get("plan", ""))
@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     superlink = os.environ.get(SUPERLINK, "")
     with SuperLinkWatch(superlink, lambda why: folder.set_status("failed", why, run=run)) as watch:
         try:
-            # Between hospitals uploads take time; in simulations a reply that is pulled is a site at work.
+            # Between hospitals uploads take time. In a simulation, pulling a reply is what makes the site work.
             sites = PatientGrid(grid) if superlink else grid
             Study(plan, sites, folder, run, _expected_sites(context)).execute()
         except BaseException as error:
@@ -69,7 +69,7 @@ def _expected_sites(context: Context) -> int:
     folder = Path(str(context.run_config.get("sites", "")))
     files = [path for path in folder.iterdir() if path.suffix in {".yaml", ".yml"}] if folder.is_dir() else []
     if not files:
-        raise ConfigError("the run config needs num-sites, or sites naming a folder of site files.")
+        raise ConfigError("the run config needs num-sites, or sites: a folder of site files.")
     return len(files)
 
 
@@ -78,7 +78,7 @@ def _run_path(given: str) -> Path:
 
 
 def _run_name(folder: RunFolder, plan: Plan) -> str:
-    """Return the name that this run has had from its beginning.
+    """Return the run's name, which it keeps across restarts.
 
     Raises:
         ConfigError: the folder holds a run of another plan.
@@ -87,7 +87,7 @@ def _run_name(folder: RunFolder, plan: Plan) -> str:
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["plan_hash"] != plan.hash:
-            raise ConfigError(f"{path}: this folder holds a run of another plan; give a new folder or the same plan.")
+            raise ConfigError(f"{path}: this folder holds a run of another plan; use another folder, or the same plan.")
         return str(kept["run"])
     run = f"{plan.task.name[:40]}-{secrets.token_hex(4)}"
     write_json(path, {"run": run, "plan_hash": plan.hash, "plan": json.loads(plan.canonical_json())})

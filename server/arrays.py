@@ -1,4 +1,4 @@
-"""Tensors out of a reply's arrays. What they claim is checked before any of their bytes is read or copied."""
+"""Reads a reply's tensors. What they claim to be is checked before any of their bytes is read or copied."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SERIALIZED_AS = "numpy.ndarray"
 
 
 class NotAdmittedError(SemiSAMError):
-    """Something in a reply is not as agreed."""
+    """A reply breaks the contract; the rule says which part of it."""
 
     def __init__(self, rule: RejectionRule, reason: str) -> None:
         super().__init__(reason)
@@ -26,13 +26,13 @@ class NotAdmittedError(SemiSAMError):
 
 
 def read_tensors(record: ArrayRecord, spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    """Return the tensors of an array record, in the order of the agreed ones.
+    """Return the tensors of an array record in the agreed order.
 
-    Names, shapes, dtypes and sizes are checked first. `Array.numpy` is not used: it allocates what the header of the
-    bytes asks for before it looks how many there are.
+    Names, shapes, dtypes and sizes are checked first. `Array.numpy` is not used: it allocates whatever the header
+    asks for before it looks how many bytes there are.
 
     Raises:
-        NotAdmittedError: they are not as agreed, cannot be read or are not finite.
+        NotAdmittedError: a tensor is not as agreed, cannot be read or is not finite.
     """
     _check_names(record, spec)
     for name, agreed in spec.items():
@@ -51,7 +51,7 @@ def _check_names(record: ArrayRecord, spec: Mapping[str, TensorSpec]) -> None:
         shown = [name[:60] for name in foreign[:3]]
         raise NotAdmittedError(
             RejectionRule.TENSORS,
-            f"{len(missing)} agreed tensors are missing ({missing[:3]}), {len(foreign)} are foreign ({shown})",
+            f"{len(missing)} agreed tensors are missing ({missing[:3]}), {len(foreign)} are not agreed ({shown})",
         )
 
 
@@ -62,12 +62,12 @@ def _check_claims(name: str, array: Array, agreed: TensorSpec) -> None:
     if tuple(array.shape) != agreed.shape or array.dtype != str(dtype):
         found = f"{tuple(array.shape)} {array.dtype}"[:100]
         raise NotAdmittedError(
-            RejectionRule.TENSORS, f"tensor {name} is {found}, agreed is {agreed.shape} {agreed.dtype}"
+            RejectionRule.TENSORS, f"tensor {name} is {found}, expected {agreed.shape} {agreed.dtype}"
         )
     most = int(np.prod(agreed.shape, dtype=np.int64)) * dtype.itemsize + HEADER_BYTES
     if len(array.data) > most:
         raise NotAdmittedError(
-            RejectionRule.TOO_LARGE, f"tensor {name} has {len(array.data)} bytes, the agreed one has at most {most}"
+            RejectionRule.TOO_LARGE, f"tensor {name} has {len(array.data)} bytes, at most {most} are expected"
         )
 
 
@@ -77,14 +77,14 @@ def _read(name: str, array: Array, agreed: TensorSpec) -> Tensor:
     try:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
-            raise ValueError("another version of the format")
+            raise ValueError("another version of the NPY format")
         header = np.lib.format.read_array_header_1_0(file, max_header_size=HEADER_BYTES)
         if header != (agreed.shape, False, dtype):
-            raise ValueError("the header is of another tensor")
+            raise ValueError("the header describes another tensor")
         values = np.frombuffer(array.data, dtype, offset=file.tell()).reshape(agreed.shape)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise NotAdmittedError(
-            RejectionRule.UNREADABLE, f"the bytes of tensor {name} cannot be read ({type(error).__name__})"
+            RejectionRule.UNREADABLE, f"tensor {name} cannot be read from its bytes ({type(error).__name__})"
         ) from None
     return torch.from_numpy(values.copy())
 

@@ -1,4 +1,4 @@
-"""Questions to sites that are under way: pushed one by one, their replies pulled one by one."""
+"""Messages to sites: pushed one by one, their replies pulled one by one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LIFETIME_IN_DEADLINES = 2
 
 @dataclass(frozen=True)
 class Clock:
-    """Time as the server sees it; tests bring their own.
+    """The server's clock; tests bring their own.
 
     Attributes:
-        now: seconds of a clock that never goes back.
-        sleep: waits for so many seconds.
+        now: seconds of a monotonic clock.
+        sleep: waits for a number of seconds.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -30,16 +30,16 @@ class Clock:
 
 @dataclass
 class SentMessage:
-    """One message that has been sent and not been answered.
+    """A message that has not been answered yet.
 
     Attributes:
-        identifier: Flower's name of the message.
-        node: who was asked.
-        site: the name that this node has joined by; empty while joining.
+        identifier: Flower's message id.
+        node: the node it went to.
+        site: the name that this node joined under; empty while joining.
         kind: the message type.
-        round: the round that was asked about.
-        due: when its deadline ends, on the server's clock.
-        over: whether nobody waits for the answer any more; if one comes, it is late.
+        round: the round it is about.
+        deadline: when the server stops waiting for the reply, on the server's clock.
+        expired: whether the server has stopped waiting; a reply that still comes is late.
     """
 
     identifier: str
@@ -47,19 +47,19 @@ class SentMessage:
     site: str
     kind: str
     round: int
-    due: float
-    over: bool = False
+    deadline: float
+    expired: bool = False
 
 
 class Mailbox:
-    """Sends sent_messages and brings in replies.
+    """Sends messages and collects replies.
 
-    A message lives twice as long as its deadline, so that an answer that comes late can still be told from none; then
-    Flower drops it. A message to a node that stops its heartbeats is answered by Flower with an error whose source is
-    Flower's own node: which site it is about is known by the message alone.
+    A message lives for twice its deadline, so that a late reply can be told from none; then Flower drops it. If a node
+    stops sending heartbeats, Flower itself replies with an error whose source is Flower's own node: only the message id
+    tells which site it is about.
 
     Args:
-        grid: Flower's way to the sites.
+        grid: Flower's connection to the sites.
         clock: the server's clock.
     """
 
@@ -70,7 +70,7 @@ class Mailbox:
         self._registered: dict[int, str] = {}
 
     def connected(self) -> Mapping[int, str]:
-        """Return the nodes that Flower has heard of lately, in order, and when each last came online."""
+        """Return node -> when it last came online, of all connected nodes, in order."""
         try:
             nodes = sorted(self._grid.get_nodes(), key=lambda node: node.node_id)
         except httpx.HTTPStatusError as error:
@@ -81,47 +81,45 @@ class Mailbox:
         return self._connected
 
     def registered(self, node: int) -> str:
-        """Return the name that a node's key was registered by; empty where there are no keys, as in simulations."""
+        """Return the name that a node's key is registered under; empty without keys, as in simulations."""
         return self._registered.get(node, "")
 
-    def ask(self, node: int, site: str, kind: str, number: int, content: RecordDict, deadline_s: float) -> bool:
-        """Send one sent; return whether Flower took it."""
+    def send(self, node: int, site: str, kind: str, number: int, content: RecordDict, deadline_s: float) -> bool:
+        """Send a message; return whether Flower accepted it."""
         lifetime = LIFETIME_IN_DEADLINES * deadline_s
         message = Message(content, dst_node_id=node, message_type=kind, ttl=lifetime, group_id=str(number))
         try:
             identifier = next(iter(self._grid.push_messages([message])), None)
         except httpx.HTTPStatusError as error:
-            logger.warning("The SuperLink did not take a message: %s", error)
+            logger.warning("The SuperLink did not accept a message: %s", error)
             return False
         if not identifier:
             return False
-        due = self._clock.now() + deadline_s
-        self._sent[identifier] = SentMessage(identifier, node, site, kind, number, due)
+        deadline = self._clock.now() + deadline_s
+        self._sent[identifier] = SentMessage(identifier, node, site, kind, number, deadline)
         return True
 
-    def under_way(self, kind: str, number: int | None = None) -> list[SentMessage]:
-        """Return the sent_messages of a kind (and a round) that are still waited for."""
-        return [
-            each for each in self._sent.values() if each.kind == kind and not each.over and number in (None, each.round)
-        ]
+    def awaited(self, kind: str, number: int | None = None) -> list[SentMessage]:
+        """Return the messages of a kind (and a round) whose replies the server is waiting for."""
+        return [each for each in self.unanswered(kind) if not each.expired and number in (None, each.round)]
 
-    def asked(self, kind: str) -> list[SentMessage]:
-        """Return all sent_messages of a kind that have no answer yet, waited for or not."""
+    def unanswered(self, kind: str) -> list[SentMessage]:
+        """Return all messages of a kind without a reply, expired ones included."""
         return [each for each in self._sent.values() if each.kind == kind]
 
-    def sweep(self) -> Iterator[tuple[SentMessage, Message | None]]:
-        """Yield what has arrived, None where it cannot be read; one reply at a time is held in memory.
+    def collect(self) -> Iterator[tuple[SentMessage, Message | None]]:
+        """Yield the replies that have arrived, None for one that cannot be read; only one is in memory at a time.
 
-        Where the SuperLink answers by an error, as when its database is busy, that says nothing of the site: it is
-        asked again at the next sweep, until the deadline.
+        An error from the SuperLink, such as a busy database, says nothing about the site: the reply is asked for again
+        at the next call, until the deadline.
         """
         for identifier in list(self._sent):
             try:
                 replies = list(self._grid.pull_messages([identifier]))
             except httpx.HTTPStatusError as error:
-                logger.warning("The SuperLink did not answer for a reply: %s", error)
+                logger.warning("The SuperLink did not hand over a reply: %s", error)
                 continue
-            except Exception as error:  # of whatever a site sent; where Flower itself is gone, all else fails too
+            except Exception as error:  # whatever a site sent; if Flower itself is gone, everything else fails too
                 logger.warning("A reply could not be pulled", exc_info=error)
                 yield self._sent.pop(identifier), None
                 continue
@@ -129,10 +127,10 @@ class Mailbox:
                 if reply.metadata.reply_to_message_id == identifier and identifier in self._sent:
                     yield self._sent.pop(identifier), reply
 
-    def overdue(self) -> list[SentMessage]:
-        """Return the sent_messages whose deadline has just ended; from now on their answers are late."""
+    def expire(self) -> list[SentMessage]:
+        """Return the messages whose deadline has just passed; replies to them are late from now on."""
         now = self._clock.now()
-        found = [each for each in self._sent.values() if not each.over and now >= each.due]
+        found = [each for each in self._sent.values() if not each.expired and now >= each.deadline]
         for each in found:
-            each.over = True
+            each.expired = True
         return found

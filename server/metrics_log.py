@@ -1,4 +1,4 @@
-"""What counts among the lines of a run's metrics, of which a killed server may have written some twice."""
+"""Which lines of a run's metrics count: a killed server may have written some of them twice."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ AT_THE_END = ("selected",)
 
 
 def counted(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines of rounds that were not cut.
+    """Return the lines that count.
 
-    A server that goes on from round r does all later rounds again: what was written of them before does not count, nor
-    what was written at the run's end. Of two scores of one site in one round the later one counts; readers that index
-    lines by round and site get it by themselves.
+    A server that resumes after round r repeats all later rounds: their earlier lines do not count, nor do lines from
+    the run's end. If a site has two scores in a round, the later one counts; readers that index lines by round and site
+    need not care.
 
     Args:
-        lines: in the order in which they were written.
+        lines: all lines, in the order in which they were written.
     """
     kept: list[dict[str, Any]] = []
     for line in lines:

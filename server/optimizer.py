@@ -1,4 +1,4 @@
-"""What the server does with the combined specialist before it becomes the global one: nothing, momentum or Adam."""
+"""How the combined specialist becomes the global one: as it is, with momentum or with Adam."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ FIRST, SECOND = "first.", "second."
 
 
 class ServerOptimizer:
-    """Moves the global specialist by Delta = combined - current, with moments over rounds.
+    """Moves the global specialist along Delta = combined - current, with moments over rounds.
 
     momentum: m <- beta_1 m + Delta; theta <- theta + eta m (FedAvgM, Hsu et al., 2019).
     adam: m <- beta_1 m + (1 - beta_1) Delta; v <- beta_2 v + (1 - beta_2) Delta^2; theta <- theta + eta m / (sqrt(v) +
-    tau), v from tau^2 on (FedAdam, algorithm 2 of Reddi et al., ICLR 2021).
+    tau), with v = tau^2 at the start (FedAdam, algorithm 2 of Reddi et al., ICLR 2021).
 
-    Only parameters are moved so: running statistics are no directions of descent, and take the combined value. Flower's
-    FedAvgM and FedAdam are not used, since their moments cannot be saved and they multiply adam's rate by a correction
-    of bias that the paper does not have; tests hold these formulas against theirs.
+    Only parameters move this way; running statistics are not descent directions and take the combined value. Flower's
+    FedAvgM and FedAdam are not used: their moments cannot be saved, and they apply a bias correction to Adam's rate
+    that the paper does not have. Tests compare these formulas with theirs.
 
     Args:
         plan: the study plan.
@@ -37,11 +37,11 @@ class ServerOptimizer:
         self._moments: dict[str, Tensor] = {}
 
     def step(self, current: Mapping[str, Tensor], combined: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the new global specialist, and move the moments.
+        """Return the new global specialist, and update the moments.
 
         Args:
-            current: what the round began with.
-            combined: what the plan's rule made of the updates.
+            current: the global specialist at the start of the round.
+            combined: the updates combined by the plan's rule.
         """
         if self._settings.name == "none":
             return dict(combined)
@@ -51,15 +51,15 @@ class ServerOptimizer:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Return copies of the moments, float64, to be saved beside the round's checkpoint; empty for `none`."""
+        """Return copies of the moments, float64, to save beside the round's checkpoint; empty for `none`."""
         return {name: value.clone() for name, value in self._moments.items()}
 
     def load(self, state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
-        """Go on from moments that were saved.
+        """Restore saved moments.
 
         Args:
-            state: as `state` returned it.
-            current: the checkpoint that they belong to.
+            state: what `state` returned.
+            current: the weights of the checkpoint that they belong to.
 
         Raises:
             ValueError: they are not the moments of this plan's optimizer and specialist.
@@ -69,7 +69,7 @@ class ServerOptimizer:
         if {name: value.shape for name, value in state.items()} != shapes:
             raise ValueError(f"the saved state is not that of the server optimizer {self._settings.name}")
         if not all(value.dtype == torch.float64 and bool(value.isfinite().all()) for value in state.values()):
-            raise ValueError("the saved state of the server optimizer is not of finite float64 numbers")
+            raise ValueError("the saved state of the server optimizer has values that are not finite float64 numbers")
         self._moments = {name: value.clone() for name, value in state.items()}
 
     def _moved(self, name: str, current: Tensor, combined: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Updates of one round that do not fit the others, or what their own site says of them."""
+"""Updates that do not fit the others of their round, or contradict their own site's report."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ COMPARABLE = 3
 
 
 def outliers(updates: Sequence[ShelvedUpdate], policy: Admission) -> list[Rejected]:
-    """Return the updates that are to be left out of their round, in the order of site names.
+    """Return the updates to reject, in the order of site names.
 
-    An update that changed nothing although its site says that it took steps brings nothing but a share of the weight,
-    and one that changed although its site says that it took none was not trained; both are left out. Of a site that
-    honestly took no step nothing is asked: it weighs nothing. Small changes are never a reason: those of a site
-    without labels may be much smaller than the others'.
+    An update without any change although its site reports steps only dilutes the average; one with a change although
+    its site reports no steps was not trained. Both are rejected. A site that reports no steps and changed nothing is
+    fine: it has no weight. A small change is never a reason: an unlabeled site may change much less than the others.
 
     Args:
-        updates: all that were admitted one by one.
-        policy: `norm_factor`: the largest multiple of the median norm of changes. The median is over sites that took
-            steps, and at least three are needed for one.
+        updates: all admitted updates.
+        policy: `norm_factor`: the largest accepted multiple of the median norm of changes. The median is taken over
+            sites that took steps; with fewer than three of them, norms are not compared.
     """
     rejected = {update.site: found for update in updates if (found := _disagrees(update)) is not None}
     fitting = [update for update in updates if update.site not in rejected and update.scalars["steps"] > 0]
@@ -33,7 +32,10 @@ def outliers(updates: Sequence[ShelvedUpdate], policy: Admission) -> list[Reject
         for update in fitting:
             if update.change_norm > policy.norm_factor * middle:
                 times = update.change_norm / middle
-                reason = f"the change has {times:.1f} times the round's median norm, allowed are {policy.norm_factor:g}"
+                reason = (
+                    f"the norm of its change is {times:.1f} times the round's median; "
+                    f"accepted are at most {policy.norm_factor:g} times"
+                )
                 rejected[update.site] = Rejected(update.site, reason, RejectionRule.CHANGE_TOO_LARGE)
     return [rejected[site] for site in sorted(rejected)]
 
@@ -42,5 +44,5 @@ def _disagrees(update: ShelvedUpdate) -> Rejected | None:
     steps, changed = update.scalars["steps"], update.change_norm > 0
     if changed == (steps > 0):
         return None
-    reason = f"the site says that it took {steps:g} steps, and its tensors {'did' if changed else 'did not'} change"
+    reason = f"the site reports {steps:g} steps, but its tensors {'changed' if changed else 'did not change'}"
     return Rejected(update.site, reason, RejectionRule.STEPS)

@@ -1,8 +1,8 @@
-"""Flower's grid, at which an answer that is still being uploaded holds up no other.
+"""Flower's grid, except that a reply still being uploaded does not block the others.
 
-Flower hands a reply over as soon as a site has announced it, and then waits for its tensors: three minutes after the
-last piece that came, two hours in all. A line that is cut in an upload, or a site that sends a piece now and then,
-would keep the server from hearing anybody else, and from ending a round at its deadline.
+Flower hands over a reply as soon as a site has announced it and then waits for its tensors: three minutes after the
+last chunk, two hours in total. A connection that breaks during an upload, or a site that sends a chunk now and then,
+would keep the server from receiving other replies and from ending a round at its deadline.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ LONG_S = 1800.0
 
 
 class PatientGrid(Grid):
-    """Passes everything on to Flower's grid, and goes on pulling in the background what takes long.
+    """Delegates to Flower's grid, and continues slow pulls in the background.
 
-    A reply whose tensors are all there is pulled while the caller waits, so that one is in memory at a time. Of those
-    that take longer there are at most so many; the caller gets nothing for them until they are there. One that has
-    been under way for half an hour no longer counts: a site may begin one in every round, and must not fill all places.
+    A reply whose tensors have all arrived is pulled while the caller waits, so only one is in memory at a time. At most
+    `at_once` slower ones are pulled in the background; the caller gets them once they are complete. A pull that has
+    taken half an hour no longer counts towards the limit: otherwise a site that starts one every round would use it up.
 
     Args:
-        grid: Flower's way to the sites; its pulling must allow several threads.
-        patience_s: how long one pull is waited for, in seconds.
-        at_once: how many pulls may be under way.
-        now: seconds of a clock that never goes back.
+        grid: Flower's connection to the sites; its `pull_messages` must be thread-safe.
+        patience_s: how long the caller waits for one pull, in seconds.
+        at_once: how many pulls may run in the background.
+        now: seconds of a monotonic clock.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PatientGrid(Grid):
         self._pulls: dict[str, _Pull] = {}
 
     def set_run(self, run: Run) -> None:
-        """Pass the run's description on."""
+        """Pass on the run's description."""
         self._grid.set_run(run)
 
     @property
@@ -61,19 +61,19 @@ class PatientGrid(Grid):
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the numbers of the nodes that are connected."""
+        """Return the ids of the connected nodes."""
         return self._grid.get_node_ids()
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """Return the nodes that are connected."""
+        """Return the connected nodes."""
         return self._grid.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages; return their identifiers."""
+        """Send messages; return their ids."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the replies that are there whole.
+        """Return the replies that have arrived completely.
 
         Raises:
             Exception: whatever pulling one of them raised.
@@ -81,7 +81,7 @@ class PatientGrid(Grid):
         return [reply for each in message_ids for reply in self._pulled(each)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Pass a question with its wait on."""
+        """Pass on messages, and wait for their replies."""
         return self._grid.send_and_receive(messages, timeout=timeout)
 
     def _pulled(self, identifier: str) -> list[Message]:
@@ -102,14 +102,14 @@ class _Pull:
         self.began = began
         self._replies: list[Message] = []
         self._error: Exception | None = None
-        # A daemon, since a program that ends must not wait for what a site never sends.
+        # A daemon, so that the program can exit without waiting for what a site never sends.
         self.thread = threading.Thread(target=self._work, args=(grid, identifier), name="pull", daemon=True)
         self.thread.start()
 
     def _work(self, grid: Grid, identifier: str) -> None:
         try:
             self._replies = list(grid.pull_messages([identifier]))
-        except Exception as error:  # noqa: BLE001 (raised again where the reply is asked for)
+        except Exception as error:  # noqa: BLE001 (raised again when the reply is asked for)
             self._error = error
 
     def result(self) -> list[Message]:

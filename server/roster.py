@@ -1,4 +1,4 @@
-"""Who takes part: sites that have joined, nodes that may not, and sites that are left out for a while."""
+"""The sites that take part, the nodes that may not, and the sites that sit out some rounds."""
 
 from __future__ import annotations
 
@@ -11,26 +11,37 @@ from server.admission import Admitted
 
 SECOND = "a second site of this name"
 ANOTHER_NAME = "its node takes part under another name"
+RETRY_S = 30.0
+LONGEST_RETRY_S = 600.0
 
 
 @dataclass(frozen=True)
 class Declined:
-    """A node that may not take part.
+    """A node that asked to join and could not.
 
     Attributes:
         reason: why.
-        site: the name that it claims, or empty.
-        ask_again: the round from which it is asked again; at once where the site that bears its name has gone.
+        site: the name it claims, or empty.
+        retry_from_round: the round from which it is asked again if the reason is not transient.
+        attempts: how often in a row it could not join for a transient reason; 0 if the reason is not transient.
+        retry_at: when it is asked again if the reason is transient, on the server's clock.
     """
 
     reason: str
     site: str
-    ask_again: int
+    retry_from_round: int
+    attempts: int = 0
+    retry_at: float = 0.0
+
+    @property
+    def transient(self) -> bool:
+        """Whether the reason may pass, so that the node is asked again soon."""
+        return self.attempts > 0
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A site that is not asked for some rounds, since it failed too often in a row."""
+class Excluded:
+    """A site that sits out some rounds because it failed too many in a row."""
 
     site: str
     reason: str
@@ -39,10 +50,10 @@ class LeftOut:
 
 
 class Roster:
-    """Sites by name, and the node that each is at.
+    """Sites by name, and each site's node.
 
     Args:
-        policy: after how many failures a site is left out, and for how long.
+        policy: after how many failures a site is excluded, and for how long.
     """
 
     def __init__(self, policy: Exclusion) -> None:
@@ -57,16 +68,25 @@ class Roster:
 
     @property
     def joined(self) -> Mapping[str, int]:
-        """Site -> node of all that have joined, in the order of names."""
+        """Site -> node of all sites that have joined, sorted by name."""
         return {site: self._nodes[site] for site in sorted(self._nodes)}
 
     @property
     def declined(self) -> Mapping[int, Declined]:
-        """Node -> why it may not take part."""
+        """Node -> why it could not join."""
         return self._declined
 
+    def retrying(self, attempts: int | None = None) -> list[Declined]:
+        """Return the nodes that could not join for a transient reason and are asked again soon.
+
+        Args:
+            attempts: leave out nodes that have been asked this often; None leaves out none.
+        """
+        transient = [each for each in self._declined.values() if each.transient]
+        return [each for each in transient if attempts is None or each.attempts < attempts]
+
     def absent(self) -> list[str]:
-        """Return the names of sites that took part once and are not there."""
+        """Return the names of sites that once joined and are not connected."""
         return sorted(self._known - set(self._nodes))
 
     def knows(self, site: str) -> bool:
@@ -74,17 +94,17 @@ class Roster:
         return site in self._known
 
     def remember(self, sites: Collection[str]) -> None:
-        """Take in the names of sites that had joined before the server was started again."""
+        """Add the names of sites that joined before the server was restarted."""
         self._known.update(sites)
 
     def declared(self, site: str) -> Admitted | None:
-        """Return what a site said of itself when it last joined."""
+        """Return the reply with which a site last joined."""
         return self._declared.get(site)
 
     def join(self, answer: Admitted, node: int, connected: Collection[int]) -> str | None:
-        """Take a site in, at a new node where its old one is gone; return why not, or None.
+        """Add a site, or move it to a new node if its old one is gone; return why it may not join, or None.
 
-        A node has one name for good: with several, one site would have several votes in a round.
+        A node never changes its name: otherwise one site could vote several times in a round.
         """
         site = answer.site
         if self._names.get(node, site) != site:
@@ -97,58 +117,77 @@ class Roster:
         self._declined.pop(node, None)
         return None
 
-    def decline(self, node: int, site: str, reason: str, number: int) -> bool:
-        """Note that a node may not take part; return whether that, or the reason, is new."""
+    def decline(self, node: int, site: str, reason: str, number: int, transient_at: float | None = None) -> bool:
+        """Note that a node could not join; return whether this, or its reason, is new.
+
+        Args:
+            node: the node.
+            site: the name it claims.
+            reason: why it could not join.
+            number: the round under way.
+            transient_at: the server's clock if the reason may pass: the node is then asked again after `RETRY_S`,
+                twice as long after each further failure, `LONGEST_RETRY_S` at most. None if it will not pass.
+        """
         before = self._declined.get(node)
-        self._declined[node] = Declined(reason, site, number + self._policy.rounds + 1)
+        attempts, retry_at = 0, 0.0
+        if transient_at is not None:
+            attempts = 1 + (before.attempts if before is not None else 0)
+            retry_at = transient_at + min(RETRY_S * 2.0 ** (attempts - 1), LONGEST_RETRY_S)
+        self._declined[node] = Declined(reason, site, number + self._policy.rounds + 1, attempts, retry_at)
         return before is None or before.reason != reason
 
+    def forget_decline(self, node: int) -> None:
+        """Let a node that has been restarted be asked again at once."""
+        self._declined.pop(node, None)
+
     def leave(self, site: str) -> bool:
-        """Note that a site is gone; return whether it was there."""
+        """Remove a site that is gone; return whether it was present."""
         return self._nodes.pop(site, None) is not None
 
-    def gone(self, connected: Collection[int]) -> list[str]:
-        """Drop all whose node is not connected; return the names of sites among them."""
+    def remove_disconnected(self, connected: Collection[int]) -> list[str]:
+        """Drop all nodes that are not connected; return the names of the sites among them."""
         lost = [site for site, node in self.joined.items() if node not in connected]
         for site in lost:
             del self._nodes[site]
         self._declined = {node: why for node, why in self._declined.items() if node in connected}
         return lost
 
-    def newcomers(self, connected: Sequence[int], number: int) -> list[int]:
-        """Return the connected nodes that should be asked to join."""
-        there = set(self._nodes.values())
-        return [node for node in connected if node not in there and self._may_ask(node, number)]
+    def newcomers(self, connected: Sequence[int], number: int, now: float) -> list[int]:
+        """Return the connected nodes to ask to join, in this round and at this time of the server's clock."""
+        present = set(self._nodes.values())
+        return [node for node in connected if node not in present and self._may_ask(node, number, now)]
 
-    def _may_ask(self, node: int, number: int) -> bool:
+    def _may_ask(self, node: int, number: int, now: float) -> bool:
         declined = self._declined.get(node)
         if declined is None:
             return True
         if declined.reason == SECOND:
             return declined.site not in self._nodes
-        return number >= declined.ask_again
+        if declined.transient:
+            return now >= declined.retry_at
+        return number >= declined.retry_from_round
 
-    def working(self, number: int, needed: int) -> dict[str, int]:
-        """Return site -> node of all that are asked in a round.
+    def participants(self, number: int, needed: int) -> dict[str, int]:
+        """Return site -> node of all sites to ask in a round.
 
-        Sites that are left out are asked all the same where there would otherwise be fewer than `needed`.
+        Excluded sites are included if there would otherwise be fewer than `needed`.
         """
-        working = {site: node for site, node in self.joined.items() if not self.left_out(site, number)}
-        return working if len(working) >= needed else dict(self.joined)
+        included = {site: node for site, node in self.joined.items() if not self.excluded(site, number)}
+        return included if len(included) >= needed else dict(self.joined)
 
-    def left_out(self, site: str, number: int) -> bool:
-        """Return whether a site is not to be asked in this round."""
+    def excluded(self, site: str, number: int) -> bool:
+        """Return whether a site sits out this round."""
         return number <= self._until.get(site, 0)
 
-    def close_round(self, number: int, contributed: Collection[str], failed: Mapping[str, str]) -> list[LeftOut]:
-        """Count failures in a row; return the sites that are left out from now on.
+    def close_round(self, number: int, contributed: Collection[str], failed: Mapping[str, str]) -> list[Excluded]:
+        """Count failures in a row; return the sites that are excluded from now on.
 
-        A site that has been asked again and fails once more is left out again at once.
+        A site that fails again in its first round after an exclusion is excluded again at once.
 
         Args:
             number: the round that has ended.
             contributed: sites whose update was admitted.
-            failed: site -> why it did not contribute, though it was asked.
+            failed: site -> why it did not contribute although it was asked.
         """
         for site in contributed:
             self._failures.pop(site, None)
@@ -157,10 +196,10 @@ class Roster:
             self._failures[site] = self._failures.get(site, 0) + 1
             if self._failures[site] >= self._policy.after_failures:
                 self._until[site] = number + self._policy.rounds
-                found.append(LeftOut(site, failed[site], self._failures[site], self._until[site]))
+                found.append(Excluded(site, failed[site], self._failures[site], self._until[site]))
         return found
 
     def replay(self, rounds: Sequence[Mapping[str, Any]]) -> None:
-        """Count failures of the rounds that were done before the server was started again, from their records."""
+        """Restore the failure counts from the records of rounds that ended before the server was restarted."""
         for line in rounds:
             self.close_round(int(line["round"]), list(line["weights"]), dict(line.get("failed", {})))

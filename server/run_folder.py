@@ -1,4 +1,4 @@
-"""The run's record on the server's disk: plan, a checkpoint a round, metrics, state; enough to go on after a kill."""
+"""The run's record on the server's disk: plan, checkpoints, metrics and status; enough to resume after a kill."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ from server.metrics_log import counted
 logger = logging.getLogger(__name__)
 RESERVE_BYTES = 65_536
 KEEP_MOMENTS = 3
-FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grows too large"}
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is exceeded",
+    errno.EFBIG: "the file is too large",
+}
 
 
 class RecordNotKeptError(SemiSAMError):
-    """The run folder could not be written. Whatever was there is as it was."""
+    """The run folder could not be written. What was there is unchanged."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Checkpoint:
     Attributes:
         round: the round.
         weights: the specialist's tensors that travel.
-        record: what `metrics.jsonl` says of the round, where it has said it; empty for the initial specialist.
-        moments: the server optimizer's state after the round; empty where it has none.
+        record: the round's line in `metrics.jsonl`; empty for the initial specialist.
+        moments: the server optimizer's state after the round; empty if it has none.
     """
 
     round: int
@@ -54,11 +58,11 @@ class RunFolder:
     """One run's folder.
 
     `checkpoints/round-00000.safetensors` is the initial specialist; each checkpoint carries the hash of its tensors.
-    `best.safetensors` is the one the plan's selection picks; `metrics.jsonl` has one line for each thing that happened;
-    `status.json` says how the run stands. `.reserve` keeps some room, so that the latter can be written on a full disk.
+    `best.safetensors` is the one that the plan's selection picks; `metrics.jsonl` has one line per event; `status.json`
+    holds the run's status. `.reserve` reserves space, so that the status can be written even when the disk is full.
 
     Args:
-        path: the folder; made if missing.
+        path: the folder; created if missing.
 
     Raises:
         RecordNotKeptError: it cannot be written.
@@ -75,15 +79,15 @@ class RunFolder:
 
     @property
     def incoming(self) -> Path:
-        """The folder of updates of the round that is under way."""
+        """The folder of the current round's updates."""
         return self.path / "incoming"
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """Turn a failed write into a sentence.
+        """Turn an OSError into a `RecordNotKeptError`.
 
         Raises:
-            RecordNotKeptError: what could not be written, where and why.
+            RecordNotKeptError: says what could not be written, where and why.
         """
         try:
             yield
@@ -91,7 +95,7 @@ class RunFolder:
             why = FULL.get(error.errno or 0) or error.strerror or str(error)
             raise RecordNotKeptError(
                 f"{self.path}: {what} could not be written: {why}. All finished rounds are kept; "
-                "make room, then resume."
+                "free some space, then resume."
             ) from error
 
     def save_round(
@@ -102,14 +106,14 @@ class RunFolder:
         record: Mapping[str, Any] | None = None,
         moments: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Keep the global weights after this round, whole or not at all.
+        """Save the global weights after a round, atomically.
 
         Args:
             round_number: the round.
             weights: the specialist's tensors that travel.
             plan: the study plan.
-            record: what the metrics will say of the round; kept with the weights, so that it is never lost.
-            moments: the server optimizer's state, where it has any; the last few are kept.
+            record: the round's line for the metrics, saved with the weights so that it is never lost.
+            moments: the server optimizer's state, if it has any; only the last few are kept.
 
         Raises:
             RecordNotKeptError: the disk is full.
@@ -122,7 +126,7 @@ class RunFolder:
             "record": json.dumps(dict(record or {}), sort_keys=True),
         }
         with self.writing(f"the checkpoint of round {round_number}"):
-            if moments:  # first, since a checkpoint stands for a round that is done
+            if moments:  # first, because a checkpoint marks its round as finished
                 save_tensors(self._moments(round_number), moments)
             save_tensors(self._checkpoint(round_number), weights, metadata)
             if moments:
@@ -132,14 +136,14 @@ class RunFolder:
         """Return the weights after this round.
 
         Raises:
-            ConfigError: they are missing, torn or not of this plan's specialist.
+            ConfigError: they are missing, corrupt or not those of this plan's specialist.
         """
         return self._read(round_number, plan)[0]
 
     def newest(self, plan: Plan) -> Checkpoint | None:
-        """Return the newest checkpoint that is whole and of this plan, or None where there is none.
+        """Return the newest intact checkpoint of this plan, or None.
 
-        Newer ones are set aside under another name, and that is recorded.
+        Newer ones are renamed, and the metrics say so.
 
         Raises:
             RecordNotKeptError: the disk is full.
@@ -154,7 +158,7 @@ class RunFolder:
                 aside = path.with_suffix(f".torn-{time.time_ns()}")
                 with self.writing("the folder of checkpoints"):
                     path.rename(aside)
-                logger.error("A checkpoint is set aside as %s. %s", aside.name, error)
+                logger.error("A checkpoint was renamed to %s. %s", aside.name, error)
                 self.record("set-aside", checkpoint=number, file=aside.name, reason=str(error))
         return None
 
@@ -163,7 +167,7 @@ class RunFolder:
         return next(iter(self._rounds()), None)
 
     def save_best(self, round_number: int, weights: Mapping[str, Tensor], plan: Plan, chosen_by: str) -> None:
-        """Keep the selected specialist; what it was selected by is written into the file."""
+        """Save the selected specialist; the file says how it was selected."""
         metadata = {"plan": plan.hash, "round": str(round_number), "selected_by": chosen_by}
         with self.writing("the selected specialist"):
             save_tensors(self.path / "best.safetensors", weights, metadata | {"sha256": weights_sha256(weights)})
@@ -178,13 +182,13 @@ class RunFolder:
             append_json_line(self.metrics_path, {"event": event, "time": round(time.time(), 3), **content})
 
     def records(self, event: str) -> list[dict[str, Any]]:
-        """Return all lines of one kind of event that count, in order."""
+        """Return all lines of one event that count, in order."""
         return [line for line in counted(read_json_lines(self.metrics_path)) if line.get("event") == event]
 
     def set_status(self, state: str, reason: str = "", **content: Any) -> None:
-        """Say how the run stands: running, completed or failed, with the reason.
+        """Write the run's status: running, completed or failed, and why.
 
-        How a run has ended may take the room that is kept for it; that it is running may not.
+        Only a final status may use the reserved space.
 
         Raises:
             RecordNotKeptError: it could not be written.
@@ -201,7 +205,7 @@ class RunFolder:
                 write_json(path, status)
 
     def _rounds(self) -> Sequence[int]:
-        """Return the rounds that have a checkpoint, the latest first."""
+        """Return the rounds that have a checkpoint, latest first."""
         stems = (path.stem.removeprefix("round-") for path in (self.path / "checkpoints").glob("round-*.safetensors"))
         return sorted((int(stem) for stem in stems if stem.isdecimal()), reverse=True)
 
@@ -210,20 +214,20 @@ class RunFolder:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{path}: this checkpoint cannot be read ({type(error).__name__}).") from None
         if mistake := disagreement(weights, specialist_spec(plan)):
-            raise ConfigError(f"{path}: this checkpoint is not of this plan: {mistake}.")
+            raise ConfigError(f"{path}: this checkpoint does not belong to this plan: {mistake}.")
         if metadata.get("plan") != plan.hash:
-            raise ConfigError(f"{path}: this checkpoint is not of this plan: it carries another plan's hash.")
+            raise ConfigError(f"{path}: this checkpoint does not belong to this plan: it has another plan's hash.")
         if metadata.get("sha256") != weights_sha256(weights):
-            raise ConfigError(f"{path}: this checkpoint is torn: its tensors are not those whose hash it carries.")
+            raise ConfigError(f"{path}: this checkpoint is corrupt: its tensors do not match its hash.")
         return weights, metadata
 
     def _read_moments(self, number: int, metadata: Mapping[str, str]) -> dict[str, Tensor]:
-        path, due = self._moments(number), metadata.get("moments")
-        if due == weights_sha256({}):
+        path, expected = self._moments(number), metadata.get("moments")
+        if expected == weights_sha256({}):
             return {}
         try:
             moments = load_file(path)
@@ -231,8 +235,8 @@ class RunFolder:
             raise ConfigError(
                 f"{path}: the server optimizer's state cannot be read ({type(error).__name__})."
             ) from None
-        if due != weights_sha256(moments):
-            raise ConfigError(f"{path}: the server optimizer's state is not the one that its checkpoint names.")
+        if expected != weights_sha256(moments):
+            raise ConfigError(f"{path}: the server optimizer's state does not match the hash in its checkpoint.")
         return moments
 
     def _moments(self, round_number: int) -> Path:

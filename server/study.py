@@ -1,4 +1,4 @@
-"""The order of things in a study: who joins, rounds, scores, selection. Every wait has an end."""
+"""The course of a study: joining, rounds, scores, selection. Every wait has a deadline."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from server.admission import Admitted, Rejected
 from server.aggregation import combine, evidence_weights, votes
-from server.exchange import Phase, Reception
+from server.exchange import Exchange, Phase
 from server.messages import Clock, Mailbox
 from server.optimizer import ServerOptimizer
 from server.outliers import outliers
-from server.quorum import Attendance, TooFewSitesError
+from server.quorum import Quorum, TooFewSitesError
 from server.roster import Roster
 from server.run_folder import Checkpoint, RunFolder
 from server.updates import UpdateShelf
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class StudyFailedError(SemiSAMError):
-    """The study cannot go on; the message says why. All finished rounds are kept."""
+    """The study cannot continue; the message says why. All finished rounds are kept."""
 
 
 @dataclass
@@ -49,9 +49,9 @@ class Study:
 
     Attributes:
         plan: the study plan.
-        grid: Flower's way to the sites.
+        grid: Flower's connection to the sites.
         folder: the run's record.
-        run: the run's name, which sites use for their own state.
+        run: the run's name, under which sites keep their own state.
         sites: how many sites are expected; the run starts when all have joined or, at the join deadline, with at least
             the plan's minimum.
         clock: the server's clock.
@@ -69,20 +69,20 @@ class Study:
             self._shelf = UpdateShelf(self.folder.incoming)
         self._roster = Roster(self.plan.aggregation.exclusion)
         self._optimizer = ServerOptimizer(self.plan)
-        self._told: dict[str, Any] = {}
-        reception = Reception(
+        self._reported: dict[str, Any] = {}
+        exchange = Exchange(
             self.plan,
             Mailbox(self.grid, self.clock),
             self._roster,
             self.folder,
             self.clock,
-            self._tell,
+            self._report,
             lambda: self._content(0),
         )
-        self._attendance = Attendance(self.plan, reception, self.sites)
+        self._quorum = Quorum(self.plan, exchange, self.sites)
 
     def execute(self) -> None:
-        """Run all rounds that are not done yet.
+        """Run all rounds that have not finished yet.
 
         Raises:
             StudyFailedError: too few sites joined or contributed to a round.
@@ -98,7 +98,7 @@ class Study:
     def _execute(self) -> None:
         rounds = self.plan.training.rounds
         start = self._start()
-        self._attendance.gather(start.round)
+        self._quorum.gather(start.round)
         weights = start.weights
         if 0 < start.round < rounds and not self._scored(start.round):
             self._evaluate(start.round, weights, final=False)
@@ -110,7 +110,7 @@ class Study:
         self._select(weights)
 
     def _start(self) -> Checkpoint:
-        """Return where to go on from: the newest whole checkpoint, or the initial specialist."""
+        """Return where to resume: the newest intact checkpoint, or the initial specialist."""
         found = self.folder.newest(self.plan)
         if found is None:
             found = Checkpoint(0, travelling(self.plan, new_specialist(self.plan)), {}, {})
@@ -139,7 +139,7 @@ class Study:
                 self.folder.record("trained", round=number, site=answer.site, **answer.scalars)
 
         sent = _arrays(weights)
-        phase = self._attendance.train(
+        phase = self._quorum.train(
             number,
             lambda rejected: self._content(number, sent, rejected=rejected),
             accept,
@@ -157,7 +157,7 @@ class Study:
         return combined
 
     def _review(self) -> list[Rejected]:
-        """Take updates off the shelf that do not fit the others, and return which."""
+        """Drop the updates that do not fit the others, and return why each was dropped."""
         found = outliers(self._shelf.updates, self.plan.aggregation.admission)
         for answer in found:
             self._shelf.drop(answer.site)
@@ -166,7 +166,7 @@ class Study:
     def _combine(
         self, number: int, phase: Phase, weights: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the new global weights and what is recorded of them."""
+        """Return the new global weights and what the run records about them."""
         updates, policy = self._shelf.updates, self.plan.aggregation
         try:
             progress, classes = number / self.plan.training.rounds, len(self.plan.class_names)
@@ -185,7 +185,7 @@ class Study:
         return number % self.plan.evaluation.every_rounds == 0 and number < self.plan.training.rounds
 
     def _scored(self, number: int) -> bool:
-        """Return whether nothing is missing of a round's scores."""
+        """Return whether a round has all the scores that it should have."""
         return not self._due(number) or number in {line["round"] for line in self.folder.records("scored")}
 
     def _evaluate(self, number: int, weights: dict[str, Tensor], final: bool) -> None:
@@ -193,13 +193,13 @@ class Study:
             self.folder.record("evaluated", round=number, final=final, site=answer.site, **answer.scalars)
 
         sent = _arrays(weights)
-        phase = self._attendance.evaluate(
+        phase = self._quorum.evaluate(
             number, lambda rejected: self._content(number, sent, final, rejected), accept, final
         )
         self.folder.record("scored", round=number, final=final, sites=len(phase.done))
 
     def _select(self, last: dict[str, Tensor]) -> None:
-        """Keep the specialist that the plan's selection picks, and say what it was picked by."""
+        """Save the specialist that the plan's selection picks, and record how it was picked."""
         rounds = self.plan.training.rounds
         if self.plan.selection == "last":
             self._keep_best(rounds, last, "last round; no label was used to select")
@@ -208,7 +208,7 @@ class Study:
         for line in self.folder.records("evaluated"):
             values = [line[f"dice.{name}"] for name in self.plan.class_names if f"dice.{name}" in line]
             if values:
-                # By site: a round that was scored twice, because the server died meanwhile, counts once.
+                # By site, so that a round scored twice because the server died in between counts once.
                 scores.setdefault(line["round"], {})[line["site"]] = sum(values) / len(values)
         if not scores:
             self._keep_best(rounds, last, "last round; no site sent a validation score")
@@ -244,13 +244,13 @@ class Study:
             content[SPECIALIST_RECORD] = ArrayRecord(dict(arrays))
         return content
 
-    def _tell(self, phase: str, number: int, waiting_for: list[str], reason: str) -> None:
+    def _report(self, phase: str, number: int, waiting_for: list[str], reason: str) -> None:
         status = {"phase": phase, "round": number, "waiting_for": waiting_for, "reason": reason}
-        if status != self._told:
-            self._told = status
+        if status != self._reported:
+            self._reported = status
             self.folder.set_status("running", reason, run=self.run, phase=phase, round=number, waiting_for=waiting_for)
 
 
 def _arrays(weights: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Return the tensors as they travel; messages of a round share them."""
+    """Return the tensors as they travel; all messages of a round share them."""
     return {name: Array(value.numpy()) for name, value in weights.items()}

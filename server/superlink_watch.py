@@ -1,4 +1,4 @@
-"""Whether the SuperLink that this program works for is still there; Flower's client tries again without an end."""
+"""Ends the ServerApp when its SuperLink is gone: Flower's client would retry forever."""
 
 from __future__ import annotations
 
@@ -15,44 +15,45 @@ from flwr.supercore.exit import add_exit_handler
 from semisam_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-SUPERLINK = "SEMISAM_SUPERLINK"  # in the environment of what `semisam lead start` starts: host:port; not in simulations
-# A SuperLink that died has lost its run, so nothing is won by waiting longer.
+SUPERLINK = "SEMISAM_SUPERLINK"  # environment variable set by `semisam lead start`: host:port; unset in simulations
+# A SuperLink that died has lost its run, so there is no point in waiting longer.
 GONE_S = 60.0
 LOOK_EVERY_S = 2.0
-PROBE_S = 3.0  # below the time that Flower gives a program to end itself
+PROBE_S = 3.0  # less than the time that Flower gives a program to exit
 EXIT_CODE = 1
 
 
 def refuses(address: tuple[str, int]) -> bool:
-    """Return whether nobody listens at an address; one that is too busy to answer in time does listen."""
+    """Return whether connections to an address are refused; a listener too busy to answer in time does not refuse."""
     try:
         socket.create_connection(address, PROBE_S).close()
     except ConnectionRefusedError:
         return True
-    except OSError:  # no time, no memory, no free number for a file: says nothing of the other side
+    except OSError:  # timeout, no memory, no file descriptor: says nothing about the listener
         return False
     return False
 
 
 class SuperLinkWatch:
-    """Ends this process, with the reason on record, where its SuperLink is gone.
+    """Records why and exits this process when its SuperLink is gone.
 
-    Flower ends a program whose SuperLink has died by a signal, which reaches no program that waits for its threads, as
-    one does that sends or fetches tensors; nor does it where nobody reaps the dead SuperLink. And then it gives no time
-    to write down what happened. So a thread looks whether anybody listens, and Flower's own end is made use of.
+    Flower signals a program whose SuperLink has died. The signal does not reach a main thread that waits for other
+    threads, as it does while tensors are sent or fetched; it is not sent if nothing reaps the dead SuperLink; and it
+    leaves no time to record the reason. So a thread probes the SuperLink's address, and Flower's exit handler is used
+    as well.
 
-    What is on disk is good at any moment, so the process ends at once, whatever it is at.
+    On-disk state is always consistent, so the process exits at once.
 
     Args:
-        address: host:port of the SuperLink; empty where there is none to watch, as in simulations.
-        record: writes down why the run ended.
+        address: host:port of the SuperLink; empty if there is none to watch, as in simulations.
+        record: records why the run ended.
         gone_s: how long connections must have been refused, in seconds.
-        look_every_s: pause between looks, in seconds.
-        now: seconds of a clock that never goes back.
-        end: ends this process with an exit code, at once.
+        look_every_s: interval between probes, in seconds.
+        now: seconds of a monotonic clock.
+        end: exits this process at once with an exit code.
 
     Raises:
-        ConfigError: the address is none.
+        ConfigError: the address is not host:port.
     """
 
     def __init__(
@@ -62,13 +63,13 @@ class SuperLinkWatch:
         gone_s: float = GONE_S,
         look_every_s: float = LOOK_EVERY_S,
         now: Callable[[], float] = time.monotonic,
-        end: Callable[[int], object] = os._exit,  # threads that try again for ever hold up any other end
+        end: Callable[[int], object] = os._exit,  # any other exit would wait for threads that retry forever
     ) -> None:
         self._address = _parsed(address) if address else None
         self._record, self._now, self._exit = record, now, end
         self._gone_s, self._look_every_s = gone_s, look_every_s
         self._over = threading.Event()
-        self._ending = threading.RLock()  # the end that Flower makes may come in the middle of ours
+        self._ending = threading.RLock()  # Flower's exit may interrupt ours
 
     def __enter__(self) -> SuperLinkWatch:
         if self._address is not None:
@@ -84,16 +85,16 @@ class SuperLinkWatch:
 
     @property
     def gone(self) -> bool:
-        """Whether there is a SuperLink to watch and nobody listens at its address now."""
+        """Whether there is a SuperLink to watch and its address refuses connections now."""
         return self._address is not None and refuses(self._address)
 
     @property
     def reason(self) -> str:
-        """What to tell people of a SuperLink that is gone."""
+        """What to tell people when the SuperLink is gone."""
         host, port = self._address or ("", 0)
         return (
-            f"the SuperLink at {host}:{port} was gone: nothing listened there any more. Finished rounds are kept: "
-            "`semisam lead start`, then `semisam lead run --resume` go on."
+            f"the SuperLink at {host}:{port} was gone: nothing listened there any more. Finished rounds are kept; "
+            "to resume, use `semisam lead start`, then `semisam lead run --resume`."
         )
 
     def _look(self) -> None:
@@ -117,10 +118,10 @@ class SuperLinkWatch:
                 return
             self._over.set()
             try:
-                logger.error("This program ends: %s", self.reason)
+                logger.error("Exiting: %s", self.reason)
                 self._record(self.reason)
-            except Exception:  # whatever keeps it from being written must not keep this process
-                logger.exception("Why the run ended could not be written down")
+            except Exception:  # a reason that cannot be recorded must not keep this process alive
+                logger.exception("Why the run ended could not be recorded")
             finally:
                 self._exit(EXIT_CODE)
 
@@ -128,5 +129,5 @@ class SuperLinkWatch:
 def _parsed(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ConfigError(f"{SUPERLINK}={address} in the environment is no host:port.")
+        raise ConfigError(f"{SUPERLINK}={address} in the environment is not host:port.")
     return host.strip("[]"), int(port)

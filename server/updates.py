@@ -1,4 +1,4 @@
-"""One round's admitted updates on the server's disk, so that memory does not grow with the number of sites."""
+"""One round's admitted updates, kept on disk so that memory does not grow with the number of sites."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from semisam_core.files import save_tensors
 
 @dataclass(frozen=True)
 class MemoryUpdate:
-    """An update whose tensors are in memory."""
+    """An update with its tensors in memory."""
 
     site: str
     weights: Mapping[str, Tensor]
@@ -33,12 +33,12 @@ class MemoryUpdate:
 
 @dataclass(frozen=True)
 class ShelvedUpdate:
-    """An update whose tensors are in a file.
+    """An update with its tensors in a file.
 
     Attributes:
         path: the safetensors file.
         size_bytes: size of the file.
-        change_norm: Euclidean norm of the change against the weights that the round began with.
+        change_norm: Euclidean norm of the change from the weights at the start of the round.
     """
 
     site: str
@@ -49,7 +49,7 @@ class ShelvedUpdate:
     change_norm: float
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor; nothing else of the file is read.
+        """Return one tensor; the rest of the file is not read.
 
         Raises:
             OSError: the file is gone.
@@ -60,10 +60,10 @@ class ShelvedUpdate:
 
 
 class UpdateShelf:
-    """The updates of one round, one file a site. Only names, scalars, sizes and norms are kept in memory.
+    """The updates of one round, one file per site. Only names, scalars, sizes and norms stay in memory.
 
     Args:
-        folder: made if missing; updates that a killed server left there are removed.
+        folder: created if missing; updates left there by a killed server are removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,26 +74,26 @@ class UpdateShelf:
 
     @property
     def updates(self) -> list[ShelvedUpdate]:
-        """The updates in the order of site names, however they arrived."""
+        """The updates in the order of site names, not of arrival."""
         return [self._updates[site] for site in sorted(self._updates)]
 
     def add(
         self, site: str, weights: Mapping[str, Tensor], scalars: Mapping[str, float], reference: Mapping[str, Tensor]
     ) -> ShelvedUpdate:
-        """Put an admitted update on the shelf.
+        """Save an admitted update.
 
         Args:
             site: the site's name, as admitted.
-            weights: the site's tensors, by the names of `reference`.
+            weights: the site's tensors, with the names of `reference`.
             scalars: the agreed scalars.
-            reference: the weights that the round began with.
+            reference: the weights at the start of the round.
 
         Raises:
-            ValueError: there is an update of this site already.
+            ValueError: there is already an update from this site.
             OSError: the disk is full.
         """
         if site in self._updates:
-            raise ValueError(f"site {site} has an update on the shelf already")
+            raise ValueError(f"there is already an update from site {site} in this round")
         path = self.folder / f"{site}.safetensors"
         norm = change_norm(weights, reference)
         save_tensors(path, weights)
@@ -102,18 +102,18 @@ class UpdateShelf:
         return update
 
     def drop(self, site: str) -> None:
-        """Take one site's update off the shelf; nothing happens where there is none."""
+        """Remove one site's update, if there is one."""
         if (update := self._updates.pop(site, None)) is not None:
             update.path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Take all updates off the shelf, and whatever else a killed server left of some."""
+        """Remove all updates, including partial files left by a killed server."""
         self._updates.clear()
         for path in self.folder.glob("*.safetensors*"):
             path.unlink(missing_ok=True)
 
 
 def change_norm(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """Return ||theta_k - theta|| over all tensors, in double precision, one tensor after the other."""
+    """Return ||theta_k - theta|| over all tensors, in double precision, one tensor at a time."""
     squares = (float((weights[name].double() - start.double()).square().sum()) for name, start in reference.items())
     return math.sqrt(math.fsum(squares))

@@ -23,7 +23,7 @@ def aggregation_rule(name: str) -> AggregationRule:
     """Return the rule of this name.
 
     Raises:
-        ValueError: there is none; the message lists those that there are.
+        ValueError: there is none; the message lists the accepted names.
     """
     if name not in RULES:
         raise ValueError(f"there is no aggregation rule {name!r}; accepted: {', '.join(RULES)}")

@@ -1,4 +1,4 @@
-"""The seam of aggregation: what a rule needs and tolerates, and how it combines updates."""
+"""The interface of an aggregation rule: what it needs and tolerates, and how it combines updates."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Update(Protocol):
 
 
 class RuleSettings(Protocol):
-    """What the plan's `aggregation` section says to a rule."""
+    """The settings that a rule reads from the plan's `aggregation` section."""
 
     @property
     def trim_share(self) -> float:
-        """Share of values that a trimmed mean leaves out at each end."""
+        """Share of the values that a trimmed mean drops at each end."""
 
     @property
     def malicious_sites(self) -> int:
-        """How many hostile sites Krum allows for."""
+        """How many hostile sites Krum assumes."""
 
 
 Votes = Callable[[Sequence[Update], Sequence[float], RuleSettings, int], list[float]]
@@ -59,14 +59,14 @@ def _tolerates_none(_: RuleSettings, sites: int) -> int:
 def keep_shares(
     updates: Sequence[Update], shares: Sequence[float], settings: RuleSettings, rejected: int
 ) -> list[float]:
-    """Return the evidence weights as they are."""
+    """Return the evidence weights unchanged."""
     return list(shares)
 
 
 def equal_votes(
     updates: Sequence[Update], shares: Sequence[float], settings: RuleSettings, rejected: int
 ) -> list[float]:
-    """Return one vote for each update, whatever its evidence weight."""
+    """Return the same vote for each update, whatever its evidence weight."""
     return [1 / len(shares)] * len(shares)
 
 
@@ -75,12 +75,12 @@ class AggregationRule:
     """One rule by which updates become the new global specialist.
 
     Attributes:
-        name: as plans call it.
-        combine: (updates, votes, settings) -> the combined tensors. Every update has a vote above 0.
-        votes: (updates, evidence weights, settings, number of rejected sites) -> what each update counts, summing to
-            one. Every update has an evidence weight above 0.
-        least_updates: settings -> the fewest updates for which the rule keeps its promise.
-        tolerates: (settings, number of sites) -> how many hostile ones among them cannot steer the result.
+        name: its name in plans.
+        combine: (updates, votes, settings) -> the combined tensors. Every vote is above 0.
+        votes: (updates, evidence weights, settings, number of rejected sites) -> each update's vote, summing to one.
+            Every evidence weight is above 0.
+        least_updates: settings -> the fewest updates with which the rule keeps its promise.
+        tolerates: (settings, number of sites) -> how many hostile sites among them cannot steer the result.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Rules that go value by value through the updates' files, block by block.
+"""Rules that combine each coordinate on its own, reading the updates block by block.
 
 Memory depends neither on the number of sites nor on the size of the specialist.
 """
@@ -20,7 +20,7 @@ Block = NDArray[np.float64]
 
 
 def by_coordinate(updates: Sequence[Update], rule: Callable[[Block], Block]) -> dict[str, Tensor]:
-    """Return what a rule makes of each value over the sites: (sites, values) to (values,)."""
+    """Apply a rule from (sites, values) to (values,) to all tensors."""
     result = {}
     for name in updates[0].names:
         first = updates[0].tensor(name)
@@ -31,7 +31,7 @@ def by_coordinate(updates: Sequence[Update], rule: Callable[[Block], Block]) -> 
 
 
 def blocks(updates: Sequence[Update], name: str) -> Iterator[Block]:
-    """Yield a tensor's values at all sites, (sites, up to `BLOCK_VALUES` / sites), piece by piece."""
+    """Yield a tensor's values of all sites in blocks of shape (sites, up to `BLOCK_VALUES` / sites)."""
     size, width = updates[0].tensor(name).numel(), max(1, BLOCK_VALUES // len(updates))
     for start in range(0, size, width):
         block = np.empty((len(updates), min(width, size - start)))

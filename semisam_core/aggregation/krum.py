@@ -19,7 +19,7 @@ def by_krum(updates: Sequence[Update], malicious_sites: int) -> list[int]:
     order of the updates.
 
     Raises:
-        ValueError: n < 2 f + 3, where the rule promises nothing.
+        ValueError: n < 2 f + 3, for which Krum promises nothing.
     """
     count, closest = len(updates), len(updates) - malicious_sites - 2
     if count < 2 * malicious_sites + 3:
@@ -34,7 +34,8 @@ def by_krum(updates: Sequence[Update], malicious_sites: int) -> list[int]:
 def squared_distances(updates: Sequence[Update]) -> NDArray[np.float64]:
     """Return ||theta_i - theta_j||^2, (n, n), in double precision.
 
-    Differences are squared, not norms subtracted: the distance of two updates is tiny beside their norms.
+    Computed from differences rather than from norms and products: the distance of two updates is tiny compared with
+    their norms and would be lost.
     """
     distances = np.zeros((len(updates), len(updates)))
     for name in updates[0].names:
@@ -45,7 +46,7 @@ def squared_distances(updates: Sequence[Update]) -> NDArray[np.float64]:
 
 
 def least_updates(settings: RuleSettings) -> int:
-    """Return 2 f + 3, what Krum's proof asks for."""
+    """Return 2 f + 3, as Krum's proof requires."""
     return 2 * settings.malicious_sites + 3
 
 
@@ -55,7 +56,7 @@ def tolerates(settings: RuleSettings, sites: int) -> int:
 
 
 def malicious_left(settings: RuleSettings, rejected: int) -> int:
-    """Return how many hostile sites may be among the updates: a rejected site is one of those already."""
+    """Return how many hostile sites may still be among the updates: each rejected site was one of them."""
     return max(0, settings.malicious_sites - rejected)
 
 

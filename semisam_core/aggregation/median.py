@@ -1,4 +1,4 @@
-"""The median of each value over the updates (Yin et al., ICML 2018)."""
+"""The coordinate-wise median (Yin et al., ICML 2018)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from semisam_core.aggregation.coordinates import by_coordinate
 
 
 def median(updates: Sequence[Update], votes: Sequence[float], settings: RuleSettings) -> dict[str, Tensor]:
-    """Return the median of each value; votes have no say."""
+    """Return the median of each coordinate; votes are ignored."""
     return by_coordinate(updates, lambda block: np.median(block, axis=0))
 
 

@@ -1,4 +1,4 @@
-"""The mean of each value without the largest and smallest of the updates (Yin et al., ICML 2018)."""
+"""The coordinate-wise mean without the largest and smallest values (Yin et al., ICML 2018)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from semisam_core.aggregation.coordinates import by_coordinate
 
 
 def trimmed_mean(updates: Sequence[Update], votes: Sequence[float], settings: RuleSettings) -> dict[str, Tensor]:
-    """Return the mean of each value without the trim_share of values at each end; votes have no say."""
+    """Return the mean of each coordinate without `trim_share` of the values at each end; votes are ignored."""
     return by_coordinate(updates, lambda block: trim_mean(block, settings.trim_share, axis=0))
 
 
 def _least_updates(settings: RuleSettings) -> int:
-    """Return how many updates it takes until anything is trimmed."""
+    """Return the fewest updates of which any are trimmed."""
     return next(n for n in range(3, 100_000) if int(settings.trim_share * n) > 0)
 
 

@@ -14,15 +14,14 @@ from semisam_core.aggregation.base import AggregationRule, RuleSettings, Update
 def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return sum_k w_k theta_k, accumulated in double precision in the order of site names.
 
-    The fixed order makes the result the same in whatever order replies arrive. One tensor of one site is read at a
-    time.
+    The fixed order makes the result independent of the order of arrival. One tensor of one site is read at a time.
 
     Args:
         updates: admitted updates, at least one, all with the same tensors.
         weights: non-negative, summing to one.
 
     Raises:
-        ValueError: there is no update, or weights do not fit.
+        ValueError: there is no update, or the weights do not fit.
     """
     if not updates or len(updates) != len(weights):
         raise ValueError(f"{len(updates)} updates and {len(weights)} weights cannot be combined")

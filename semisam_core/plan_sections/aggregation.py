@@ -11,19 +11,19 @@ from semisam_core.configuration import Fraction, StrictModel
 
 
 class Admission(StrictModel):
-    """Which updates of a round are left out for their size.
+    """Which updates of a round are rejected for their size.
 
-    `norm_factor`: an update whose change has more than this many times the median norm of the round's changes is left
-    out, where at least three sites took steps. None compares nothing.
+    `norm_factor`: an update is rejected if the norm of its change exceeds this multiple of the round's median, provided
+    that at least three sites took steps. None turns the comparison off.
     """
 
     norm_factor: float | None = Field(default=10.0, gt=1)
 
 
 class ServerOptimizerSettings(StrictModel):
-    """What the server does with the combined specialist; its state is kept beside the checkpoints.
+    """What the server does with the combined specialist; its state is saved beside the checkpoints.
 
-    `none`: takes it as it is. `momentum`: FedAvgM (Hsu et al., 2019). `adam`: FedAdam (Reddi et al., ICLR 2021).
+    `none`: uses it as it is. `momentum`: FedAvgM (Hsu et al., 2019). `adam`: FedAdam (Reddi et al., ICLR 2021).
     `momentum` is the decay of the first moment in both, `second_momentum` and `tau` are adam's beta_2 and tau.
     """
 
@@ -43,25 +43,25 @@ class ServerOptimizerSettings(StrictModel):
 
 
 class Exclusion(StrictModel):
-    """A site that fails `after_failures` rounds in a row is left out of the next `rounds` rounds, then asked again."""
+    """A site that fails `after_failures` rounds in a row sits out the next `rounds` rounds and is then asked again."""
 
     after_failures: int = Field(default=3, ge=1, le=1000)
     rounds: int = Field(default=2, ge=1, le=1000)
 
 
 class Aggregation(StrictModel):
-    """Which updates are admitted, how they are weighed and combined, and how long anybody is waited for.
+    """Which updates are admitted, how they are weighted and combined, and how long the server waits for sites.
 
-    Rules: `weighted-mean` weighs by `weights`. `median` and `trimmed-mean` (without the trim_share at each end) go
-    coordinate by coordinate and weigh all sites alike. `krum` takes the one update that lies closest to the others,
-    `multi-krum` the weighted mean of all but the `malicious_sites` that lie furthest off.
+    Rules: `weighted-mean` uses `weights`. `median` and `trimmed-mean` (without `trim_share` of the values at each end)
+    work coordinate by coordinate and give all sites the same weight. `krum` takes the one update closest to the others,
+    `multi-krum` the weighted mean of all but the `malicious_sites` farthest from the others.
 
     Weights: `samples`: scans used in training. `equal`: one site, one vote. `evidence`: labeled scans plus
-    `unlabeled_share` of the accepted pseudo-labels, the latter ramped up over the study. `confidence`: likewise, but
-    each accepted pseudo-label counts its mean confidence exp(-U) within the target.
+    `unlabeled_share` of the accepted pseudo-labels, ramped up over the study. `confidence`: the same, but each accepted
+    pseudo-label counts as its mean confidence exp(-U) within the target.
 
-    A round counts if `minimum_sites` contribute. Where fewer do, others are waited for, `wait_for_quorum_s` at most; a
-    site that comes back within `rejoin_window_s` of a round's start still takes part in it.
+    A round counts if `minimum_sites` contribute. If fewer do, the server waits for others, `wait_for_quorum_s` at most;
+    a site that returns within `rejoin_window_s` of a round's start still takes part in it.
     """
 
     rule: str = "weighted-mean"
@@ -95,10 +95,10 @@ class Aggregation(StrictModel):
 
     @property
     def least_updates(self) -> int:
-        """How many updates the rule needs for what it promises."""
+        """How many updates the rule needs to keep its promise."""
         return aggregation_rule(self.rule).least_updates(self)
 
     @property
     def tolerated_sites(self) -> int:
-        """How many hostile sites the rule tolerates among the minimum of sites."""
+        """How many hostile sites the rule tolerates among `minimum_sites`."""
         return aggregation_rule(self.rule).tolerates(self, self.minimum_sites)

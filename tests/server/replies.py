@@ -1,4 +1,4 @@
-"""Replies of sites to a training message, as Flower hands them to the server."""
+"""Replies to a training message, as Flower hands them to the server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from semisam_core.contract import specialist_spec
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from server.admission import Admitted, Rejected, admit
+from server.admission import Admitted, NotAdmitted, admit
 
 SCALARS = {"labeled": 1, "unlabeled": 2, "accepted": 1, "gated": 1, "confidence": 0.5, "steps": 2}
 DECLARED = {"labeled": 1.0, "unlabeled": 2.0, "validation": 1.0, "quarantined": 0.0}
@@ -22,18 +22,18 @@ NODE = 7
 
 
 def initial(plan: Plan) -> dict[str, Tensor]:
-    """Return the specialist that the study begins with."""
+    """Return the study's initial specialist."""
     return dict(new_specialist(plan).state_dict())
 
 
 def trained(plan: Plan, seed: int = 0, size: float = 0.01) -> dict[str, Tensor]:
-    """Return a specialist that moved away from the initial one."""
+    """Return a specialist some way from the initial one."""
     generator = torch.Generator().manual_seed(seed)
     return {name: value + size * torch.randn(value.shape, generator=generator) for name, value in initial(plan).items()}
 
 
 def arrays(weights: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return tensors as a site sends them."""
+    """Return tensors in the form in which a site sends them."""
     return ArrayRecord({name: Array(np.ascontiguousarray(value.numpy())) for name, value in weights.items()})
 
 
@@ -46,8 +46,10 @@ def train_records(plan: Plan) -> dict[str, Any]:
     }
 
 
-def answer(plan: Plan, records: Mapping[str, Any], declared: Mapping[str, float] | None = None) -> Admitted | Rejected:
-    """Return what admission says of these records, from site alpha's node."""
+def answer(
+    plan: Plan, records: Mapping[str, Any], declared: Mapping[str, float] | None = None
+) -> Admitted | NotAdmitted:
+    """Return what admission makes of these records from site alpha's node."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, NODE
     reply = Message(RecordDict(dict(records)), reply_to=Message(RecordDict(), NODE, MessageType.TRAIN))
     joined = {NODE: Admitted("alpha", dict(declared or DECLARED), None)}

@@ -1,4 +1,4 @@
-"""A grid whose sites follow a script, on a clock that only waiting moves: hours of a study in a second."""
+"""A grid whose sites follow a script, with a clock that only sleeping advances: hours of a study in a second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRAIN = {"labeled": 1, "unlabeled": 0, "accepted": 0, "confidence": 0.0, "steps"
 
 
 class Time:
-    """A clock that sleeping moves; things happen at their times."""
+    """A clock that sleeping advances; events happen at their times."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -43,7 +43,7 @@ class Time:
 
     def _sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
-        assert len(self.slept) < 100_000, "the server waits without an end"
+        assert len(self.slept) < 100_000, "the server waits forever"
         self.now_s += seconds
         for event in [each for each in self._events if each[0] <= self.now_s]:
             self._events.remove(event)
@@ -54,10 +54,10 @@ Script = Callable[["ScriptedGrid", Message], Message | None]
 
 
 class ScriptedGrid(InProcessGrid):
-    """Nodes with the name of a site each, which answer at once and well unless a script says otherwise.
+    """Nodes with one site name each that reply correctly and at once unless a script says otherwise.
 
-    As in Flower 1.41, a message to a node that is gone is answered by an error whose source is Flower's own node; a
-    message lives for its ttl; each reply is given once.
+    As in Flower, a message to a node that is gone gets an error whose source is Flower's own node; a message lives for
+    its ttl; each reply is handed over once.
     """
 
     def __init__(self, time: Time, *sites: str) -> None:
@@ -65,14 +65,14 @@ class ScriptedGrid(InProcessGrid):
         self.time = time
         self.names = dict(enumerate(sites, start=1))
         self.online = set(self.names)
-        self.seconds: dict[tuple[str, str], float] = defaultdict(float)  # (site, kind): how long it works
-        self.scripts: dict[tuple[str, str, int], list[Script]] = defaultdict(list)  # (site, kind, round): in turn
+        self.seconds: dict[tuple[str, str], float] = defaultdict(float)  # (site, kind): how long the work takes
+        self.scripts: dict[tuple[str, str, int], list[Script]] = defaultdict(list)  # (site, kind, round): used in turn
         self.always: dict[tuple[str, str], Script] = {}
         self.asked: list[tuple[str, str, int]] = []
         self._sent_at: dict[str, float] = {}
         self._lost: set[str] = set()
         self._activations: dict[int, int] = defaultdict(int)
-        self.registered: dict[int, str] = {}  # by which name the key of a node is known to Flower
+        self.registered: dict[int, str] = {}  # the name under which Flower knows a node's key
 
     def get_node_ids(self) -> list[int]:
         return sorted(self.online)
@@ -84,12 +84,12 @@ class ScriptedGrid(InProcessGrid):
         ]
 
     def kill(self, node: int) -> None:
-        """A SuperNode dies: what it was working on is lost."""
+        """Let a SuperNode die: its current work is lost."""
         self.online.discard(node)
         self._lost |= {key for key, sent in self._pending.items() if sent.metadata.dst_node_id == node}
 
     def start(self, site: str, node: int) -> None:
-        """A SuperNode starts."""
+        """Let a SuperNode start."""
         self.names[node] = site
         self._activations[node] += 1
         self.online.add(node)
@@ -137,7 +137,7 @@ class ScriptedGrid(InProcessGrid):
 
 
 def answer_well(grid: ScriptedGrid, sent: Message, **changes: Any) -> Message:
-    """Answer as a good site does; `changes` replace records."""
+    """Reply as a good site does; `changes` replace records."""
     study = sent.content.config_records[STUDY_RECORD]
     name, kind = grid.names[sent.metadata.dst_node_id], sent.metadata.message_type
     about = {"site": name, "round": study["round"], "plan-hash": study["plan-hash"]}
@@ -157,12 +157,12 @@ def answer_well(grid: ScriptedGrid, sent: Message, **changes: Any) -> Message:
 
 
 def silent(grid: ScriptedGrid, sent: Message) -> None:
-    """Never answer this message."""
+    """Never reply to this message."""
     grid._lost.add(sent.metadata.message_id)
 
 
 def refuse(rule: str) -> Script:
-    """Answer by the word of a rule."""
+    """Refuse by a rule."""
 
     def script(grid: ScriptedGrid, sent: Message) -> Message:
         return answer_well(grid, sent, **{REFUSAL_RECORD: ConfigRecord({"rule": rule})})
@@ -171,7 +171,7 @@ def refuse(rule: str) -> Script:
 
 
 def fail(code: int) -> Script:
-    """Answer by an error of Flower's, as where the ClientApp dies."""
+    """Reply with an error from Flower, as if the ClientApp had died."""
 
     def script(grid: ScriptedGrid, sent: Message) -> Message:
         return Message(Error(code, "secret text"), reply_to=sent)
@@ -180,7 +180,7 @@ def fail(code: int) -> Script:
 
 
 def garbage(grid: ScriptedGrid, sent: Message) -> Message:
-    """Answer with records that mean nothing."""
+    """Reply with meaningless records."""
     return Message(RecordDict({SITE_RECORD: MetricRecord({"x": 1})}), reply_to=sent)
 
 
@@ -197,7 +197,7 @@ def weights_of(record: RunFolder, number: int, plan: Plan) -> dict[str, torch.Te
 
 
 def study_plan(*assignments: str, rounds: int = 3, minimum: int = 1) -> Plan:
-    """Return the tiny plan with bounds that the tests name."""
+    """Return the tiny plan with the deadlines that these tests use."""
     fixed = (
         f"training.rounds={rounds}",
         f"aggregation.minimum_sites={minimum}",
@@ -211,7 +211,7 @@ def study_plan(*assignments: str, rounds: int = 3, minimum: int = 1) -> Plan:
 
 
 def grid_of(*sites: str, train_s: float = 0.0) -> ScriptedGrid:
-    """Return a grid of these sites, each of which trains so long."""
+    """Return a grid of these sites, each of which trains for `train_s` seconds."""
     grid = ScriptedGrid(Time(), *sites)
     for site in sites:
         grid.seconds[site, MessageType.TRAIN] = train_s
@@ -219,10 +219,10 @@ def grid_of(*sites: str, train_s: float = 0.0) -> ScriptedGrid:
 
 
 def contributors(record: RunFolder) -> list[str]:
-    """Return for each round who contributed, by name."""
+    """Return the names of the contributing sites, one string per round."""
     return [" ".join(sorted(line["weights"])) for line in record.records("aggregated")]
 
 
 def events(record: RunFolder, kind: str, *keys: str) -> list[tuple[Any, ...]]:
-    """Return these values of each line of a kind."""
+    """Return these values of each line of an event."""
     return [tuple(line[key] for key in keys) for line in record.records(kind)]

@@ -1,4 +1,4 @@
-"""Which replies may count, and why one may not."""
+"""Which replies are admitted, and why one is not."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
-from semisam_core.contract import RejectionRule, specialist_spec
+from semisam_core.contract import RefusalRule, RejectionRule, specialist_spec
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from server.admission import Admitted, Rejected, admit
+from server.admission import Admitted, Failed, NotAdmitted, Refused, Rejected, admit
 
 SCALARS = {"labeled": 1, "unlabeled": 2, "accepted": 0, "confidence": 0.5, "steps": 2, "loss.supervised": -0.5}
 
@@ -31,19 +32,19 @@ def _records(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _admit(plan: Plan, content: dict[str, Any] | Error) -> Admitted | Rejected:
+def _admit(plan: Plan, content: dict[str, Any] | Error) -> Admitted | NotAdmitted:
     asked = Message(RecordDict(), 7, MessageType.TRAIN)
     reply = Message(content if isinstance(content, Error) else RecordDict(content), reply_to=asked)
     return admit(reply, MessageType.TRAIN, 1, plan, specialist_spec(plan))
 
 
-def _admit_scores(plan: Plan, scores: dict[str, float]) -> Admitted | Rejected:
+def _admit_scores(plan: Plan, scores: dict[str, float]) -> Admitted | NotAdmitted:
     content = {"metrics": MetricRecord(dict(scores)), "site": _records(plan)["site"]}
     reply = Message(RecordDict(content), reply_to=Message(RecordDict(), 7, MessageType.EVALUATE))
     return admit(reply, MessageType.EVALUATE, 1, plan, None)
 
 
-def test_a_good_reply_is_admitted_as_it_came(plan: Plan) -> None:
+def test_a_valid_reply_is_admitted_unchanged(plan: Plan) -> None:
     answer = _admit(plan, _records(plan))
     assert isinstance(answer, Admitted)
     assert answer.site == "alpha"
@@ -53,10 +54,36 @@ def test_a_good_reply_is_admitted_as_it_came(plan: Plan) -> None:
     assert all(torch.equal(answer.weights[name], expected[name]) for name in expected)
 
 
-def test_an_error_reply_is_rejected_without_its_text(plan: Plan) -> None:
-    answer = _admit(plan, Error(2, "secret text"))
-    assert isinstance(answer, Rejected)
-    assert "secret" not in answer.reason
+def test_an_error_reply_is_a_failure_and_its_text_is_dropped(plan: Plan) -> None:
+    answer = _admit(plan, Error(ErrorCode.CLIENT_APP_CRASHED, "secret text"))
+    assert isinstance(answer, Failed)
+    assert answer.reason == f"its ClientApp was killed (Flower's error code {ErrorCode.CLIENT_APP_CRASHED})"
+    assert answer.retryable
+
+
+def test_a_site_that_cannot_send_records_refuses_by_an_error_with_the_word(plan: Plan) -> None:
+    answer = _admit(plan, Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "audit-log"))
+    assert isinstance(answer, Refused)
+    assert answer.rule == RefusalRule.AUDIT_LOG
+    assert answer.reason == "refused by rule audit-log"
+
+
+@pytest.mark.parametrize(("word", "rule"), [("storage", RefusalRule.STORAGE), ("<script>", None), (3, None)])
+def test_a_refusal_is_taken_by_its_word_only(plan: Plan, word: str | int, rule: RefusalRule | None) -> None:
+    answer = _admit(plan, _records(plan) | {"refusal": ConfigRecord({"rule": word})})
+    assert answer == Refused("alpha", rule)
+    assert isinstance(answer, Refused)
+    assert answer.reason == f"refused by rule {rule.value if rule is not None else 'unknown'}"
+
+
+TRANSIENT = {"storage", "internal-error", "audit-log", "process-ended", "out-of-time"}
+
+
+@pytest.mark.parametrize("rule", RefusalRule)
+def test_only_refusals_that_may_pass_are_worth_asking_again(plan: Plan, rule: RefusalRule) -> None:
+    answer = _admit(plan, _records(plan) | {"refusal": ConfigRecord({"rule": rule.value})})
+    assert isinstance(answer, Refused)
+    assert answer.retryable == (rule.value in TRANSIENT)
 
 
 @pytest.mark.parametrize(
@@ -65,18 +92,16 @@ def test_an_error_reply_is_rejected_without_its_text(plan: Plan) -> None:
         ({"site": None}, "names no site"),
         ({"site": ConfigRecord({"site": "../x", "round": 1})}, "names no site"),
         ({"site": ConfigRecord({"site": "alpha", "round": 2, "plan-hash": "?"})}, "another round or plan"),
-        ({"refusal": ConfigRecord({"rule": "storage"})}, "refused by rule storage"),
-        ({"refusal": ConfigRecord({"rule": "<script>"})}, "refused by rule unknown"),
         ({"metrics": None}, "no scalars"),
         ({"metrics": MetricRecord(SCALARS | {"patients": 3})}, "not on the agreed list"),
         ({"metrics": MetricRecord({"labeled": 1})}, "are missing"),
         ({"metrics": MetricRecord(SCALARS | {"seconds": float("nan")})}, "seconds is not a finite number"),
         ({"metrics": MetricRecord(SCALARS | {"labeled": [1, 2]})}, "labeled is not a finite number"),
         ({"metrics": MetricRecord(SCALARS | {"labeled": -1})}, "labeled is negative"),
-        ({"metrics": MetricRecord(SCALARS | {"accepted": 1.5})}, "accepted is a count and not a whole number"),
-        ({"metrics": MetricRecord(SCALARS | {"labeled": 1e300})}, "labeled is a count and not a whole number"),
-        ({"metrics": MetricRecord(SCALARS | {"gated.empty": 0.5})}, "gated.empty is a count and not a whole number"),
-        ({"metrics": MetricRecord(SCALARS | {"confidence": 1.01})}, "confidence is a share and above 1"),
+        ({"metrics": MetricRecord(SCALARS | {"accepted": 1.5})}, "accepted is a count but not a whole number"),
+        ({"metrics": MetricRecord(SCALARS | {"labeled": 1e300})}, "labeled is a count but not a whole number"),
+        ({"metrics": MetricRecord(SCALARS | {"gated.empty": 0.5})}, "gated.empty is a count but not a whole number"),
+        ({"metrics": MetricRecord(SCALARS | {"confidence": 1.01})}, "confidence is a share but exceeds 1"),
         ({"metrics": MetricRecord(SCALARS | {"confidence": -0.01})}, "confidence is negative"),
         ({"metrics": MetricRecord(SCALARS | {"confidence": float("nan")})}, "confidence is not a finite number"),
         ({"metrics": MetricRecord({k: v for k, v in SCALARS.items() if k != "confidence"})}, "are missing"),
@@ -84,13 +109,14 @@ def test_an_error_reply_is_rejected_without_its_text(plan: Plan) -> None:
         ({"specialist": ArrayRecord({"x": Array(torch.ones(2).numpy())})}, "agreed tensors are missing"),
     ],
 )
-def test_a_reply_that_is_not_as_agreed_is_rejected_with_the_reason(
+def test_a_reply_that_breaks_the_contract_is_rejected_with_the_reason(
     plan: Plan, change: dict[str, Any], says: str
 ) -> None:
     records = {name: record for name, record in (_records(plan) | change).items() if record is not None}
     answer = _admit(plan, records)
     assert isinstance(answer, Rejected)
     assert says in answer.reason
+    assert not answer.retryable
 
 
 @pytest.mark.parametrize("confidence", [0, 0.0, 1, 1.0])
@@ -103,13 +129,13 @@ def test_a_confidence_at_either_end_is_admitted(plan: Plan, confidence: float) -
 @pytest.mark.parametrize(
     ("scalars", "says"),
     [
-        ({"dice.blob": 1.5}, "dice.blob is a share and above 1"),
-        ({"surface_dice.blob": 100.0}, "surface_dice.blob is a share and above 1"),
-        ({"cases.blob": 0.5}, "cases.blob is a count and not a whole number"),
+        ({"dice.blob": 1.5}, "dice.blob is a share but exceeds 1"),
+        ({"surface_dice.blob": 100.0}, "surface_dice.blob is a share but exceeds 1"),
+        ({"cases.blob": 0.5}, "cases.blob is a count but not a whole number"),
         ({"hd95_mm.blob": -1.0}, "hd95_mm.blob is negative"),
     ],
 )
-def test_a_score_that_cannot_be_is_rejected(plan: Plan, scalars: dict[str, float], says: str) -> None:
+def test_an_impossible_score_is_rejected(plan: Plan, scalars: dict[str, float], says: str) -> None:
     answer = _admit_scores(plan, {"validation": 1} | scalars)
     assert isinstance(answer, Rejected)
     assert says in answer.reason
@@ -125,10 +151,10 @@ def test_a_distance_may_exceed_one(plan: Plan) -> None:
     [
         (lambda value: value * float("nan"), "not finite"),
         (lambda value: value.double(), "float64"),
-        (lambda value: value.flatten()[:1], "agreed is"),
+        (lambda value: value.flatten()[:1], "expected"),
     ],
 )
-def test_tensors_that_are_not_as_agreed_are_rejected(plan: Plan, damage: Any, says: str) -> None:
+def test_tensors_that_break_the_contract_are_rejected(plan: Plan, damage: Any, says: str) -> None:
     weights = dict(new_specialist(plan).state_dict())
     name = next(iter(weights))
     weights[name] = damage(weights[name])
@@ -141,9 +167,9 @@ def test_tensors_that_are_not_as_agreed_are_rejected(plan: Plan, damage: Any, sa
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
-        ({"validation": 2}, "validation is 2, and can be 1 at most"),
-        ({"validation": 1, "cases.blob": 2}, "cases.blob is 2, and can be 1 at most"),
-        ({"validation": 1, "missing_distances.blob": 9}, "missing_distances.blob is 9, and can be 1 at most"),
+        ({"validation": 2}, "validation is 2 but can be at most 1"),
+        ({"validation": 1, "cases.blob": 2}, "cases.blob is 2 but can be at most 1"),
+        ({"validation": 1, "missing_distances.blob": 9}, "missing_distances.blob is 9 but can be at most 1"),
     ],
 )
 def test_scores_of_more_cases_than_the_site_declared_are_rejected(

@@ -1,4 +1,4 @@
-"""What sites say of their pseudo-labels decides what they weigh, from the generalist's answer to the server's mean."""
+"""Confidence in pseudo-labels decides a site's weight: from the generalist's output to the server's mean."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conftest import tiny_plan
 
 MakeSite = Callable[..., Path]
 EAGER = ("pseudo_labels.prompting.threshold=0.01", "pseudo_labels.gates.minimum_volume_ml=0.0")
-WEIGHED = ("aggregation.weights=confidence", "aggregation.unlabeled_share=0.5", *EAGER)
+WEIGHTED = ("aggregation.weights=confidence", "aggregation.unlabeled_share=0.5", *EAGER)
 
 
 def _run(plan: Plan, sites: list[Path], folder: Path) -> list[dict[str, object]]:
@@ -37,7 +37,7 @@ def _train(path: Path, plan: Plan) -> Mapping[str, float]:
 
 
 def test_a_site_sends_the_mean_confidence_of_what_it_accepted(make_site: MakeSite) -> None:
-    scalars = _train(make_site(), tiny_plan(*WEIGHED))
+    scalars = _train(make_site(), tiny_plan(*WEIGHTED))
     assert scalars["accepted"] == 1
     assert 0 < scalars["confidence"] < 1
 
@@ -52,17 +52,17 @@ def test_a_site_without_generalists_has_no_confidence(make_site: MakeSite) -> No
     assert (scalars["accepted"], scalars["confidence"]) == (0, 0.0)
 
 
-def test_a_plan_that_doubts_more_gets_less_confidence(make_site: MakeSite) -> None:
+def test_a_higher_uncertainty_weight_gives_less_confidence(make_site: MakeSite) -> None:
     path = make_site()
     trusting, doubting = (
-        _train(path, tiny_plan(*WEIGHED, f"pseudo_labels.uncertainty.specialist={weight}"))["confidence"]
+        _train(path, tiny_plan(*WEIGHTED, f"pseudo_labels.uncertainty.specialist={weight}"))["confidence"]
         for weight in (1.0, 40.0)
     )
     assert doubting < trusting
 
 
-def test_the_study_weighs_sites_by_what_they_sent(make_site: MakeSite, tmp_path: Path) -> None:
-    plan = tiny_plan(*WEIGHED)
+def test_the_study_weights_sites_by_the_scalars_they_sent(make_site: MakeSite, tmp_path: Path) -> None:
+    plan = tiny_plan(*WEIGHTED)
     sites = [
         make_site("alpha", data={"labeled": ["case-0", "case-1"]}),
         make_site("gamma", first_seed=20, data={"labeled": [], "validation": []}),
@@ -81,10 +81,8 @@ def test_the_study_weighs_sites_by_what_they_sent(make_site: MakeSite, tmp_path:
         assert combined["weights"] == pytest.approx({site: value / sum(raw.values()) for site, value in raw.items()})
 
 
-def test_an_unlabeled_site_that_doubts_all_it_accepted_weighs_next_to_nothing(
-    make_site: MakeSite, tmp_path: Path
-) -> None:
-    plan = tiny_plan(*WEIGHED, "pseudo_labels.uncertainty.specialist=1000000.0", "training.rounds=1")
+def test_an_unlabeled_site_unsure_of_all_it_accepted_has_next_to_no_weight(make_site: MakeSite, tmp_path: Path) -> None:
+    plan = tiny_plan(*WEIGHTED, "pseudo_labels.uncertainty.specialist=1000000.0", "training.rounds=1")
     sites = [make_site("alpha"), make_site("gamma", first_seed=20, data={"labeled": [], "validation": []})]
     lines = _run(plan, sites, tmp_path / "run")
     (unsure,) = [line for line in lines if line["event"] == "trained" and line["site"] == "gamma"]

@@ -1,4 +1,4 @@
-"""What really happens to sites during a study, and what the server makes of it. Time is scripted."""
+"""What happens to sites during a study, and how the server reacts. Time is scripted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 # Deadlines
 
 
-def test_a_round_ends_when_all_have_answered_and_waits_no_longer(tmp_path: Path) -> None:
+def test_a_round_ends_as_soon_as_all_sites_have_replied(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta", train_s=100)
     run(grid, study_plan(), tmp_path, 2)
     assert 300 <= grid.time.now_s < 310
@@ -65,7 +65,7 @@ def test_a_site_that_hangs_costs_one_deadline_and_is_named(tmp_path: Path) -> No
     assert HOUR <= grid.time.now_s < HOUR + 10
 
 
-def test_a_late_answer_is_recorded_and_never_aggregated(tmp_path: Path) -> None:
+def test_a_late_reply_is_recorded_and_never_aggregated(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta", train_s=10)
 
     def late(grid: ScriptedGrid, sent: Message) -> Message | None:
@@ -88,16 +88,16 @@ def test_a_late_answer_is_recorded_and_never_aggregated(tmp_path: Path) -> None:
     assert _same(weights_of(record, 3, study_plan()), weights_of(expected, 3, study_plan()))
 
 
-def test_an_answer_that_outlives_its_message_is_dropped_by_flower_and_not_waited_for(tmp_path: Path) -> None:
+def test_the_server_does_not_wait_for_a_reply_after_flower_has_dropped_the_message(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta", train_s=10)
     grid.scripts["beta", TRAIN, 1] = [silent]
-    grid.seconds["alpha", TRAIN] = HOUR - 10  # the second round outlasts the life of the first one's message
+    grid.seconds["alpha", TRAIN] = HOUR - 10  # the second round outlasts the lifetime of the first one's message
     record = run(grid, study_plan(), tmp_path, 2)
     assert contributors(record) == ["alpha", "alpha beta", "alpha beta"]
     assert record.records("late") == []
 
 
-def test_a_site_that_is_still_at_work_is_not_asked_for_scores_before_the_end(tmp_path: Path) -> None:
+def test_a_site_still_training_is_asked_for_scores_only_at_the_end(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta")
     grid.scripts["beta", TRAIN, 1] = [silent]
     run(grid, study_plan("evaluation.every_rounds=1"), tmp_path, 2)
@@ -106,7 +106,7 @@ def test_a_site_that_is_still_at_work_is_not_asked_for_scores_before_the_end(tmp
     assert ("beta", 3) in scored
 
 
-def test_sites_that_connect_one_after_another_are_waited_for_until_all_are_there(tmp_path: Path) -> None:
+def test_the_server_waits_for_sites_that_connect_one_after_another(tmp_path: Path) -> None:
     grid = grid_of("alpha")
     grid.time.at(20, lambda: grid.start("beta", 2))
     grid.time.at(40, lambda: grid.start("gamma", 3))
@@ -114,7 +114,7 @@ def test_sites_that_connect_one_after_another_are_waited_for_until_all_are_there
     assert contributors(record)[0] == "alpha beta gamma"
 
 
-def test_the_memory_of_the_server_holds_one_update_at_a_time(tmp_path: Path) -> None:
+def test_the_server_holds_one_update_in_memory_at_a_time(tmp_path: Path) -> None:
     grid = grid_of(*(f"site-{k}" for k in range(12)))
     shelved: list[int] = []
 
@@ -129,11 +129,11 @@ def test_the_memory_of_the_server_holds_one_update_at_a_time(tmp_path: Path) -> 
     assert list((tmp_path / "incoming").iterdir()) == []
 
 
-# Sites that answer badly
+# Bad replies
 
 
 @pytest.mark.parametrize("script", [refuse("storage"), garbage, fail(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)])
-def test_a_bad_answer_costs_its_site_the_round_and_nobody_else(tmp_path: Path, script: Callable[..., Message]) -> None:
+def test_a_bad_reply_costs_only_its_own_site_the_round(tmp_path: Path, script: Callable[..., Message]) -> None:
     grid = grid_of("alpha", "beta")
     grid.scripts["beta", TRAIN, 2] = [script]
     record = run(grid, study_plan(), tmp_path, 2)
@@ -143,7 +143,7 @@ def test_a_bad_answer_costs_its_site_the_round_and_nobody_else(tmp_path: Path, s
     assert "secret" not in reason
 
 
-def test_a_reply_that_flower_cannot_unpack_costs_its_site_the_round_and_nobody_else(tmp_path: Path) -> None:
+def test_a_reply_that_flower_cannot_unpack_costs_only_its_own_site_the_round(tmp_path: Path) -> None:
     def torn(grid: ScriptedGrid, sent: Message) -> Message:
         raise ValueError("no such object")
 
@@ -159,7 +159,7 @@ def _busy(*_: object) -> Any:
     raise httpx.HTTPStatusError("database is locked", request=asked, response=httpx.Response(500, request=asked))
 
 
-def test_a_superlink_that_cannot_answer_for_a_moment_costs_no_site_its_work(tmp_path: Path) -> None:
+def test_a_superlink_that_is_busy_for_a_moment_costs_no_site_its_work(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta")
     grid.scripts["alpha", TRAIN, 2] = [_busy, _busy]
     record = run(grid, study_plan(), tmp_path, 2)
@@ -168,7 +168,7 @@ def test_a_superlink_that_cannot_answer_for_a_moment_costs_no_site_its_work(tmp_
 
 
 @pytest.mark.parametrize("call", ["push_messages", "get_nodes"])
-def test_a_superlink_that_cannot_answer_for_a_moment_does_not_end_the_run(tmp_path: Path, call: str) -> None:
+def test_a_superlink_that_is_busy_for_a_moment_does_not_end_the_run(tmp_path: Path, call: str) -> None:
     grid = grid_of("alpha", "beta", train_s=100)
     well = getattr(grid, call)
     grid.time.at(99.9, lambda: setattr(grid, call, _busy))
@@ -177,7 +177,7 @@ def test_a_superlink_that_cannot_answer_for_a_moment_does_not_end_the_run(tmp_pa
     assert contributors(record) == ["alpha beta"] * 3
 
 
-def test_an_update_in_the_name_of_another_site_is_refused(tmp_path: Path) -> None:
+def test_an_update_in_the_name_of_another_site_is_rejected(tmp_path: Path) -> None:
     plan = study_plan()
 
     def forged(grid: ScriptedGrid, sent: Message) -> Message:
@@ -189,23 +189,23 @@ def test_an_update_in_the_name_of_another_site_is_refused(tmp_path: Path) -> Non
     record = run(grid, plan, tmp_path, 2)
     assert contributors(record)[0] == "alpha"
     assert events(record, "refused", "site", "reason") == [
-        ("beta", "the reply is not of the site that joined from its node")
+        ("beta", "the reply is not from the site that joined from its node")
     ]
 
 
-def test_a_site_that_keeps_failing_is_left_out_and_asked_again_later(tmp_path: Path) -> None:
+def test_a_site_that_keeps_failing_is_excluded_and_asked_again_later(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta")
     grid.always["beta", TRAIN] = refuse("training-diverged")
     plan = study_plan("aggregation.exclusion={after_failures: 2, rounds: 2}", rounds=7)
     record = run(grid, plan, tmp_path, 2)
     asked = [number for site, kind, number in grid.asked if (site, kind) == ("beta", TRAIN)]
-    assert asked == [1, 2, 5]  # left out of 3 and 4; failed again in 5, left out of 6 and 7
+    assert asked == [1, 2, 5]  # excluded from 3 and 4; failed again in 5, excluded from 6 and 7
     assert events(record, "excluded", "site", "round", "until") == [("beta", 2, 4), ("beta", 5, 7)]
     assert {line["reason"] for line in record.records("excluded")} == {"refused by rule training-diverged"}
     assert contributors(record) == ["alpha"] * 7
 
 
-def test_a_round_that_succeeds_ends_a_row_of_failures(tmp_path: Path) -> None:
+def test_a_successful_round_resets_the_count_of_failures(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta")
     for number in (1, 2, 4, 5):
         grid.scripts["beta", TRAIN, number] = [refuse("training-diverged")]
@@ -213,7 +213,7 @@ def test_a_round_that_succeeds_ends_a_row_of_failures(tmp_path: Path) -> None:
     assert record.records("excluded") == []
 
 
-def test_leaving_out_never_takes_a_study_below_its_quorum(tmp_path: Path) -> None:
+def test_exclusion_never_takes_a_study_below_its_quorum(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta", "gamma")
     grid.scripts["gamma", TRAIN, 1] = [refuse("training-diverged")]
     grid.scripts["beta", TRAIN, 2] = [refuse("training-diverged")]
@@ -223,7 +223,7 @@ def test_leaving_out_never_takes_a_study_below_its_quorum(tmp_path: Path) -> Non
     assert contributors(record) == ["alpha beta", "alpha gamma", "alpha beta gamma"]
 
 
-def test_a_resumed_server_remembers_who_is_left_out(tmp_path: Path) -> None:
+def test_a_resumed_server_remembers_which_sites_are_excluded(tmp_path: Path) -> None:
     plan = study_plan("aggregation.exclusion={after_failures: 2, rounds: 2}", rounds=6)
     grid = grid_of("alpha", "beta")
     grid.always["beta", TRAIN] = refuse("training-diverged")
@@ -240,11 +240,11 @@ def test_a_resumed_server_remembers_who_is_left_out(tmp_path: Path) -> None:
     assert [number for site, kind, number in again.asked if (site, kind) == ("beta", TRAIN)] == [5]
 
 
-# What the server keeps of a run, and tells sites
+# What the server keeps, and what it tells sites
 
 
 @pytest.mark.parametrize("optimizer", ["none", "momentum", "adam"])
-def test_a_study_whose_newest_checkpoint_is_torn_goes_on_from_the_one_before(tmp_path: Path, optimizer: str) -> None:
+def test_a_study_whose_newest_checkpoint_is_corrupt_resumes_from_the_one_before(tmp_path: Path, optimizer: str) -> None:
     rate = "null" if optimizer == "none" else "0.5"
     plan = study_plan(f"aggregation.server_optimizer={{name: {optimizer}, learning_rate: {rate}}}", rounds=4)
     whole = run(grid_of("alpha", "beta"), plan, tmp_path / "whole", 2)
@@ -258,7 +258,7 @@ def test_a_study_whose_newest_checkpoint_is_torn_goes_on_from_the_one_before(tmp
     assert events(record, "set-aside", "checkpoint") == [(4,)]
 
 
-def test_a_site_is_told_once_by_which_rule_its_answer_was_left_out(tmp_path: Path) -> None:
+def test_a_site_is_told_once_which_rule_rejected_its_reply(tmp_path: Path) -> None:
     plan, told = study_plan(), []
 
     def listening(grid: ScriptedGrid, sent: Message) -> Message:
@@ -274,7 +274,7 @@ def test_a_site_is_told_once_by_which_rule_its_answer_was_left_out(tmp_path: Pat
     assert contributors(record) == ["alpha", "alpha beta", "alpha beta"]
 
 
-def test_a_rule_that_bears_hostile_sites_is_not_stopped_by_one_that_sends_nonsense(tmp_path: Path) -> None:
+def test_a_hostile_site_cannot_stop_a_robust_rule_by_sending_nonsense(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta", "gamma")
     grid.always["gamma", TRAIN] = lambda grid, sent: answer_well(grid, sent, more=ConfigRecord({"x": 1}))
     record = run(grid, study_plan("aggregation.rule=median", minimum=3), tmp_path, 3)
@@ -282,11 +282,19 @@ def test_a_rule_that_bears_hostile_sites_is_not_stopped_by_one_that_sends_nonsen
     assert grid.time.now_s < 10
 
 
+def test_a_reply_without_a_name_is_rejected_like_any_other_nonsense(tmp_path: Path) -> None:
+    grid = grid_of("alpha", "beta", "gamma")
+    grid.scripts["gamma", TRAIN, 1] = [garbage]
+    record = run(grid, study_plan("aggregation.rule=median", minimum=3), tmp_path, 3)
+    assert contributors(record) == ["alpha beta", "alpha beta gamma", "alpha beta gamma"]
+    assert events(record, "refused", "site", "rule") == [("gamma", "records-not-as-agreed")]
+
+
 @pytest.mark.parametrize(
     ("rule", "minimum", "hostile"),
     [("median", 3, 2), ("median", 5, 3), ("trimmed-mean", 5, 2), ("krum", 5, 2), ("multi-krum", 5, 2)],
 )
-def test_a_round_of_which_more_is_rejected_than_the_rule_bears_does_not_count(
+def test_a_round_with_more_rejections_than_the_rule_tolerates_does_not_count(
     tmp_path: Path, rule: str, minimum: int, hostile: int
 ) -> None:
     grid = grid_of(*(f"site-{k}" for k in range(minimum)))
@@ -300,7 +308,13 @@ def test_a_round_of_which_more_is_rejected_than_the_rule_bears_does_not_count(
 # Too few sites
 
 
-def test_a_round_waits_for_a_quorum_and_says_for_whom(tmp_path: Path) -> None:
+def test_validation_selects_the_later_of_two_equal_rounds(tmp_path: Path) -> None:
+    plan = study_plan("selection=validation", "evaluation.every_rounds=1")
+    record = run(grid_of("alpha", "beta"), plan, tmp_path, 2)
+    assert events(record, "selected", "round") == [(3,)]
+
+
+def test_a_round_waits_for_a_quorum_and_names_the_missing_sites(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta", train_s=100)
     seen: list[dict[str, Any]] = []
     grid.time.at(50, lambda: grid.kill(2))
@@ -315,7 +329,7 @@ def test_a_round_waits_for_a_quorum_and_says_for_whom(tmp_path: Path) -> None:
     assert events(record, "waiting", "round", "sites") == [(1, ["beta"])]
 
 
-def test_a_quorum_that_does_not_come_ends_the_study_at_its_bound_with_all_work_kept(tmp_path: Path) -> None:
+def test_a_quorum_that_is_never_reached_ends_the_study_at_the_limit_and_keeps_all_rounds(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta", train_s=100)
     grid.time.at(150, lambda: grid.kill(2))
     plan = study_plan(minimum=2)
@@ -328,7 +342,7 @@ def test_a_quorum_that_does_not_come_ends_the_study_at_its_bound_with_all_work_k
     assert _same(weights_of(run(again, plan, tmp_path, 2), 3, plan), weights_of(whole, 3, plan))
 
 
-def test_sites_that_refuse_for_good_are_not_waited_for(tmp_path: Path) -> None:
+def test_a_round_does_not_wait_for_sites_whose_refusal_will_not_pass(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta")
     grid.always["beta", TRAIN] = refuse("training-diverged")
     with pytest.raises(StudyFailedError, match="beta: refused by rule training-diverged"):
@@ -344,7 +358,16 @@ def test_a_site_whose_disk_was_full_is_asked_again_while_a_quorum_is_missing(tmp
     assert grid.time.now_s < 70
 
 
-def test_a_site_is_asked_a_few_times_in_a_round_and_no_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", ["process-ended", "out-of-time", "internal-error", "audit-log"])
+def test_a_refusal_that_may_pass_is_asked_again_while_a_quorum_is_missing(tmp_path: Path, rule: str) -> None:
+    grid = grid_of("alpha", "beta")
+    grid.scripts["beta", TRAIN, 1] = [refuse(rule)]
+    record = run(grid, study_plan(minimum=2), tmp_path, 2)
+    assert contributors(record) == ["alpha beta"] * 3
+    assert grid.time.now_s < 40
+
+
+def test_a_site_is_asked_at_most_three_times_per_round(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta")
     grid.always["beta", TRAIN] = refuse("storage")
     with pytest.raises(StudyFailedError, match="beta: refused by rule storage"):
@@ -352,7 +375,7 @@ def test_a_site_is_asked_a_few_times_in_a_round_and_no_more(tmp_path: Path) -> N
     assert [site for site, kind, _ in grid.asked if kind == TRAIN].count("beta") == 3
 
 
-def test_the_status_names_the_sites_that_are_waited_for(tmp_path: Path) -> None:
+def test_the_status_names_the_sites_being_waited_for(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta", "gamma")
     grid.seconds["beta", TRAIN] = grid.seconds["gamma", TRAIN] = 100
     seen: list[dict[str, Any]] = []

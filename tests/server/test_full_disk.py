@@ -1,4 +1,4 @@
-"""A server whose disk is full says so, tears nothing, and goes on when there is room again."""
+"""A server whose disk is full says so, corrupts nothing, and resumes once there is space again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DISK_BYTES = 2_000_000
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder on a disk of its own that is soon full."""
+    """Return a folder on a small disk of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
@@ -48,7 +48,7 @@ def _serve(grid: ScriptedGrid, plan: Plan, folder: Path) -> None:
 
 
 def _filling(disk: Path, room: int) -> Script:
-    """Return a site that answers well, just after something else has filled the server's disk but for some room."""
+    """Return a good site; before it replies, something else fills the server's disk, leaving `room` bytes."""
 
     def script(grid: ScriptedGrid, sent: Message) -> Message:
         with (disk / "something-else").open("wb", buffering=0) as file:
@@ -67,7 +67,7 @@ def _grid() -> ScriptedGrid:
 
 
 @pytest.mark.parametrize("updates", [0, 0.5, 1.2, 2.3, 3.3])
-def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_room_lets_it_go_on(
+def test_a_full_disk_ends_the_run_with_a_message_and_the_run_resumes_once_there_is_space(
     small_disk: Path, tmp_path: Path, updates: float
 ) -> None:
     whole = run(_grid(), _plan(), tmp_path / "whole", 2)
@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_room_lets_it_go_o
         _serve(grid, _plan(), small_disk / "run")
     status = json.loads((small_disk / "run" / "status.json").read_text())
     assert status["state"] == "failed"
-    assert "the disk is full. All finished rounds are kept; make room, then resume." in status["reason"]
+    assert "the disk is full. All finished rounds are kept; free some space, then resume." in status["reason"]
     assert not list(small_disk.glob("run/**/.*.tmp*"))
     (small_disk / "something-else").unlink()
     _serve(_grid(), _plan(), small_disk / "run")
@@ -101,8 +101,8 @@ def _serve_with_small_files(folder: Path) -> None:
     _serve(grid, _plan(), folder)
 
 
-def test_files_that_may_not_grow_end_the_run_likewise(tmp_path: Path) -> None:
-    """As on a disk that is full, wherever these tests run: the kernel itself refuses to write."""
+def test_a_file_size_limit_ends_the_run_in_the_same_way(tmp_path: Path) -> None:
+    """Like a full disk, but without mounting one: the kernel itself refuses to write."""
     folder = tmp_path / "run"
     process = multiprocessing.get_context("fork").Process(target=_serve_with_small_files, args=(folder,))
     process.start()
@@ -114,7 +114,7 @@ def test_files_that_may_not_grow_end_the_run_likewise(tmp_path: Path) -> None:
         process.join()
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed"
-    assert "the file grows too large" in status["reason"]
+    assert "the file is too large" in status["reason"]
     whole = run(_grid(), _plan(), tmp_path / "whole", 2)
     _serve(_grid(), _plan(), folder)
     expected = weights_sha256(weights_of(whole, 3, _plan()))

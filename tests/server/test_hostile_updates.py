@@ -1,4 +1,4 @@
-"""What a hostile or broken site may send, and what becomes of it: rejected by rule, or bounded by a robust rule."""
+"""What a hostile or broken site may send, and how it is stopped: rejected, or bounded by a robust rule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NPY = b"\x93NUMPY\x01\x00"
 
 
 class _RaisingArray(Array):
-    """An array whose bytes are fetched when they are read, which fails."""
+    """An array whose bytes fail to load when they are read."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "data":
@@ -108,7 +108,7 @@ CORPUS: dict[str, tuple[Callable[[Plan, Records], Records], RejectionRule]] = {
     "float64": (_tensor(lambda t: t.double()), RejectionRule.TENSORS),
     "float16": (_tensor(lambda t: t.half()), RejectionRule.TENSORS),
     "whole numbers": (_tensor(lambda t: t.int()), RejectionRule.TENSORS),
-    "said to be bfloat16": (_array(lambda a: Array("bfloat16", a.shape, a.stype, a.data)), RejectionRule.TENSORS),
+    "claims to be bfloat16": (_array(lambda a: Array("bfloat16", a.shape, a.stype, a.data)), RejectionRule.TENSORS),
     "bfloat16 bytes": (_bytes(_saved(np.zeros(2, "V2"))), RejectionRule.UNREADABLE),
     "missing key": (_without_a_key, RejectionRule.TENSORS),
     "foreign key": (_with_a_foreign_key, RejectionRule.TENSORS),
@@ -130,20 +130,20 @@ CORPUS: dict[str, tuple[Callable[[Plan, Records], Records], RejectionRule]] = {
         _bytes(_header("{'descr': '<f4', 'fortran_order': True, 'shape': (2,), }\n", bytes(8))),
         RejectionRule.UNREADABLE,
     ),
-    "bytes that promise a terabyte": (
+    "a header that claims a terabyte": (
         _bytes(_header("{'descr': '<f4', 'fortran_order': False, 'shape': (250000000000,), }\n")),
         RejectionRule.UNREADABLE,
     ),
-    "a header that is nested": (_bytes(_header("(" * 900)), RejectionRule.UNREADABLE),
+    "a deeply nested header": (_bytes(_header("(" * 900)), RejectionRule.UNREADABLE),
     "a header that is code": (_bytes(_header("__import__('os').abort()")), RejectionRule.UNREADABLE),
     "another serialization": (_array(lambda a: Array(a.dtype, a.shape, "pickle", a.data)), RejectionRule.UNREADABLE),
-    "bytes that cannot be fetched": (
+    "bytes that fail to load": (
         _array(lambda a: _RaisingArray(a.dtype, a.shape, a.stype, a.data)),
         RejectionRule.UNREADABLE,
     ),
     "replayed round": (_about(round=0), RejectionRule.ANOTHER_ROUND),
-    "a round to come": (_about(round=2), RejectionRule.ANOTHER_ROUND),
-    "a round that is no number": (_about(round="1"), RejectionRule.ANOTHER_ROUND),
+    "a future round": (_about(round=2), RejectionRule.ANOTHER_ROUND),
+    "a round that is not a number": (_about(round="1"), RejectionRule.ANOTHER_ROUND),
     "a round that equals one": (_about(round=True), RejectionRule.ANOTHER_ROUND),
     "other plan": (_about(**{"plan-hash": "0" * 64}), RejectionRule.ANOTHER_ROUND),
     "the name of another site": (_about(site="beta"), RejectionRule.ANOTHER_SITE),
@@ -160,7 +160,7 @@ CORPUS: dict[str, tuple[Callable[[Plan, Records], Records], RejectionRule]] = {
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_a_hostile_reply_is_rejected_by_rule_and_nothing_of_it_is_kept(name: str, plan: Plan) -> None:
+def test_a_hostile_reply_is_rejected_by_the_right_rule(name: str, plan: Plan) -> None:
     hostile, rule = CORPUS[name]
     began = time.monotonic()
     found = answer(plan, hostile(plan, train_records(plan)))
@@ -170,7 +170,7 @@ def test_a_hostile_reply_is_rejected_by_rule_and_nothing_of_it_is_kept(name: str
     assert time.monotonic() - began < 5
 
 
-def test_the_same_reply_unharmed_is_admitted_bit_by_bit(plan: Plan) -> None:
+def test_the_honest_reply_is_admitted_unchanged(plan: Plan) -> None:
     found = answer(plan, train_records(plan))
     assert isinstance(found, Admitted)
     assert found.weights is not None
@@ -178,7 +178,7 @@ def test_the_same_reply_unharmed_is_admitted_bit_by_bit(plan: Plan) -> None:
     assert all(torch.equal(found.weights[name], value) for name, value in trained(plan).items())
 
 
-def test_a_scan_that_was_quarantined_and_has_been_repaired_may_count(plan: Plan) -> None:
+def test_a_repaired_scan_may_count_although_it_was_quarantined(plan: Plan) -> None:
     records = train_records(plan) | {"metrics": MetricRecord(SCALARS | {"labeled": 2})}
     assert isinstance(answer(plan, records, DECLARED | {"quarantined": 1.0}), Admitted)
     records = train_records(plan) | {"metrics": MetricRecord(SCALARS | {"labeled": 2, "unlabeled": 3})}
@@ -187,7 +187,7 @@ def test_a_scan_that_was_quarantined_and_has_been_repaired_may_count(plan: Plan)
     assert found.rule == RejectionRule.COUNTS
 
 
-def test_pseudo_labels_under_a_plan_without_any_are_a_lie(plan: Plan) -> None:
+def test_pseudo_labels_under_a_plan_without_them_are_rejected(plan: Plan) -> None:
     without = plan.model_copy(update={"pseudo_labels": None})
     found = answer(without, train_records(without))
     assert isinstance(found, Rejected)
@@ -197,7 +197,7 @@ def test_pseudo_labels_under_a_plan_without_any_are_a_lie(plan: Plan) -> None:
 
 
 def _round(plan: Plan, folder: Path, hostile: dict[str, Tensor], steps: int = 2) -> UpdateShelf:
-    """Return a round's shelf: four honest sites whose changes have norms 1 to 4, and one that is not."""
+    """Return a round's shelf: four honest sites whose changes have norms 1 to 4, and a hostile one."""
     start, shelf = initial(plan), UpdateShelf(folder)
     for k in range(1, 5):
         shelf.add(f"honest-{k}", _moved(plan, k), {"steps": 2}, start)
@@ -220,23 +220,21 @@ ROUNDS: dict[str, tuple[float, int, RejectionRule]] = {
 
 
 @pytest.mark.parametrize("name", ROUNDS)
-def test_a_change_that_does_not_fit_its_round_is_rejected_and_the_others_stay(
-    name: str, plan: Plan, tmp_path: Path
-) -> None:
+def test_an_outlier_is_rejected_and_the_others_stay(name: str, plan: Plan, tmp_path: Path) -> None:
     times, steps, rule = ROUNDS[name]
     (found,) = outliers(_round(plan, tmp_path, _moved(plan, times), steps).updates, Admission(norm_factor=10.0))
     assert (found.site, found.rule) == ("mallory", rule)
 
 
 @pytest.mark.parametrize(("times", "steps"), [(1e-6, 2), (9.0, 2), (-1.0, 2), (0.0, 0)])
-def test_a_small_change_and_one_within_the_factor_and_none_without_steps_are_left_in(
+def test_small_changes_changes_within_the_factor_and_no_change_without_steps_are_kept(
     times: float, steps: int, plan: Plan, tmp_path: Path
 ) -> None:
     shelf = _round(plan, tmp_path, _moved(plan, times), steps)
     assert outliers(shelf.updates, Admission(norm_factor=10.0)) == []
 
 
-def test_no_norm_is_compared_where_the_plan_says_so_or_where_only_two_sites_took_steps(
+def test_norms_are_not_compared_if_the_plan_says_so_or_fewer_than_three_sites_took_steps(
     plan: Plan, tmp_path: Path
 ) -> None:
     shelf = _round(plan, tmp_path, _moved(plan, 1e9))
@@ -247,7 +245,7 @@ def test_no_norm_is_compared_where_the_plan_says_so_or_where_only_two_sites_took
     assert outliers(shelf.updates, Admission()) == []
 
 
-def test_sites_that_took_no_step_do_not_draw_the_median_to_zero(plan: Plan, tmp_path: Path) -> None:
+def test_sites_without_steps_do_not_pull_the_median_to_zero(plan: Plan, tmp_path: Path) -> None:
     shelf = _round(plan, tmp_path, _moved(plan, 2.0))
     for k in range(8):
         shelf.add(f"idle-{k}", initial(plan), {"steps": 0}, initial(plan))
@@ -264,9 +262,9 @@ MEAN = Aggregation(weights="equal")
 
 
 def _distance(plan: Plan, policy: Aggregation, attack: float) -> float:
-    """Return how far a round with one sign-flipped update ends from where the honest ones alone would end.
+    """Return how far one sign-flipped update moves a round's result from that of the honest updates alone.
 
-    In units of the honest change; honest sites agree up to a tenth of it.
+    The unit is the honest change; honest sites differ by up to a tenth of it.
     """
     honest = [_noisy(plan, k) for k in range(4)]
     updates = [MemoryUpdate(f"s{k}", weights, {}) for k, weights in enumerate([*honest, _moved(plan, attack)])]
@@ -286,9 +284,9 @@ def _noisy(plan: Plan, seed: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rule", ROBUST)
 @pytest.mark.parametrize("attack", [-1.0, -9.0])
-def test_a_flipped_update_of_ordinary_norm_moves_a_robust_rule_little_and_the_mean_much(
+def test_a_flipped_update_of_normal_size_moves_robust_rules_little_and_the_mean_a_lot(
     rule: str, attack: float, plan: Plan
 ) -> None:
-    """Admission cannot see a change whose norm is ordinary; the mean of five goes a fifth of the way with it."""
+    """Admission cannot detect a change of normal size; the mean of five follows it a fifth of the way."""
     assert _distance(plan, ROBUST[rule], attack) < 0.15
     assert _distance(plan, MEAN, attack) > 0.18 * (1 - attack)

@@ -1,4 +1,4 @@
-"""A server that is killed at any point goes on to the weights, scores and report of one that was not."""
+"""A server killed at any point resumes to the same weights, scores and report."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def whole(hospitals: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the run folder of a study that nobody killed."""
+    """Return the run folder of a study that was not killed."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole")
     _study(hospitals, folder, tiny_plan(*PLAN)).execute()
@@ -56,7 +56,7 @@ def _study(sites: list[Path], folder: Path, plan: Plan) -> Study:
 
 
 def _die_at(owner: object, name: str, moment: Callable[..., bool]) -> None:
-    """Let this process kill itself when a function is called at a moment."""
+    """Kill this process when a function is called and `moment` says so."""
     original = getattr(owner, name)
 
     def patched(*arguments: Any, **named: Any) -> Any:
@@ -68,7 +68,7 @@ def _die_at(owner: object, name: str, moment: Callable[..., bool]) -> None:
 
 
 def _second(round_number: int) -> Callable[..., bool]:
-    """Return a test for the second call in a round."""
+    """Return a predicate that is true at the second call in a round."""
     calls: list[int] = []
 
     def moment(*arguments: Any, **named: Any) -> bool:
@@ -79,7 +79,7 @@ def _second(round_number: int) -> Callable[..., bool]:
 
 
 def _configure() -> None:
-    _die_at(Mailbox, "ask", lambda _, node, site, kind, number, *rest: (site, kind, number) == ("beta", "train", 2))
+    _die_at(Mailbox, "send", lambda _, node, site, kind, number, *rest: (site, kind, number) == ("beta", "train", 2))
 
 
 def _receive() -> None:
@@ -126,7 +126,7 @@ def _run_and_die(hook: Callable[[], None], sites: list[Path], folder: Path) -> N
     [_configure, _receive, _aggregate, _save, _record, _evaluate, _last_scores, _select],
     ids=lambda h: h.__name__,
 )
-def test_a_server_that_is_killed_goes_on_as_if_nothing_had_been(
+def test_a_killed_server_resumes_as_if_nothing_had_happened(
     hook: Callable[[], None], hospitals: list[Path], whole: Path, tmp_path: Path
 ) -> None:
     process = multiprocessing.get_context("fork").Process(target=_run_and_die, args=(hook, hospitals, tmp_path))
@@ -158,7 +158,7 @@ def _facts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in ("time", "seconds")} for line in lines]
 
 
-def test_a_round_that_was_cut_is_not_counted_twice(whole: Path, tmp_path: Path) -> None:
+def test_an_interrupted_round_is_not_counted_twice(whole: Path, tmp_path: Path) -> None:
     record = RunFolder(tmp_path)
     for line in read_json_lines(whole / "metrics.jsonl"):
         record.record(**{key: value for key, value in line.items() if key != "time"})

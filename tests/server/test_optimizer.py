@@ -1,4 +1,4 @@
-"""Server optimizers against the formulas of their papers and Flower's strategies, and their state across a kill."""
+"""Server optimizers agree with their papers' formulas and Flower's strategies, and resume after a kill."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _start(plan: Plan) -> dict[str, Tensor]:
 
 
 def _combined(current: dict[str, Tensor], number: int) -> dict[str, Tensor]:
-    """Return what sites would have made of the current specialist."""
+    """Return the current specialist after a round of training."""
     generator = torch.Generator().manual_seed(number)
     return {name: value + 0.01 * torch.randn(value.shape, generator=generator) for name, value in current.items()}
 
@@ -47,14 +47,14 @@ def _run(plan: Plan, rounds: int) -> list[dict[str, Tensor]]:
     return states
 
 
-def test_without_an_optimizer_the_combined_specialist_is_taken_as_it_is(plan: Plan) -> None:
+def test_without_an_optimizer_the_combined_specialist_is_used_unchanged(plan: Plan) -> None:
     optimizer, current = ServerOptimizer(plan), _start(plan)
     combined = _combined(current, 0)
     assert all(torch.equal(value, combined[name]) for name, value in optimizer.step(current, combined).items())
     assert optimizer.state() == {}
 
 
-def test_momentum_is_that_of_sgd_on_the_change() -> None:
+def test_momentum_equals_sgd_with_momentum_on_the_change() -> None:
     plan = tiny_plan(MOMENTUM)
     states = _run(plan, 4)
     for name in states[0]:
@@ -66,7 +66,7 @@ def test_momentum_is_that_of_sgd_on_the_change() -> None:
         assert torch.allclose(states[-1][name].double(), weight.detach(), atol=1e-6)
 
 
-def test_adam_is_flowers_but_for_its_correction_of_bias() -> None:
+def test_adam_equals_flowers_without_bias_correction() -> None:
     plan = tiny_plan(ADAM)
     states = _run(plan, 4)
     flower: Any = FedAdam(eta=0.02, beta_1=0.8, beta_2=0.95, tau=0.002)
@@ -82,7 +82,7 @@ def test_adam_is_flowers_but_for_its_correction_of_bias() -> None:
 
 
 @pytest.mark.parametrize("settings", [MOMENTUM, ADAM])
-def test_a_server_that_goes_on_from_the_saved_state_gives_the_same_bits(settings: str, tmp_path: Path) -> None:
+def test_a_server_resumed_from_the_saved_state_gives_identical_weights(settings: str, tmp_path: Path) -> None:
     plan = tiny_plan(settings)
     whole = _run(plan, 5)
     optimizer, current = ServerOptimizer(plan), _start(plan)
@@ -112,7 +112,7 @@ def test_a_state_of_another_optimizer_or_specialist_is_refused(plan: Plan) -> No
 
 
 @pytest.mark.parametrize("settings", [MOMENTUM, ADAM])
-def test_running_statistics_take_the_combined_value_and_no_momentum(settings: str) -> None:
+def test_running_statistics_take_the_combined_value_without_momentum(settings: str) -> None:
     plan = tiny_plan(settings, BATCH_NORM)
     optimizer, current = ServerOptimizer(plan), _start(plan)
     combined = _combined(current, 0)

@@ -1,4 +1,4 @@
-"""Two hospitals, each of which drew one of two structures: together they teach both, and neither unlearns the other."""
+"""Two hospitals that each annotated one of two structures: the global specialist learns both."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PLAN = (
 
 
 def _write_sites(folder: Path, partial: bool) -> list[Path]:
-    """Write two sites; the labels of each mark one structure, which its file says or does not say."""
+    """Write two sites whose labels mark one structure each; with `partial`, their files say which."""
     paths = []
     for k, name in enumerate(NAMES, start=1):
         site = f"has-{name}"
@@ -61,7 +61,7 @@ def _published(folder: Path, plan: Plan, partial: bool) -> dict[str, torch.Tenso
 
 
 def _dice(weights: dict[str, torch.Tensor], plan: Plan, folder: Path) -> list[float]:
-    """Return the Dice of both structures on a patient that no site has, whose label marks both."""
+    """Return the Dice of both structures on an unseen patient whose label marks both."""
     image, label = balls(99)
     label[label == 3] = 0
     files = [write_nifti(folder / f"{kind}.nii.gz", each) for kind, each in (("i", image), ("l", label))]
@@ -73,7 +73,7 @@ def _dice(weights: dict[str, torch.Tensor], plan: Plan, folder: Path) -> list[fl
     return [dice_of(answer == k, scan.label == k) for k in (1, 2)]
 
 
-def test_the_global_specialist_learns_what_each_site_drew_and_taking_it_for_background_does_not(
+def test_the_global_specialist_learns_both_structures_unless_unannotated_ones_count_as_background(
     tmp_path: Path,
 ) -> None:
     plan = tiny_plan(*PLAN)
@@ -93,7 +93,7 @@ def test_the_global_specialist_learns_what_each_site_drew_and_taking_it_for_back
         assert not any(key.endswith(f".{other}") for key in line)
 
 
-def test_scores_at_a_site_are_of_the_classes_that_it_drew(tmp_path: Path) -> None:
+def test_a_site_scores_only_the_classes_it_annotated(tmp_path: Path) -> None:
     plan = tiny_plan(*PLAN)
     site = Site(load_site_config(_write_sites(tmp_path, True)[1]), plan, "run", 1)
     scalars = site.evaluate(dict(new_specialist(plan).state_dict()), final=True).scalars
@@ -101,7 +101,7 @@ def test_scores_at_a_site_are_of_the_classes_that_it_drew(tmp_path: Path) -> Non
     assert [line["class"] for line in read_json_lines(site.state.folder / "scores.jsonl")] == ["second"]
 
 
-def test_what_a_label_file_says_of_a_class_that_is_not_named_changes_nothing(tmp_path: Path) -> None:
+def test_labels_of_a_class_that_the_site_file_does_not_name_change_nothing(tmp_path: Path) -> None:
     plan = tiny_plan(*PLAN, "training.steps_per_round=2")
     path = _write_sites(tmp_path, True)[0]
     weights = dict(new_specialist(plan).state_dict())
@@ -116,7 +116,7 @@ def test_what_a_label_file_says_of_a_class_that_is_not_named_changes_nothing(tmp
     assert after.evaluate(weights, final=False).scalars == scores
 
 
-def test_check_shows_what_is_drawn_where_and_refuses_a_class_that_is_drawn_nowhere(tmp_path: Path) -> None:
+def test_check_shows_which_classes_each_site_annotated_and_refuses_a_class_without_annotations(tmp_path: Path) -> None:
     _write_sites(tmp_path, True)
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(tiny_plan(*PLAN).model_dump(mode="json")))

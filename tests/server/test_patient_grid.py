@@ -1,4 +1,4 @@
-"""A site whose upload stands still, and what that costs the others: nothing."""
+"""A stalled upload costs the other sites nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATIENCE_S = 0.05
 
 
 class StallingGrid(ScriptedGrid):
-    """As Flower's grid, pulling waits for tensors that a site has announced: here until `uploaded` is set."""
+    """Like Flower's grid, pulling waits for the tensors that a site has announced, here until `uploaded` is set."""
 
     def __init__(self, time: Time, *sites: str) -> None:
         super().__init__(time, *sites)
@@ -73,10 +73,8 @@ def _contributors(record: RunFolder) -> list[int]:
     return [len(line["weights"]) for line in record.records("aggregated")]
 
 
-def test_an_upload_that_stands_still_costs_one_deadline_and_no_other_site_its_round(
-    grid: StallingGrid, tmp_path: Path
-) -> None:
-    grid.stalling = {("site-0", TRAIN, 1)}  # the first that is pulled
+def test_a_stalled_upload_costs_one_deadline_and_no_other_site_its_round(grid: StallingGrid, tmp_path: Path) -> None:
+    grid.stalling = {("site-0", TRAIN, 1)}  # the first reply that is pulled
     began = time.monotonic()
     record = _run(grid, tmp_path)
     assert _contributors(record) == [4, 5]
@@ -85,17 +83,17 @@ def test_an_upload_that_stands_still_costs_one_deadline_and_no_other_site_its_ro
     assert time.monotonic() - began < 20
 
 
-def test_an_upload_that_ends_after_the_deadline_is_late(grid: StallingGrid, tmp_path: Path) -> None:
+def test_an_upload_completed_after_the_deadline_is_late(grid: StallingGrid, tmp_path: Path) -> None:
     grid.stalling = {("site-0", TRAIN, 1)}
-    grid.seconds["site-1", TRAIN] = 40  # so that the second round goes on for a while
+    grid.seconds["site-1", TRAIN] = 40  # so that the second round takes a while
     grid.time.at(DEADLINE_S + 10, grid.uploaded.set)
-    grid.time.at(DEADLINE_S + 12, lambda: time.sleep(0.2))  # the thread that pulls lives in real time
+    grid.time.at(DEADLINE_S + 12, lambda: time.sleep(0.2))  # the pulling thread runs in real time
     record = _run(grid, tmp_path)
     assert _contributors(record) == [4, 5]
     assert [line["site"] for line in record.records("late")] == ["site-0"]
 
 
-def test_a_slow_upload_counts_once_it_is_there(grid: StallingGrid, tmp_path: Path) -> None:
+def test_a_slow_upload_counts_once_it_is_complete(grid: StallingGrid, tmp_path: Path) -> None:
     grid.stalling = {("site-0", TRAIN, 1)}
     grid.time.at(10, grid.uploaded.set)
     grid.time.at(12, lambda: time.sleep(0.2))
@@ -103,7 +101,7 @@ def test_a_slow_upload_counts_once_it_is_there(grid: StallingGrid, tmp_path: Pat
     assert _contributors(record) == [5, 5]
 
 
-def test_no_more_slow_uploads_are_held_in_memory_than_agreed(grid: StallingGrid, tmp_path: Path) -> None:
+def test_the_number_of_slow_uploads_in_memory_is_limited(grid: StallingGrid, tmp_path: Path) -> None:
     grid.stalling = {(f"site-{k}", TRAIN, 1) for k in range(4)}
     grid.time.at(10, grid.uploaded.set)
     grid.time.at(12, lambda: time.sleep(0.2))
@@ -112,7 +110,7 @@ def test_no_more_slow_uploads_are_held_in_memory_than_agreed(grid: StallingGrid,
     assert _contributors(record) == [5, 5]
 
 
-def test_an_upload_that_has_been_under_way_for_very_long_gives_its_place_up() -> None:
+def test_a_very_long_upload_no_longer_counts_towards_the_limit() -> None:
     class Stuck(StallingGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
             if "stuck" in message_ids:
@@ -131,7 +129,7 @@ def test_an_upload_that_has_been_under_way_for_very_long_gives_its_place_up() ->
         grid.uploaded.set()
 
 
-def test_what_pulling_raises_reaches_the_caller(tmp_path: Path) -> None:
+def test_an_error_while_pulling_reaches_the_caller(tmp_path: Path) -> None:
     def torn(grid: ScriptedGrid, sent: Message) -> Message:
         raise ValueError("no such object")
 
@@ -143,7 +141,7 @@ def test_what_pulling_raises_reaches_the_caller(tmp_path: Path) -> None:
     assert [line["reason"] for line in record.records("refused")] == ["the reply cannot be read"]
 
 
-def test_a_run_at_a_superlink_is_patient_and_a_simulation_works_one_site_after_another(
+def test_only_a_run_behind_a_superlink_uses_the_patient_grid(
     grid: StallingGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Grid] = []

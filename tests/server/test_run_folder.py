@@ -1,4 +1,4 @@
-"""The run's record: whole rounds only, lines that survive a kill."""
+"""The run folder: only intact rounds count, and lines survive a kill."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from semisam_core.errors import ConfigError
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from server.run_folder import RunFolder
+from tests.conftest import tiny_plan
 
 
 def _weights(plan: Plan) -> dict[str, torch.Tensor]:
     return dict(new_specialist(plan).state_dict())
 
 
-def test_rounds_come_back_as_they_were(tmp_path: Path, plan: Plan) -> None:
+def test_rounds_are_read_back_unchanged(tmp_path: Path, plan: Plan) -> None:
     folder = RunFolder(tmp_path)
     assert folder.last_round() is None
     for number in (0, 1, 2):
@@ -28,7 +29,7 @@ def test_rounds_come_back_as_they_were(tmp_path: Path, plan: Plan) -> None:
     assert all(torch.equal(loaded[name], value) for name, value in _weights(plan).items())
 
 
-def test_other_files_are_no_rounds(tmp_path: Path, plan: Plan) -> None:
+def test_other_files_are_not_mistaken_for_rounds(tmp_path: Path, plan: Plan) -> None:
     folder = RunFolder(tmp_path)
     folder.save_round(1, _weights(plan), plan)
     for name in ("round-x.safetensors", ".round-00002.safetensors.tmp", "notes.txt"):
@@ -57,7 +58,7 @@ def test_records_survive_a_torn_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["running", "completed", "failed"])
-def test_the_status_says_how_the_run_stands(tmp_path: Path, state: str) -> None:
+def test_the_status_has_state_reason_and_run(tmp_path: Path, state: str) -> None:
     RunFolder(tmp_path).set_status(state, "a reason", run="run-1")
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["reason"], status["run"]) == (state, "a reason", "run-1")
@@ -68,12 +69,12 @@ def _tear(path: Path, how: str) -> None:
     if how == "cut":
         path.write_bytes(content[: len(content) // 2])
     else:
-        content[-3] ^= 1  # a bit of a tensor: the file's form is as good as before
+        content[-3] ^= 1  # one bit of a tensor: the file format is still valid
         path.write_bytes(content)
 
 
 @pytest.mark.parametrize("how", ["cut", "bit"])
-def test_a_torn_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path: Path, plan: Plan, how: str) -> None:
+def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_it_is_used(tmp_path: Path, plan: Plan, how: str) -> None:
     folder = RunFolder(tmp_path)
     for number in (0, 1, 2):
         folder.save_round(number, _weights(plan), plan, {"round": number})
@@ -89,7 +90,18 @@ def test_a_torn_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path: Pa
     assert folder.last_round() == 1
 
 
-def test_a_checkpoint_whose_optimizer_state_is_torn_is_not_used_either(tmp_path: Path, plan: Plan) -> None:
+def test_a_checkpoint_of_another_plan_is_not_resumed(tmp_path: Path, plan: Plan) -> None:
+    folder = RunFolder(tmp_path)
+    folder.save_round(1, _weights(plan), plan)
+    folder.save_round(2, _weights(plan), tiny_plan("seed=1"))
+    with pytest.raises(ConfigError, match="another plan's hash"):
+        folder.load_round(2, plan)
+    newest = folder.newest(plan)
+    assert newest is not None
+    assert newest.round == 1
+
+
+def test_a_checkpoint_with_corrupt_optimizer_state_is_not_used_either(tmp_path: Path, plan: Plan) -> None:
     folder = RunFolder(tmp_path)
     for number in (1, 2):
         folder.save_round(number, _weights(plan), plan, moments={"first.w": torch.ones(3, dtype=torch.float64)})
@@ -100,7 +112,7 @@ def test_a_checkpoint_whose_optimizer_state_is_torn_is_not_used_either(tmp_path:
     assert newest.moments["first.w"].tolist() == [1, 1, 1]
 
 
-def test_where_no_checkpoint_is_whole_there_is_none(tmp_path: Path, plan: Plan) -> None:
+def test_without_an_intact_checkpoint_there_is_none(tmp_path: Path, plan: Plan) -> None:
     folder = RunFolder(tmp_path)
     folder.save_round(0, _weights(plan), plan)
     _tear(tmp_path / "checkpoints" / "round-00000.safetensors", "cut")

@@ -1,4 +1,4 @@
-"""The rounds of a study over real sites in one process: the same weights every time, and no wait without an end."""
+"""Studies over real sites in one process: the same weights every time, and every wait has a deadline."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MakeSite = Callable[..., Path]
 
 @pytest.fixture
 def sites(make_site: MakeSite) -> list[Path]:
-    """Three hospitals: labeled, partly labeled, wholly unlabeled."""
+    """Three hospitals: labeled, partly labeled, unlabeled."""
     return [
         make_site("alpha", data={"labeled": ["case-0", "case-1"]}),
         make_site("beta", first_seed=10),
@@ -56,7 +56,7 @@ def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_study_leaves_plan_checkpoints_metrics_and_its_end(sites: list[Path], tmp_path: Path, plan: Plan) -> None:
+def test_a_study_leaves_its_plan_checkpoints_metrics_and_status(sites: list[Path], tmp_path: Path, plan: Plan) -> None:
     lines = _run(plan, sites, tmp_path / "run")
     assert [line["event"] for line in lines if line["event"] in ("aggregated", "selected")] == [
         "aggregated",
@@ -90,7 +90,7 @@ def test_another_seed_gives_other_weights(sites: list[Path], tmp_path: Path, pla
 
 
 @pytest.mark.parametrize("start", ["global", "site"])
-def test_a_run_that_was_killed_goes_on_to_the_same_weights(
+def test_a_killed_run_resumes_to_the_same_weights(
     sites: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
 ) -> None:
     plan = tiny_plan("training.rounds=3", f"teacher.start={start}")
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     assert _same(_checkpoint(tmp_path / "whole", 3), _checkpoint(tmp_path / "broken", 3))
 
 
-def test_a_run_folder_is_never_taken_over_by_another_plan(sites: list[Path], tmp_path: Path, plan: Plan) -> None:
+def test_a_run_folder_cannot_be_used_with_another_plan(sites: list[Path], tmp_path: Path, plan: Plan) -> None:
     _run(plan, sites, tmp_path / "run")
     with pytest.raises(ConfigError, match="holds a run of another plan"):
         _run(tiny_plan("seed=1"), sites, tmp_path / "run")
@@ -134,7 +134,7 @@ def test_one_site_that_fails_does_not_stop_the_others(
     assert trained == [(1, "alpha"), (1, "gamma"), (2, "alpha"), (2, "beta"), (2, "gamma")]
 
 
-def test_a_site_whose_update_is_not_finite_is_left_out_by_its_own_gate(
+def test_a_non_finite_update_is_stopped_by_the_sites_own_egress_gate(
     sites: list[Path], tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Site.train
@@ -153,7 +153,7 @@ def test_a_site_whose_update_is_not_finite_is_left_out_by_its_own_gate(
     assert all(bool(torch.isfinite(value).all()) for value in final.values())
 
 
-def test_a_round_in_which_every_site_fails_ends_the_run_and_says_why(
+def test_a_round_in_which_all_sites_fail_ends_the_run_with_the_reason(
     sites: list[Path], tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(self: Site, weights: object) -> object:
@@ -187,7 +187,7 @@ def test_two_sites_of_one_name_count_once(sites: list[Path], tmp_path: Path, pla
     assert sum(line["event"] == "trained" for line in lines) == 4
 
 
-def test_a_site_that_says_nothing_is_noted_and_not_waited_for(sites: list[Path], tmp_path: Path, plan: Plan) -> None:
+def test_a_silent_site_is_recorded_and_costs_one_deadline(sites: list[Path], tmp_path: Path, plan: Plan) -> None:
     class Silent(InProcessGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
             replies = super().pull_messages(message_ids)
@@ -225,7 +225,7 @@ def test_two_classes_go_through_the_whole_study(sites: list[Path], tmp_path: Pat
     assert {"dice.left", "dice.right"} <= alpha.keys()
 
 
-def test_a_client_app_that_raises_is_an_error_reply_without_its_text(plan: Plan) -> None:
+def test_a_client_app_that_raises_gives_an_error_reply_without_the_text(plan: Plan) -> None:
     broken = ClientApp()
 
     @broken.query()

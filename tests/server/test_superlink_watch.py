@@ -1,4 +1,4 @@
-"""A program whose SuperLink is gone ends and says why; one whose SuperLink is busy, back or none at all goes on."""
+"""A program exits and says why if its SuperLink is gone, but not if it is busy, back, or was never there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.superlink_watch import EXIT_CODE, SuperLinkWatch, refuses
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_S = 60.0
-# What Flower makes of a ServerApp that sends tensors: the main thread waits for threads that try again for ever.
+# Like a ServerApp that sends tensors: the main thread waits for threads that retry forever.
 PROGRAM = """
 import sys, threading, time
 from pathlib import Path
@@ -42,7 +42,7 @@ with SuperLinkWatch(sys.argv[1], Path(sys.argv[2]).write_text, float(sys.argv[3]
 
 
 class Link:
-    """A socket that listens as a SuperLink does, can die, and can come back at the same address."""
+    """A listening socket in place of a SuperLink; it can die and come back at the same address."""
 
     def __init__(self) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -65,7 +65,7 @@ def link() -> Iterator[Link]:
 
 @contextlib.contextmanager
 def program(link: Link, out: Path, gone_s: float, threads: str = "stay") -> Iterator[subprocess.Popen[str]]:
-    """Start a program that watches, and return it once it waits; it never outlives the test."""
+    """Start a program with a watch and yield it once it is ready; it never outlives the test."""
     command = [sys.executable, "-c", PROGRAM, link.text, str(out), str(gone_s), threads]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -77,7 +77,9 @@ def program(link: Link, out: Path, gone_s: float, threads: str = "stay") -> Iter
             process.kill()
 
 
-def test_a_program_ends_when_its_superlink_is_gone_though_its_threads_try_for_ever(link: Link, tmp_path: Path) -> None:
+def test_a_program_exits_when_its_superlink_is_gone_although_its_threads_retry_forever(
+    link: Link, tmp_path: Path
+) -> None:
     with program(link, tmp_path / "why", gone_s=0.3) as process:
         link.die()
         assert process.wait(LONG_S) == EXIT_CODE != 0
@@ -86,7 +88,7 @@ def test_a_program_ends_when_its_superlink_is_gone_though_its_threads_try_for_ev
     assert "`semisam lead start`, then `semisam lead run --resume`" in why
 
 
-def test_where_flower_ends_the_program_first_the_reason_is_on_record_too(link: Link, tmp_path: Path) -> None:
+def test_the_reason_is_recorded_even_if_flower_ends_the_program_first(link: Link, tmp_path: Path) -> None:
     with program(link, tmp_path / "why", gone_s=3600) as process:
         link.die()
         process.send_signal(signal.SIGINT)
@@ -94,9 +96,7 @@ def test_where_flower_ends_the_program_first_the_reason_is_on_record_too(link: L
     assert "was gone" in (tmp_path / "why").read_text()
 
 
-def test_a_program_that_flower_ends_while_the_superlink_listens_does_not_call_it_gone(
-    link: Link, tmp_path: Path
-) -> None:
+def test_a_program_that_flower_ends_while_the_superlink_listens_records_nothing(link: Link, tmp_path: Path) -> None:
     with program(link, tmp_path / "why", gone_s=3600, threads="daemon") as process:
         process.send_signal(signal.SIGINT)
         assert process.wait(LONG_S) == 0
@@ -104,7 +104,7 @@ def test_a_program_that_flower_ends_while_the_superlink_listens_does_not_call_it
 
 
 class Watched:
-    """A watch in this process, whose clock is ours and whose end is a number in a queue."""
+    """A watch in this process, with a clock of the test's and a queue in place of the exit."""
 
     def __init__(self, address: str) -> None:
         self.time, self.ends, self.looked = 0.0, queue.Queue[int](), threading.Semaphore(0)
@@ -116,14 +116,14 @@ class Watched:
         return self.time
 
     def refusals(self, times: int) -> None:
-        """Wait until the address has been found to refuse so often, from now on."""
+        """Wait for this many further refused connections."""
         while self.looked.acquire(blocking=False):
             pass
-        for _ in range(times + 1):  # the first may have been under way
+        for _ in range(times + 1):  # the first may have been in progress
             assert self.looked.acquire(timeout=LONG_S)
 
 
-def test_a_superlink_is_gone_only_after_the_whole_bound(link: Link) -> None:
+def test_a_superlink_is_gone_only_after_the_full_time(link: Link) -> None:
     watched = Watched(link.text)
     with watched.watch:
         link.die()
@@ -160,7 +160,7 @@ def test_a_superlink_that_is_too_busy_to_answer_is_not_gone(monkeypatch: pytest.
         assert not refuses(busy.getsockname())
 
 
-def test_nothing_is_written_once_the_study_is_over(link: Link) -> None:
+def test_nothing_is_recorded_once_the_study_is_over(link: Link) -> None:
     watched = Watched(link.text)
     with watched.watch:
         link.die()
@@ -178,7 +178,7 @@ def test_in_a_simulation_there_is_nothing_to_watch() -> None:
         assert not watched.watch.gone
 
 
-def test_a_reason_that_cannot_be_written_does_not_keep_the_program(link: Link) -> None:
+def test_a_reason_that_cannot_be_recorded_does_not_keep_the_program_alive(link: Link) -> None:
     def record(reason: str) -> None:
         raise OSError("the disk is full")
 
@@ -189,7 +189,7 @@ def test_a_reason_that_cannot_be_written_does_not_keep_the_program(link: Link) -
 
 
 @pytest.mark.parametrize("address", ["localhost", ":8444", "127.0.0.1:control"])
-def test_what_is_no_address_is_refused_by_name(address: str) -> None:
+def test_an_invalid_address_is_an_error_that_names_the_variable(address: str) -> None:
     with pytest.raises(ConfigError, match="SEMISAM_SUPERLINK"):
         SuperLinkWatch(address, print)
 

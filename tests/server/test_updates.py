@@ -1,4 +1,4 @@
-"""Updates wait on the server's disk, and come back as they were, in an order that arrival does not change."""
+"""Updates are kept on disk and read back unchanged, in an order that does not depend on arrival."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _weights(seed: int) -> dict[str, Tensor]:
     }
 
 
-def test_an_update_comes_back_as_it_was_with_its_scalars_and_norm(tmp_path: Path) -> None:
+def test_an_update_is_read_back_unchanged_with_its_scalars_and_norm(tmp_path: Path) -> None:
     shelf = UpdateShelf(tmp_path)
     weights = _weights(5)
     shelf.add("alpha", weights, {"labeled": 2}, REFERENCE)
@@ -44,7 +44,7 @@ def test_an_unchanged_specialist_has_norm_zero() -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["gamma", "alpha", "beta"])))
-def test_no_order_of_arrival_changes_the_shelf_or_a_bit_of_the_mean(order: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_order_of_arrival_changes_neither_the_shelf_nor_the_mean(order: tuple[str, ...], tmp_path: Path) -> None:
     seeds = {"alpha": 1, "beta": 2, "gamma": 3}
     shelf = UpdateShelf(tmp_path)
     for site in order:
@@ -56,12 +56,12 @@ def test_no_order_of_arrival_changes_the_shelf_or_a_bit_of_the_mean(order: tuple
     assert all(torch.equal(in_memory[name], shelved[name]) for name in REFERENCE)
 
 
-def test_a_dropped_update_is_gone_from_shelf_and_disk(tmp_path: Path) -> None:
+def test_a_dropped_update_is_removed_from_shelf_and_disk(tmp_path: Path) -> None:
     shelf = UpdateShelf(tmp_path)
     for k, site in enumerate(("alpha", "beta")):
         shelf.add(site, _weights(k), {}, REFERENCE)
     shelf.drop("alpha")
-    shelf.drop("nobody")
+    shelf.drop("unknown")
     assert [update.site for update in shelf.updates] == ["beta"]
     assert [path.name for path in tmp_path.iterdir()] == ["beta.safetensors"]
     shelf.clear()
@@ -72,12 +72,12 @@ def test_a_dropped_update_is_gone_from_shelf_and_disk(tmp_path: Path) -> None:
 def test_a_second_update_of_a_site_is_an_error_and_the_first_stays(tmp_path: Path) -> None:
     shelf = UpdateShelf(tmp_path)
     shelf.add("alpha", _weights(1), {}, REFERENCE)
-    with pytest.raises(ValueError, match="alpha has an update on the shelf already"):
+    with pytest.raises(ValueError, match="already an update from site alpha"):
         shelf.add("alpha", _weights(2), {}, REFERENCE)
     assert torch.equal(shelf.updates[0].tensor("a"), _weights(1)["a"])
 
 
-def test_what_a_killed_server_left_is_removed_and_not_taken_for_an_update(tmp_path: Path) -> None:
+def test_files_left_by_a_killed_server_are_removed_and_not_mistaken_for_updates(tmp_path: Path) -> None:
     UpdateShelf(tmp_path).add("alpha", _weights(1), {}, REFERENCE)
     (tmp_path / ".beta.safetensors.x1").write_bytes(b"half")
     assert UpdateShelf(tmp_path).updates == []

@@ -1,4 +1,4 @@
-"""Robust rules against Flower's own implementations, and what they promise of hostile updates."""
+"""Robust rules agree with Flower's implementations and keep their promises about hostile updates."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SEEDS = st.integers(0, 10_000)
 
 @settings(deadline=None, max_examples=30)
 @given(count=COUNTS, seed=SEEDS)
-def test_the_median_is_flowers(count: int, seed: int) -> None:
+def test_the_median_equals_flowers(count: int, seed: int) -> None:
     updates = _updates(count, seed)
     expected = aggregate_median([(_layers(update), 1) for update in updates])
     found = median(updates, [], Aggregation())
@@ -60,7 +60,7 @@ def test_the_median_is_flowers(count: int, seed: int) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(count=COUNTS, seed=SEEDS, share=st.floats(0.2, 0.49))
-def test_the_trimmed_mean_is_flowers(count: int, seed: int, share: float) -> None:
+def test_the_trimmed_mean_equals_flowers(count: int, seed: int, share: float) -> None:
     updates = _updates(count, seed)
     expected = aggregate_trimmed_avg([(_layers(update), 1) for update in updates], share)
     found = trimmed_mean(updates, [], Aggregation(trim_share=share))
@@ -70,7 +70,7 @@ def test_the_trimmed_mean_is_flowers(count: int, seed: int, share: float) -> Non
 
 @settings(deadline=None, max_examples=30)
 @given(count=COUNTS, seed=SEEDS)
-def test_krum_takes_the_update_that_flowers_takes(count: int, seed: int) -> None:
+def test_krum_selects_the_same_update_as_flower(count: int, seed: int) -> None:
     updates = _updates(count, seed)
     policy = _policy("krum")
     counted = votes(updates, [1 / count] * count, policy)
@@ -82,7 +82,7 @@ def test_krum_takes_the_update_that_flowers_takes(count: int, seed: int) -> None
 
 @settings(deadline=None, max_examples=30)
 @given(count=COUNTS, seed=SEEDS)
-def test_multi_krum_keeps_the_updates_that_flowers_keeps_with_their_weights(count: int, seed: int) -> None:
+def test_multi_krum_keeps_the_same_updates_as_flower_with_their_weights(count: int, seed: int) -> None:
     updates = _updates(count, seed)
     shares = [(k + 1) / (count * (count + 1) / 2) for k in range(count)]
     counted = votes(updates, shares, _policy("multi-krum"))
@@ -97,7 +97,7 @@ def test_multi_krum_keeps_the_updates_that_flowers_keeps_with_their_weights(coun
     assert all(counted[k] == pytest.approx(shares[k] / total) for k in kept)
 
 
-def test_distances_of_near_updates_far_from_zero_are_not_lost() -> None:
+def test_distances_between_close_updates_far_from_zero_are_exact() -> None:
     base = torch.full((1000,), 1000.0)
     updates = [MemoryUpdate(f"s{k}", {"w": base + 0.001 * k}, {}) for k in range(3)]
     expected = [
@@ -107,7 +107,7 @@ def test_distances_of_near_updates_far_from_zero_are_not_lost() -> None:
 
 
 @pytest.mark.parametrize("rule", ["weighted-mean", "median", "trimmed-mean", "krum", "multi-krum"])
-def test_no_order_of_arrival_changes_a_bit_of_any_rule(rule: str, tmp_path: Path) -> None:
+def test_no_rule_depends_on_the_order_of_arrival(rule: str, tmp_path: Path) -> None:
     updates, policy = _updates(5, 3), _policy(rule)
     found = []
     for number, order in enumerate(itertools.islice(itertools.permutations(updates), 0, 120, 17)):
@@ -120,7 +120,7 @@ def test_no_order_of_arrival_changes_a_bit_of_any_rule(rule: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum", "multi-krum"])
-def test_blocks_change_no_bit(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_size_changes_no_bit(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     updates, policy = _updates(7, 5), _policy(rule)
     whole = combine(updates, votes(updates, [1 / 7] * 7, policy), policy)
     monkeypatch.setattr(coordinates, "BLOCK_VALUES", 14)
@@ -128,7 +128,7 @@ def test_blocks_change_no_bit(rule: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(torch.equal(whole[name], pieces[name]) for name in SHAPES)
 
 
-def test_the_default_rule_is_the_weighted_mean_bit_by_bit() -> None:
+def test_the_default_rule_is_exactly_the_weighted_mean() -> None:
     updates, shares = _updates(4, 8), [0.1, 0.0, 0.3, 0.6]
     found = combine(updates, votes(updates, shares, Aggregation()), Aggregation())
     expected = weighted_mean(updates, shares)
@@ -136,7 +136,7 @@ def test_the_default_rule_is_the_weighted_mean_bit_by_bit() -> None:
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum", "multi-krum"])
-def test_an_update_that_weighs_nothing_has_no_vote(rule: str) -> None:
+def test_an_update_without_weight_has_no_vote(rule: str) -> None:
     updates, policy = _updates(6, 9), _policy(rule)
     shares = [0.2] * 5 + [0.0]
     with_it = combine(updates, votes(updates, shares, policy), policy)
@@ -155,7 +155,7 @@ def test_an_update_that_weighs_nothing_has_no_vote(rule: str) -> None:
         ("multi-krum", {"malicious_sites": 2}, 7),
     ],
 )
-def test_a_rule_says_when_it_has_fewer_updates_than_it_needs(rule: str, keys: dict[str, float], least: int) -> None:
+def test_too_few_updates_for_a_rule_is_an_error(rule: str, keys: dict[str, float], least: int) -> None:
     policy = _policy(rule, **keys)
     assert len(votes(_updates(least, 0), [1 / least] * least, policy)) == least
     too_few = _updates(least - 1, 0)
@@ -164,7 +164,7 @@ def test_a_rule_says_when_it_has_fewer_updates_than_it_needs(rule: str, keys: di
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum", "multi-krum"])
-def test_a_site_that_was_rejected_is_one_malicious_site_less_and_stops_no_study(rule: str) -> None:
+def test_a_rejected_site_counts_as_one_of_the_malicious_ones(rule: str) -> None:
     updates, policy = _updates(4, 4), _policy(rule)
     counted = votes(updates, [0.1, 0.2, 0.3, 0.4], policy, rejected=1)
     found = combine(updates, counted, policy)
@@ -176,7 +176,7 @@ def test_a_site_that_was_rejected_is_one_malicious_site_less_and_stops_no_study(
         assert all(torch.allclose(found[name], mean[name], atol=1e-6) for name in SHAPES)
 
 
-def test_a_round_of_which_all_was_rejected_has_nothing_to_combine() -> None:
+def test_a_round_with_everything_rejected_has_nothing_to_combine() -> None:
     with pytest.raises(ValueError, match=r"krum needs 5 updates, there are 0 .* and 9 that were rejected"):
         votes([], [], _policy("krum"), rejected=9)
     with pytest.raises(ValueError, match="needs 3 updates, there are 2"):
