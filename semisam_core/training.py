@@ -123,8 +123,8 @@ def update_teacher(teacher: nn.Module, specialist: nn.Module, decay: float) -> N
     with torch.no_grad():
         for average, current in zip(teacher.parameters(), specialist.parameters(), strict=True):
             average.lerp_(current, 1 - decay)
-        for average, current in zip(teacher.buffers(), specialist.buffers(), strict=True):
-            average.copy_(current)
+        for buffer, source in zip(teacher.buffers(), specialist.buffers(), strict=True):
+            buffer.copy_(source)
 
 
 class _Trainer:

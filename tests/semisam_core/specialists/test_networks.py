@@ -210,9 +210,9 @@ def test_half_the_divisor_does_not_fit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_patch_that_leaves_one_voxel_deepest_down_is_refused_since_no_network_could_normalise_it(name: str) -> None:
+def test_a_patch_that_leaves_one_voxel_at_the_deepest_level_is_refused(name: str) -> None:
     example = EXAMPLES[name]
-    with pytest.raises(ValueError, match="one voxel at the deepest level") as caught:
+    with pytest.raises(ValueError, match="a single voxel at the deepest level") as caught:
         check_specialist(example.name, example.arguments, example.divisor, 1)
     assert f"data.patch = {list(example.divisor)}" in str(caught.value)
     assert str([2 * example.divisor[0], *example.divisor[1:]]) in str(caught.value)

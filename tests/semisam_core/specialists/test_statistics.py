@@ -44,7 +44,7 @@ def test_a_network_with_batch_norm_keeps_running_statistics(example: Example) ->
 
 @EVERY_BATCHED
 def test_a_plan_with_batch_norm_must_choose_shared_or_local(example: Example) -> None:
-    with pytest.raises(ValidationError, match=r"specialist\.statistics is missing: .* shared .* or local"):
+    with pytest.raises(ValidationError, match=r"specialist\.statistics is missing; .* shared .* or local"):
         _plan(example, None)
     with pytest.raises(ValidationError, match="statistics"):
         _plan(example, "global")
