@@ -17,7 +17,7 @@ from client.report import SiteReport
 from client.restore import WeightsNotAgreedError
 from client.site import NoUsableCaseError, Site
 from client.site_config import SiteConfig, load_site_config, load_site_folder
-from client.state import RUN_NAME
+from semisam_core.configuration import is_name
 from semisam_core.contract import (
     JOIN_SCALARS,
     REJECTED,
@@ -192,8 +192,7 @@ def _names_for_log(message: Message) -> tuple[str, int]:
     """Return run and round as they may be logged: "?" and -1 where the message has no valid ones."""
     study = message.content.config_records.get(STUDY_RECORD)
     run, number = (study.get("run"), study.get("round")) if study is not None else (None, None)
-    valid = isinstance(run, str) and RUN_NAME.fullmatch(run)
-    return (str(run) if valid else "?"), (number if type(number) is int else -1)
+    return (run if is_name(run) else "?"), (number if type(number) is int else -1)
 
 
 def _request_of(message: Message) -> _Request:
@@ -210,7 +209,7 @@ def _request_of(message: Message) -> _Request:
     if plan.hash != study.get("plan-hash"):
         raise _RefusedError(RefusalRule.PLAN_HASH, "the plan does not match the hash that came with it")
     run, number = study.get("run"), study.get("round")
-    if not isinstance(run, str) or not RUN_NAME.fullmatch(run):
+    if not is_name(run):
         raise _RefusedError(RefusalRule.RUN_NAME, "the run's name is malformed")
     if type(number) is not int or not 0 <= number <= plan.training.rounds:
         raise _RefusedError(

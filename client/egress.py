@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from semisam_core.contract import (
     weights_sha256,
 )
 from semisam_core.errors import SemiSAMError
-from semisam_core.files import append_json_line
+from semisam_core.files import append_json_line, utc_stamp
 
 
 class EgressError(SemiSAMError):
@@ -126,7 +125,7 @@ class EgressGate:
 
     def _audit(self, kind: str, run: str, round_number: int, plan_hash: str, entry: Mapping[str, object]) -> None:
         head = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "time": utc_stamp(),
             "site": self._site,
             "kind": kind,
             "run": run,

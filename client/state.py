@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from semisam_core.configuration import NAME_ACCEPTED, is_name
 from semisam_core.files import save_tensors
 
 logger = logging.getLogger(__name__)
 
-RUN_NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
 KEEP_ROUNDS = 3
 TEACHER, NETWORKS, LAYERS = "teacher", "networks", "layers"
 
@@ -36,8 +35,8 @@ class RunState:
     """
 
     def __init__(self, storage: Path, run: str) -> None:
-        if not RUN_NAME.fullmatch(run):
-            raise ValueError("a run's name has lowercase letters, digits and dashes, at most 63")
+        if not is_name(run):
+            raise ValueError(f"a run's name has {NAME_ACCEPTED}")
         self.folder = storage / "runs" / run
         self.folder.mkdir(parents=True, exist_ok=True)
 

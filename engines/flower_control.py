@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import socket
 import ssl
 import sys
 import time
@@ -253,13 +252,6 @@ def program(name: str) -> str:
     if found is None:
         raise FlowerError(f"the program {name} is not installed beside {sys.executable}; install flwr[simulation].")
     return found
-
-
-def free_port() -> int:
-    """Return a port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _run(run: Run) -> FlowerRun:

@@ -24,11 +24,10 @@ from engines.flower_control import (
     FlowerError,
     RunConfig,
     flower_environment,
-    free_port,
     program,
     wait_until_healthy,
 )
-from engines.processes import ProcessTree
+from engines.processes import ProcessTree, free_port
 
 ASK_EVERY_S = 20.0
 SOCKET_PATH = 107  # bytes in the path of a unix socket

@@ -7,19 +7,16 @@ import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from deployment.site_template import TEMPLATE
 from experiments.case_table import CaseRow, read_case_table
-from semisam_core.configuration import Name, flow_yaml
-from semisam_core.data.cases import SUFFIXES
+from semisam_core.configuration import NAME_ACCEPTED, flow_yaml, is_name
+from semisam_core.data.names import SUFFIXES
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically
 from semisam_core.generalists import accepted_prompts
 from semisam_core.paths import absolute_path, writable_folder
 
 CHANNEL = re.compile(r"(.+)_[0-9]{4}")
-_SITE_NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 def write_site_files(
@@ -83,13 +80,8 @@ def _site_names(rows: Sequence[CaseRow], table: Path) -> list[str]:
     """Return the sites in the table, sorted; each is checked against the pattern that every command uses."""
     names = sorted({row.site for row in rows})
     for name in names:
-        try:
-            _SITE_NAME.validate_python(name)
-        except ValidationError:
-            raise ConfigError(
-                f"--table {table}: site = {name!r}: a site's name is lowercase letters, digits and dashes, starts with "
-                "a letter or digit and has at most 63 characters."
-            ) from None
+        if not is_name(name):
+            raise ConfigError(f"--table {table}: site = {name!r}: a site's name has {NAME_ACCEPTED}.")
     return names
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from semisam_core.errors import ConfigError
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+NAME_PATTERN = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
+SHOWN_MISTAKES = 50
+NAME_ACCEPTED = "lowercase letters, digits and dashes, at most 63, the first not a dash"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN.pattern)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -23,6 +29,11 @@ def _a_spacing(value: tuple[float, float, float]) -> tuple[float, float, float]:
 
 
 Spacing = Annotated[tuple[float, float, float], AfterValidator(_a_spacing)]
+
+
+def is_name(text: object) -> TypeGuard[str]:
+    """Return whether a text may name a site, a study or a run; such a name is also safe as a folder's."""
+    return isinstance(text, str) and NAME_PATTERN.fullmatch(text) is not None
 
 
 class StrictModel(BaseModel):
@@ -38,11 +49,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a duplicate key is an error instead of a silent override."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                line = node.value[position][0].start_mark.line + 1
+        seen = set()
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(f"the key on line {line} is a list or mapping; a word or number is expected")
+            if key in seen:
                 raise yaml.YAMLError(f"the key {key!r} is given twice (again on line {line})")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -101,7 +115,10 @@ def parse(model: type[Model], content: dict[str, Any], origin: str) -> Model:
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        lines = [_sentence(origin, dict(mistake)) for mistake in error.errors()]
+        mistakes = error.errors()
+        lines = [_sentence(origin, dict(mistake)) for mistake in mistakes[:SHOWN_MISTAKES]]
+        if more := len(mistakes) - len(lines):
+            lines.append(f"{origin}: {more} further mistakes are not listed.")
         raise ConfigError("\n".join(lines)) from None
 
 

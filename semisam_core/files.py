@@ -6,12 +6,18 @@ import contextlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
+
+
+def utc_stamp() -> str:
+    """Return the current time as it stands in logs and records, for example 2026-03-01T09:30:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from flwr.app import Error, Message, MessageType
 from flwr.common.constant import ErrorCode
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from semisam_core.configuration import Name
+from semisam_core.configuration import is_name
 from semisam_core.contract import (
     JOIN_SCALARS,
     METRICS_RECORD,
@@ -44,7 +43,6 @@ ERROR_WORDS = {
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "the reply expired or was lost",
     ErrorCode.NODE_UNAVAILABLE: UNREACHABLE,
 }
-_NAME = TypeAdapter(Name)
 
 logger = logging.getLogger(__name__)
 
@@ -177,10 +175,8 @@ def _refusal_rule(word: object) -> RefusalRule | None:
 
 def _site_name(reply: Message) -> str | None:
     about = reply.content.config_records.get(SITE_RECORD)
-    try:
-        return str(_NAME.validate_python(about.get("site"))) if about is not None else None
-    except ValidationError:
-        return None
+    name = None if about is None else about.get("site")
+    return name if is_name(name) else None
 
 
 def _declared(reply: Message, site: str, joined: Mapping[int, Admitted]) -> Mapping[str, float]:

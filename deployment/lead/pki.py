@@ -67,18 +67,6 @@ def write_certificates(folder: Path, study: str, hosts: Sequence[str], valid_day
     _server(authority, study, hosts, valid_days).write(folder / SERVER_CERTIFICATE, folder / SERVER_KEY)
 
 
-def expiry(certificate: Path) -> datetime.datetime:
-    """Return when a certificate ends to be good, in UTC.
-
-    Raises:
-        ConfigError: the file is missing or no certificate.
-    """
-    try:
-        return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{certificate}: this certificate cannot be read ({error}).") from None
-
-
 def _authority(study: str, valid_days: int) -> _Signed:
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name(f"{study} certificate authority")

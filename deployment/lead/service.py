@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-import psutil
-
+from deployment.background import ProcessRecord, exclusive
 from deployment.lead.registration import sync_registrations
 from deployment.lead.study_folder import LeadError, StudyFolder
 from engines.flower_control import FlowerControl, flower_environment, wait_until_healthy
-from engines.processes import ProcessTree, birth
-from semisam_core.files import write_json
+from engines.processes import ProcessTree
 from server.superlink_watch import SUPERLINK
 
 PROGRAM = Path(__file__).with_name("superlink.py")
@@ -28,31 +22,7 @@ LOG_BYTES = 20 * 2**20
 FOREGROUND_TICK_S = 0.5
 
 
-@dataclass(frozen=True)
-class Service:
-    """A SuperLink that was started, found by more than its process number, which another process may get later.
-
-    Attributes:
-        pid: its process number.
-        birth: what tells that process from others of its number.
-        mark: what all its children carry, see `ProcessTree`.
-    """
-
-    pid: int
-    birth: str
-    mark: str
-
-    @property
-    def alive(self) -> bool:
-        """Whether this very process runs."""
-        try:
-            process = psutil.Process(self.pid)
-            return birth(process) == self.birth and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-
-
-def find(study: StudyFolder) -> Service | None:
+def find(study: StudyFolder) -> ProcessRecord | None:
     """Return the study's SuperLink if it runs."""
     service = _recorded(study)
     return service if service is not None and service.alive else None
@@ -69,7 +39,7 @@ def control_of(study: StudyFolder) -> FlowerControl:
     return FlowerControl(study.settings.control_address, study.ca)
 
 
-def start(study: StudyFolder) -> Service:
+def start(study: StudyFolder) -> ProcessRecord:
     """Start the SuperLink in the background; return once it serves.
 
     Raises:
@@ -130,20 +100,15 @@ def stop(study: StudyFolder) -> bool:
         return found
 
 
-@contextlib.contextmanager
-def alone(study: StudyFolder, lock: str = "lock", doing: str = "starting or stopping the SuperLink") -> Iterator[None]:
+def alone(
+    study: StudyFolder, lock: str = "lock", doing: str = "starting or stopping the SuperLink"
+) -> contextlib.AbstractContextManager[None]:
     """Let one command at a time do something with a study.
 
     Raises:
-        LeadError: another command is at it.
+        LeadError: another command is doing it; raised on entering.
     """
-    study.server.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (study.server / lock).open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LeadError(f"another `semisam lead` command is {doing}.") from None
-        yield
+    return exclusive(study.server / lock, LeadError(f"another `semisam lead` command is {doing}."))
 
 
 def log_file(study: StudyFolder) -> Path:
@@ -163,7 +128,7 @@ def _prepare(study: StudyFolder) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def _begin(study: StudyFolder, tree: ProcessTree, out: IO[bytes]) -> Service:
+def _begin(study: StudyFolder, tree: ProcessTree, out: IO[bytes]) -> ProcessRecord:
     settings = study.settings
     command = [sys.executable, "-P", str(PROGRAM), "--host", settings.bind, "--port", str(settings.port)]
     command += ["--control-port", str(settings.control_port), "--tls", str(study.tls)]
@@ -171,8 +136,8 @@ def _begin(study: StudyFolder, tree: ProcessTree, out: IO[bytes]) -> Service:
     command += [word for key, value in settings.connections for word in (f"--{key.replace('_', '-')}", str(value))]
     environment = flower_environment(study.server / "flwr-home") | {SUPERLINK: settings.control_address}
     process = tree.start(command, stdout=out, stderr=out, env=environment, cwd=study.server / "cwd")
-    service = Service(process.pid, birth(psutil.Process(process.pid)), tree.mark)
-    write_json(_record(study), asdict(service))
+    service = ProcessRecord.of(process.pid, tree.mark)
+    service.write(_record(study))
     _wait(study, process)
     with FlowerControl(settings.control_address, study.ca) as control:
         for run in control.unfinished_runs():
@@ -194,9 +159,5 @@ def _record(study: StudyFolder) -> Path:
     return study.server / "superlink.json"
 
 
-def _recorded(study: StudyFolder) -> Service | None:
-    try:
-        content = json.loads(_record(study).read_text(encoding="utf-8"))
-        return Service(int(content["pid"]), str(content["birth"]), str(content["mark"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _recorded(study: StudyFolder) -> ProcessRecord | None:
+    return ProcessRecord.read(_record(study))

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deployment.certificates import expiry
 from deployment.invitation import InvitationError, read_invitation, sha256
-from deployment.lead.pki import expiry
 from deployment.lead.registration import admitted_keys
 from deployment.lead.run import last_run
 from deployment.lead.service import control_of, find

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from deployment.invitation import Invitation, check_address, installed_versions,
 from deployment.lead.doors import Bounds
 from deployment.lead.pki import CA_CERTIFICATE, check_host, write_certificates
 from engines.bundle import build_bundle
-from semisam_core.configuration import Name, StrictModel, parse, read_yaml
+from semisam_core.configuration import NAME_ACCEPTED, Name, StrictModel, is_name, parse, read_yaml
 from semisam_core.errors import ConfigError, SemiSAMError
 from semisam_core.files import write_atomically
 from semisam_core.plan import Plan, load_plan
@@ -24,7 +23,6 @@ from semisam_core.plan import Plan, load_plan
 FILE = "study.yaml"
 VALID_DAYS = 730
 LOCAL_ONLY = "127.0.0.1"
-SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 TEMPLATE = """\
 # A federated study, as its lead sees it. Sites never see this file; they get sites/*.invitation.zip.
@@ -323,8 +321,8 @@ def check_site_name(site: str) -> None:
     Raises:
         ConfigError: it is invalid.
     """
-    if not SITE_NAME.fullmatch(site):
-        raise ConfigError(f"{site!r}: a site's name consists of lowercase letters, digits and dashes.")
+    if not is_name(site):
+        raise ConfigError(f"{site!r}: a site's name has {NAME_ACCEPTED}.")
 
 
 def _study_name(folder: Path) -> str:

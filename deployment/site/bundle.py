@@ -1,4 +1,4 @@
-"""A Flower app bundle read without trusting it: which files it has, what is in them, how they differ from another's."""
+"""Read a Flower app bundle without trusting it, and compare it with another, file by file."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from deployment.invitation import sha256
+from deployment.site.worker import OWN
 from semisam_core.errors import SemiSAMError
 
 MAXIMUM_PACKED = 10 * 2**20
 MAXIMUM_UNPACKED = 64 * 2**20
 MAXIMUM_FILES = 2000
 PROJECT = "pyproject.toml"
-OWN = frozenset({"cli", "client", "deployment", "engines", "experiments", "semisam_core", "server"})
 PATH = re.compile(r"[A-Za-z0-9_.\-]+(?:/[A-Za-z0-9_.\-]+)*")
 COMPONENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*")
 
 
 class BundleError(SemiSAMError):
-    """A bundle that cannot be approved; the message says which file and what is wrong with it."""
+    """A bundle that cannot be approved; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose every file is text that a person can read.
+    """A bundle in which every file is text that a person can read.
 
     Attributes:
         content: the bundle as it travels, a zip.
         files: path within the bundle -> bytes.
         component: the ClientApp, `module:attribute`.
-        packages: names that its own top-level modules and packages are imported by.
+        packages: import names of its top-level modules and packages.
     """
 
     content: bytes
@@ -51,7 +51,7 @@ class Bundle:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the content, by which code is approved."""
+        """SHA-256 of the content; approvals refer to it."""
         return sha256(self.content)
 
 
@@ -67,15 +67,15 @@ class FileChange:
 
 
 def read_bundle(content: bytes, origin: str) -> Bundle:
-    """Read a bundle and check all that must hold before a person may approve it. Nothing is imported or written.
+    """Read a bundle and check everything that must hold before a person may approve it. Nothing is imported or written.
 
     Args:
         content: the zip.
         origin: what to call it in messages.
 
     Raises:
-        BundleError: a path leads out of the bundle, a file is no text, is named twice or too large, or what the bundle
-            would import by shadows a Python package.
+        BundleError: a path leads out of the bundle, a file is not text, too large or listed twice, or one of the
+            bundle's packages would shadow a Python package.
     """
     if len(content) > MAXIMUM_PACKED:
         raise BundleError(f"{origin}: {len(content)} bytes, accepted are {MAXIMUM_PACKED}.")
@@ -105,12 +105,12 @@ def compare(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> list[Fil
 
 
 def printable(text: str) -> str:
-    """Return text in which whatever could steer a terminal, or reorder what is seen, stands as its escape."""
+    """Return text with every character escaped that could control a terminal or reorder what is shown."""
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _lines(content: bytes) -> list[str]:
-    """Return the lines, ended by a newline alone: whatever else ends a line for some and not for others is shown."""
+    """Return the lines, split at newlines only, so that other characters that some programs take for line ends show."""
     lines = content.decode("utf-8").split("\n")
     return lines if lines[-1] else lines[:-1]
 
@@ -125,24 +125,24 @@ def _files(archive: zipfile.ZipFile, origin: str) -> dict[str, bytes]:
     for info in infos:
         _check_member(info, origin)
         if info.filename.casefold() in seen:
-            raise BundleError(f"{origin}: {info.filename} is in it twice.")
+            raise BundleError(f"{origin}: {info.filename} is listed twice.")
         seen.add(info.filename.casefold())
         with archive.open(info) as file:
-            content = file.read(left + 1)  # what the zip says of the size need not be true
+            content = file.read(left + 1)  # the size in the zip header may be a lie
         left -= len(content)
         if left < 0:
-            raise BundleError(f"{origin}: its files have more than {MAXIMUM_UNPACKED} bytes together.")
+            raise BundleError(f"{origin}: its files add up to more than {MAXIMUM_UNPACKED} bytes.")
         files[info.filename] = _text(content, info.filename, origin)
     for path in files:
         if any(str(parent).casefold() in seen for parent in PurePosixPath(path).parents):
-            raise BundleError(f"{origin}: {path} lies in a file as if that were a folder.")
+            raise BundleError(f"{origin}: {path} lies below a file, as if that were a folder.")
     return files
 
 
 def _check_member(info: zipfile.ZipInfo, origin: str) -> None:
     name = info.filename
     if info.orig_filename != name or not PATH.fullmatch(name) or any(part in {".", ".."} for part in name.split("/")):
-        raise BundleError(f"{origin}: {printable(info.orig_filename)!r} is no path within a bundle.")
+        raise BundleError(f"{origin}: {printable(info.orig_filename)!r} is not a valid path within a bundle.")
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
         raise BundleError(f"{origin}: {name} is a link or a special file.")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 0x1:
@@ -155,15 +155,15 @@ def _text(content: bytes, path: str, origin: str) -> bytes:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise BundleError(f"{origin}: {path} is not UTF-8 text. What nobody can read is not approved.")
+        raise BundleError(f"{origin}: {path} is not UTF-8 text, so nobody could review it.")
     if path.endswith(".py") and not _read_as_utf8(content):
-        raise BundleError(f"{origin}: {path} declares another encoding than UTF-8, in which comments can be code.")
+        raise BundleError(f"{origin}: {path} declares an encoding other than UTF-8, in which comments could be code.")
     return content
 
 
 def _read_as_utf8(source: bytes) -> bool:
-    """Return whether Python reads this source as UTF-8, as it is shown to people."""
-    # Python ends a line at a lone carriage return, too, where it looks for a declared encoding.
+    """Return whether Python decodes this source as UTF-8, which is how reviewers see it."""
+    # When Python looks for a declared encoding, a lone carriage return ends a line too.
     lines = io.BytesIO(source.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
     try:
         return codecs.lookup(tokenize.detect_encoding(lines.readline)[0]).name in {"utf-8", "utf-8-sig"}
@@ -186,7 +186,7 @@ def _check_shadows(packages: tuple[str, ...], origin: str) -> None:
     installed = set(importlib.metadata.packages_distributions()) - OWN
     shadowing = [name for name in packages if name in sys.stdlib_module_names or name in installed]
     if shadowing:
-        raise BundleError(f"{origin}: {', '.join(shadowing)} would take the place of Python packages of that name.")
+        raise BundleError(f"{origin}: {', '.join(shadowing)} would shadow installed Python packages of that name.")
 
 
 def _component(files: Mapping[str, bytes], packages: tuple[str, ...], origin: str) -> str:
@@ -198,5 +198,5 @@ def _component(files: Mapping[str, bytes], packages: tuple[str, ...], origin: st
     if not isinstance(component, str) or not COMPONENT.fullmatch(component):
         raise BundleError(f"{origin}: {PROJECT} names no clientapp of the form module:attribute.")
     if component.partition(":")[0].partition(".")[0] not in packages:
-        raise BundleError(f"{origin}: the clientapp {component} is not in it.")
+        raise BundleError(f"{origin}: the clientapp {component} is not in the bundle.")
     return component

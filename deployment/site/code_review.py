@@ -1,4 +1,4 @@
-"""What a person sees before code is approved, and what happens when they say yes."""
+"""What a person sees before approving code, and what approval does."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from semisam_core.plan import Plan
 
 @dataclass(frozen=True)
 class Offer:
-    """What is to be approved.
+    """Code offered for approval.
 
     Attributes:
         bundle: the code.
-        invitation: what it came with, or None for code alone.
+        invitation: the invitation it came with, or None for code alone.
     """
 
     bundle: Bundle
@@ -54,11 +54,11 @@ def read_offer(path: Path) -> Offer:
 
 
 def show_offer(offer: Offer, folder: SiteFolder, store: CodeStore, console: Console, whole_diff: bool) -> None:
-    """Print what is in the code, and how it and the plan differ from what holds here.
+    """Print what the code contains, and how code and plan differ from those in force here.
 
     Raises:
         ConfigError: the invitation is for another site or study.
-        CodeAlteredError: the code that was approved last was altered.
+        CodeAlteredError: the last approved code was altered.
     """
     bundle = offer.bundle
     lines = sum(content.count(b"\n") for content in bundle.files.values())
@@ -67,10 +67,10 @@ def show_offer(offer: Offer, folder: SiteFolder, store: CodeStore, console: Cons
     console.print(f"{len(bundle.files)} files, {lines} lines, {size} bytes; runs {bundle.component}", highlight=False)
     last = store.last()
     if last is None:
-        console.print("No code has been approved here before; all of it is new.")
+        console.print("No code has been approved here yet, so all of it is new.")
     changes = compare(last.files if last is not None else {}, bundle.files)
     if last is not None and not changes:
-        console.print("Every file is as in the code that was approved last.")
+        console.print("Every file is the same as in the last approved code.")
     if changes:
         console.print(_table(changes, bundle))
     if whole_diff:
@@ -81,17 +81,17 @@ def show_offer(offer: Offer, folder: SiteFolder, store: CodeStore, console: Cons
 
 
 def plan_differences(before: Plan, after: Plan) -> list[str]:
-    """Return a line for each key of the plan that differs: key: before -> after."""
+    """Return one line per key of the plan that differs: key: before -> after."""
     old, new = (_flat(json.loads(plan.canonical_json())) for plan in (before, after))
     return [
-        f"{key}: {old.get(key, 'not there')} -> {new.get(key, 'not there')}"
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(set(old) | set(new))
         if old.get(key) != new.get(key)
     ]
 
 
 def approve(offer: Offer, folder: SiteFolder, config: SiteConfig, store: CodeStore) -> None:
-    """Book the approval, then keep the code, and the invitation's plan where there is one.
+    """Log the approval, then store the code and the invitation's plan, if there is one.
 
     Raises:
         OSError: the storage cannot be written.
@@ -123,14 +123,14 @@ def _show_plan(invitation: Invitation, folder: SiteFolder, console: Console) -> 
     if (invitation.study, invitation.site) != (here.study, here.site):
         raise ConfigError(
             f"the invitation is for site {invitation.site} of study {invitation.study}; this folder is site "
-            f"{here.site} of study {here.study}. `semisam site init` makes a folder for another."
+            f"{here.site} of study {here.study}. `semisam site init` makes a folder for another site."
         )
-    for line in plan_differences(folder.plan(), invitation.plan) or ["The plan is as it was."]:
+    for line in plan_differences(folder.plan(), invitation.plan) or ["The plan is unchanged."]:
         console.print(printable(line), markup=False, highlight=False)
     if invitation.address != here.address:
         console.print(f"Server: {here.address} -> {invitation.address}", markup=False, highlight=False)
     if invitation.ca_certificate != folder.ca_file.read_bytes():
-        console.print("The certificate by which the server is known is another one. Ask the lead whether that is so.")
+        console.print("The server's certificate authority has changed. Ask the lead to confirm this.")
 
 
 def _flat(value: Any, key: str = "") -> dict[str, str]:

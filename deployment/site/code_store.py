@@ -1,4 +1,4 @@
-"""The code that a site has approved: kept in its own storage, unpacked by itself, and checked before each use."""
+"""The code that a site has approved, unpacked in its own storage and checked before each use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,16 +13,16 @@ from pathlib import Path
 from deployment.invitation import sha256
 from deployment.site.bundle import Bundle, BundleError, read_bundle
 from semisam_core.errors import SemiSAMError
-from semisam_core.files import write_atomically, write_json
+from semisam_core.files import utc_stamp, write_atomically, write_json
 
 
 class CodeAlteredError(SemiSAMError):
-    """The site's own copy of approved code is not what was approved any more."""
+    """The site's copy of approved code was altered."""
 
 
 @dataclass(frozen=True)
 class Approval:
-    """One approval. `revoked` is empty while it holds."""
+    """One approval. `revoked` is empty while it is in force."""
 
     hash: str
     component: str
@@ -43,7 +42,7 @@ class CodeStore:
         self._list = folder / "approved.json"
 
     def approvals(self) -> list[Approval]:
-        """Return all approvals ever given, in their order, revoked ones too.
+        """Return all approvals ever given, oldest first, revoked ones included.
 
         Raises:
             CodeAlteredError: the list cannot be read.
@@ -56,18 +55,18 @@ class CodeStore:
             raise CodeAlteredError(f"{self._list}: the list of approved code cannot be read ({error}).") from None
 
     def approved(self) -> list[Approval]:
-        """Return the approvals that hold, in their order.
+        """Return the approvals in force, oldest first.
 
         Raises:
-            CodeAlteredError: as `approvals`.
+            CodeAlteredError: the list cannot be read.
         """
         return [entry for entry in self.approvals() if not entry.revoked]
 
     def approve(self, bundle: Bundle) -> None:
-        """Keep a bundle, unpack it, and put it on the list.
+        """Store and unpack a bundle, and add it to the list.
 
         Raises:
-            OSError: the storage cannot be written; then nothing is approved.
+            OSError: the storage cannot be written; nothing is approved.
         """
         place = self._folder / bundle.hash
         _remove(place)
@@ -81,24 +80,24 @@ class CodeStore:
         write_atomically(temporary / "code.fab", bundle.content)
         os.replace(temporary, place)
         kept = [entry for entry in self.approvals() if entry.hash != bundle.hash or entry.revoked]
-        self._write([*kept, Approval(bundle.hash, bundle.component, _now())])
+        self._write([*kept, Approval(bundle.hash, bundle.component, utc_stamp())])
 
     def revoke(self, code_hash: str) -> Approval:
-        """Take an approval back; its code is deleted. A hash may be shortened to its first 8 digits or more.
+        """Revoke an approval and delete its code. The first 8 digits of the hash are enough.
 
         Raises:
-            BundleError: no approval that holds has this hash, or several have.
+            BundleError: no approval in force has this hash, or several do.
         """
         found = [entry for entry in self.approved() if len(code_hash) >= 8 and entry.hash.startswith(code_hash)]
         if len(found) != 1:
-            raise BundleError(f"{code_hash}: {len(found)} approvals have this hash; `semisam site approve --list`.")
+            raise BundleError(f"{code_hash}: {len(found)} approvals have this hash; see `semisam site approve --list`.")
         entries = self.approvals()
-        self._write([replace(entry, revoked=_now()) if entry == found[0] else entry for entry in entries])
+        self._write([replace(entry, revoked=utc_stamp()) if entry == found[0] else entry for entry in entries])
         _remove(self._folder / found[0].hash)
         return found[0]
 
     def last(self) -> Bundle | None:
-        """Return the bundle that was approved last and still is, or None.
+        """Return the most recently approved bundle that is still approved, or None.
 
         Raises:
             CodeAlteredError: it was altered.
@@ -107,10 +106,10 @@ class CodeStore:
         return self._bundle(approved[-1].hash) if approved else None
 
     def verified(self, code_hash: str) -> tuple[Bundle, Path]:
-        """Return an approved bundle and the folder of its files, after comparing them byte by byte.
+        """Return an approved bundle and the folder of its files, after comparing the two byte by byte.
 
         Raises:
-            CodeAlteredError: a file is missing, foreign or altered.
+            CodeAlteredError: a file is missing, extra or altered.
         """
         bundle = self._bundle(code_hash)
         root = self._folder / code_hash / "files"
@@ -121,17 +120,17 @@ class CodeStore:
                     raise CodeAlteredError(f"{entry}: neither a file nor a folder.")
             found |= {(Path(folder) / name).relative_to(root).as_posix() for name in files}
         if found != set(bundle.files):
-            raise CodeAlteredError(f"{root}: other files than were approved.")
+            raise CodeAlteredError(f"{root}: its files are not those that were approved.")
         for path, content in bundle.files.items():
             if _read(root / path) != content:
-                raise CodeAlteredError(f"{root / path}: not the file that was approved.")
+                raise CodeAlteredError(f"{root / path}: differs from the file that was approved.")
         return bundle, root
 
     def _bundle(self, code_hash: str) -> Bundle:
         path = self._folder / code_hash / "code.fab"
         content = _read(path)
         if sha256(content) != code_hash:
-            raise CodeAlteredError(f"{path}: not the bundle that was approved.")
+            raise CodeAlteredError(f"{path}: differs from the bundle that was approved.")
         try:
             return read_bundle(content, str(path))
         except BundleError as error:
@@ -151,7 +150,3 @@ def _read(path: Path) -> bytes:
 def _remove(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,4 +1,4 @@
-"""`semisam site doctor`: looks for everything that could fail before it fails."""
+"""`semisam site doctor`: find everything that could fail before it does."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "red"}
 
 
 def examine(folder: SiteFolder, progress: Console, data: bool, server: bool) -> list[Finding]:
-    """Check a site: its files, code, versions, data, models, machine, and the way to the server.
+    """Check a site: files, code, versions, data, models, machine, and the connection to the server.
 
     Args:
         folder: the site's folder.
-        progress: where a bar is shown while scans are read.
+        progress: where to show a progress bar while scans are read.
         data: whether to read scans.
         server: whether to connect.
 
     Raises:
-        ConfigError: what the invitation said was altered.
+        ConfigError: deployment.json was altered.
     """
     deployment = folder.deployment()
     findings = [_check_withdrawn(folder), *_check_versions(deployment)]
@@ -50,12 +50,12 @@ def examine(folder: SiteFolder, progress: Console, data: bool, server: bool) -> 
 
 
 def worst(findings: Sequence[Finding]) -> bool:
-    """Return whether anything was found with which the site would fail."""
+    """Return whether any finding would make the site fail."""
     return any(finding.level is Level.PROBLEM for finding in findings)
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
-    """Print every finding, then how many of each level there are."""
+    """Print every finding, then the number at each level."""
     for finding in findings:
         console.print(f"{finding.level.value:8}", style=STYLES[finding.level], end="")
         said = printable(f"{finding.subject}: {finding.sentence}")
@@ -66,7 +66,9 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
 
 def _check_withdrawn(folder: SiteFolder) -> Finding:
     if folder.withdrawn_file.exists():
-        return problem("study", "this site has withdrawn and will not start; `semisam site withdraw --undo`.")
+        return problem(
+            "study", "this site has withdrawn and will not start; `semisam site withdraw --undo` reverses that."
+        )
     return fine("study", "this site takes part.")
 
 
@@ -79,10 +81,10 @@ def _check_versions(deployment: Deployment) -> list[Finding]:
             continue
         said = f"{mine} here, {theirs} at the lead; pip install {package}=={theirs}"
         if package == "flwr":
-            findings.append(problem(package, f"{said}. Other versions need not understand each other."))
+            findings.append(problem(package, f"{said}. Different versions may not be compatible."))
         else:
             findings.append(warning(package, f"{said}. Results may differ in the last digits."))
-    return findings or [fine("versions", "as at the lead.")]
+    return findings or [fine("versions", "the same as at the lead.")]
 
 
 def _config(folder: SiteFolder, deployment: Deployment, findings: list[Finding]) -> SiteConfig | None:
@@ -96,7 +98,7 @@ def _config(folder: SiteFolder, deployment: Deployment, findings: list[Finding])
             problem("site.yaml", f"site = {config.site!r}, but the lead knows this site as {deployment.site!r}.")
         )
     else:
-        findings.append(fine("site.yaml", "can be read."))
+        findings.append(fine("site.yaml", "is valid."))
     return config
 
 
@@ -107,7 +109,7 @@ def _plan(folder: SiteFolder, deployment: Deployment, findings: list[Finding]) -
         findings.append(problem("plan.yaml", str(error)))
         return None
     if plan.hash != deployment.plan_hash:
-        findings.append(warning("plan.yaml", "not the plan of the invitation; what is checked below may not hold."))
+        findings.append(warning("plan.yaml", "differs from the invitation's plan, so the checks below may not apply."))
     return plan
 
 
@@ -119,7 +121,9 @@ def _check_code(store: CodeStore, deployment: Deployment) -> list[Finding]:
     except CodeAlteredError as error:
         return [problem("code", f"{error} Approve it again from the invitation.")]
     if not approved:
-        return [problem("code", "none is approved, so the site cannot start; `semisam site approve invitation.zip`.")]
+        return [
+            problem("code", "none is approved, so the site cannot start; run `semisam site approve invitation.zip`.")
+        ]
     if deployment.code_hash not in {entry.hash for entry in approved}:
-        return [warning("code", "the invitation's code is not approved; if the lead runs that, it is refused here.")]
-    return [fine("code", "the invitation's code is approved, and the copy of it is as it was.")]
+        return [warning("code", "the invitation's code is not approved; if the lead runs it, this site refuses.")]
+    return [fine("code", "the invitation's code is approved and its copy is unaltered.")]

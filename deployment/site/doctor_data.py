@@ -29,7 +29,7 @@ BUSY_SHARE = 0.7
 
 @dataclass
 class _Seen:
-    """What was seen over all cases."""
+    """Totals over all cases."""
 
     usable: int = 0
     bytes: int = 0
@@ -44,8 +44,8 @@ def check_data(config: SiteConfig, plan: Plan, read: bool, progress: ProgressCal
     Args:
         config: the site's YAML.
         plan: the study plan.
-        read: whether to read scans; else they are only found.
-        progress: told (cases read, cases).
+        read: whether to read scans; otherwise they are only listed.
+        progress: called with (cases read, cases).
     """
     try:
         found = inventory(config, plan)
@@ -55,9 +55,9 @@ def check_data(config: SiteConfig, plan: Plan, read: bool, progress: ProgressCal
     findings = [fine("data", f"found {counts}.")]
     findings += [warning(f"case {q.id}", f"{q.reason}. It is left out.") for q in found.quarantined]
     if not found.of(Role.LABELED):
-        findings.append(warning("data", "no case is labeled; name them under data.labeled, if experts drew any."))
+        findings.append(warning("data", "no case is labeled; if experts drew any, list them under data.labeled."))
     if not read:
-        return [*findings, warning("data", "no scan was read (--no-data), so nothing is known of their content.")]
+        return [*findings, warning("data", "no scan was read (--no-data), so their content was not checked.")]
     seen = _read_all(found, plan, config.storage.memory_gb, progress)
     if not seen.usable:
         findings.append(problem("data", "no case can be used; the reasons are below."))
@@ -65,7 +65,7 @@ def check_data(config: SiteConfig, plan: Plan, read: bool, progress: ProgressCal
 
 
 def check_generalists(config: SiteConfig, plan: Plan) -> list[Finding]:
-    """Check that the plan's frozen models are here and are what they should be."""
+    """Check that the plan's frozen models are here and have the right hashes."""
     if plan.pseudo_labels is None:
         return [fine("generalists", "the plan uses none.")]
     usable = usable_generalists(config, plan)
@@ -90,7 +90,7 @@ def check_generalists(config: SiteConfig, plan: Plan) -> list[Finding]:
 
 
 def check_machine(config: SiteConfig, plan: Plan) -> list[Finding]:
-    """Check that the device is there and has the memory for a training step."""
+    """Check that the device exists and has enough memory for a training step."""
     try:
         device = config.torch_device()
     except ConfigError as error:
@@ -107,17 +107,17 @@ def check_machine(config: SiteConfig, plan: Plan) -> list[Finding]:
     if needed > free:
         return [problem("memory", f"{said}. Free some, use another device, or lower storage.memory_gb.")]
     if needed > BUSY_SHARE * free:
-        return [warning("memory", f"{said}, which is close. Let nothing else run beside it.")]
+        return [warning("memory", f"{said}, which is tight. Run nothing else on this machine.")]
     return [fine("memory", f"{said}.")]
 
 
 def check_storage(folder: Path) -> Finding:
-    """Check that nobody else on this machine can look into the storage, which holds prepared scans."""
+    """Check that no other user can read the storage, which holds prepared scans."""
     if not folder.exists():
-        return fine("storage", f"{folder} is not there yet; it will be its owner's only.")
+        return fine("storage", f"{folder} does not exist yet; only its owner will be able to read it.")
     if stat.S_IMODE(folder.stat().st_mode) & 0o077:
-        return warning("storage", f"its mode lets others look into {folder}, with its scans; chmod 700 {folder}")
-    return fine("storage", f"only its owner can look into {folder}.")
+        return warning("storage", f"other users can read {folder}, which holds scans; chmod 700 {folder}")
+    return fine("storage", f"only its owner can read {folder}.")
 
 
 def _read_all(found: Inventory, plan: Plan, memory_gb: float, progress: ProgressCallback) -> _Seen:
@@ -127,7 +127,7 @@ def _read_all(found: Inventory, plan: Plan, memory_gb: float, progress: Progress
         try:
             scan = load_scan(case, plan, memory_gb=memory_gb)
         except CaseError as error:
-            seen.findings.append(warning(f"case {case.id}", f"{error} It is left out until that is corrected."))
+            seen.findings.append(warning(f"case {case.id}", f"{error} It is left out until this is corrected."))
             continue
         seen.usable += 1
         seen.bytes += scan.image.nbytes + (scan.label.nbytes if scan.label is not None else 0)
@@ -144,15 +144,15 @@ def _check_case(case: Case, scan: Scan) -> list[Finding]:
     findings = [fine(subject, f"{note}.") for note in scan.notes]
     header = nib.load(case.images[0]).header
     if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
-        findings.append(warning(subject, "its file says nothing of orientation; export it with its geometry."))
+        findings.append(warning(subject, "its file has no orientation; export it with its geometry."))
     spacing = scan.original.spacing_mm
     if min(spacing) < VOXEL_MM[0] or max(spacing) > VOXEL_MM[1]:
         sizes = " x ".join(f"{side:g}" for side in spacing)
-        findings.append(warning(subject, f"its voxels are {sizes} mm, which is unlikely; is the unit right?"))
+        findings.append(warning(subject, f"its voxels are {sizes} mm, which is implausible; check the unit."))
     if float(scan.image.std()) == 0.0:
-        findings.append(warning(subject, "every voxel has one value; the file may be empty."))
+        findings.append(warning(subject, "all voxels have the same value; the file may be empty."))
     if scan.label is not None and not bool(scan.label.any()):
-        findings.append(warning(subject, "its label marks nothing; if that is not meant, correct or exclude it."))
+        findings.append(warning(subject, "its label is empty; if that is wrong, correct or exclude it."))
     return findings
 
 
@@ -162,9 +162,9 @@ def _check_classes(config: SiteConfig, plan: Plan, found: Inventory, seen: _Seen
     expected = set(annotated_classes(config, plan))
     missing = [plan.class_names[k - 1] for k in sorted(expected - seen.classes)]
     if missing:
-        sentence = f"no label marks {', '.join(missing)}; if nobody draws that here, name the others under "
-        return [warning("labels", sentence + "data.labeled_classes, else what is not drawn is taught as background.")]
-    return [fine("labels", "they mark every class that site.yaml says they do.")]
+        sentence = f"no label marks {', '.join(missing)}; if that is never drawn here, list the other classes under "
+        return [warning("labels", sentence + "data.labeled_classes; otherwise it is learned as background.")]
+    return [fine("labels", "together they mark every class that site.yaml lists.")]
 
 
 def _check_disk(config: SiteConfig, plan: Plan, seen: _Seen) -> list[Finding]:
@@ -179,9 +179,13 @@ def _check_disk(config: SiteConfig, plan: Plan, seen: _Seen) -> list[Finding]:
     said = f"prepared scans and pseudo-labels take about {needed / 1e9:.1f} GB, with embeddings up to {whole / 1e9:.1f}"
     said += f" GB; {free / 1e9:.1f} GB are free at {config.storage.folder}"
     if free < needed:
-        return [problem("disk", f"{said}. Free some, or move storage.folder.")]
+        return [problem("disk", f"{said}. Free some space, or move storage.folder.")]
     if free < whole:
-        return [warning("disk", f"{said}. Free some, or lower storage.embeddings_gb; then embeddings are made again.")]
+        return [
+            warning(
+                "disk", f"{said}. Free some space, or lower storage.embeddings_gb at the cost of encoding scans again."
+            )
+        ]
     return [fine("disk", f"{said}.")]
 
 
@@ -189,5 +193,5 @@ def _check_weights(subject: str, path: Path, sha256: str | None, published: str)
     try:
         verified_sha256(path, sha256, published)
     except WeightsError as error:
-        return problem(subject, f"{error}. Put the published file in place.")
+        return problem(subject, f"{error}. Replace it with the published file.")
     return fine(subject, "its weights have the SHA-256 that site.yaml names.")

@@ -1,4 +1,4 @@
-"""What a check found: fine, a warning, or a problem, always with what to do."""
+"""Findings of a check: ok, warning or problem, each with what to do about it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Level(StrEnum):
-    """How bad a finding is."""
+    """Severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
@@ -16,11 +16,11 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. It is printed at the site and never sent.
+    """The result of one check. It is printed at the site and never sent.
 
     Attributes:
-        level: how bad it is.
-        subject: what was looked at.
+        level: its severity.
+        subject: what was checked.
         sentence: what was found, and what to do about it.
     """
 
@@ -34,15 +34,15 @@ class Finding:
 
 
 def fine(subject: str, sentence: str) -> Finding:
-    """Return a finding that needs nothing done."""
+    """Return a finding that needs no action."""
     return Finding(Level.OK, subject, sentence)
 
 
 def warning(subject: str, sentence: str) -> Finding:
-    """Return a finding with which the site works, but perhaps not as meant."""
+    """Return a finding that lets the site work, but perhaps not as intended."""
     return Finding(Level.WARNING, subject, sentence)
 
 
 def problem(subject: str, sentence: str) -> Finding:
-    """Return a finding with which the site would fail."""
+    """Return a finding that would make the site fail."""
     return Finding(Level.PROBLEM, subject, sentence)

@@ -1,4 +1,4 @@
-"""What a hospital does first with an invitation: a folder of its own, a key pair, a site file to fill in."""
+"""Joining a study: the site's folder, its key pair, and a site file to fill in."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PRIVATE = 0o600
 
 @dataclass(frozen=True)
 class Joined:
-    """A folder that is ready to be filled in.
+    """A new site folder.
 
     Attributes:
         folder: the site's folder.
         public_key: the line to send to the lead.
-        lacking: the plan's generalists whose weights this machine does not have.
+        lacking: the plan's generalists whose weights are not on this machine.
     """
 
     folder: SiteFolder
@@ -38,11 +38,11 @@ class Joined:
 
 
 def join(invitation: Invitation, place: Path, images: Path | None, labels: Path | None) -> Joined:
-    """Make the folder of a site: its key pair, its YAML, the plan and the server's certificate.
+    """Make a site's folder: key pair, YAML, plan and certificate authority.
 
     Args:
         invitation: what the lead sent.
-        place: the folder to make.
+        place: the folder to create.
         images: folder of the site's images; by default data/images in the folder.
         labels: folder of the site's labels; by default data/labels in the folder.
 
@@ -52,7 +52,7 @@ def join(invitation: Invitation, place: Path, images: Path | None, labels: Path 
     """
     place = place.expanduser().resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ConfigError(f"{place}: exists already; nothing in it is changed. Give another --folder.")
+        raise ConfigError(f"{place}: exists already and was not changed. Give another --folder.")
     place.parent.mkdir(parents=True, exist_ok=True)
     unfinished = SiteFolder(place.with_name(f".{place.name}.unfinished"))
     with contextlib.suppress(FileNotFoundError):
@@ -77,7 +77,7 @@ def _write_keys(folder: SiteFolder, site: str) -> str:
 
 
 def _generalists(invitation: Invitation) -> tuple[list[str], tuple[str, ...]]:
-    """Return the plan's generalists that are here by themselves, and those that need a file or a package first."""
+    """Return the plan's generalists that are here with their weights, and those that need a file or package first."""
     if invitation.plan.pseudo_labels is None:
         return [], ()
     named = invitation.plan.pseudo_labels.generalists

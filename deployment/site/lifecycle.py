@@ -1,4 +1,4 @@
-"""Start and stop a site that works in the background, and tell how it is."""
+"""Start a site in the background, find it and stop it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 import psutil
 
+from deployment.background import ProcessRecord
 from deployment.site.site_folder import SiteFolder
-from engines.processes import MARK, birth
+from engines.processes import ProcessTree
 from semisam_core.errors import ConfigError, SemiSAMError
-from semisam_core.files import write_json
+from semisam_core.files import utc_stamp, write_json
 
 START_S = 120.0
 STOP_S = 40.0
@@ -29,12 +30,12 @@ class StartError(SemiSAMError):
 
 @dataclass(frozen=True)
 class Running:
-    """A site's supervisor that is alive.
+    """A site's running supervisor.
 
     Attributes:
-        process: it.
-        mark: what its children carry in their environment.
-        status: what it wrote last of itself.
+        process: the supervisor.
+        mark: carried by its children in their environment.
+        status: the last status it wrote.
     """
 
     process: psutil.Process
@@ -48,37 +49,36 @@ class Running:
 
 
 def running(folder: SiteFolder) -> Running | None:
-    """Return the site's supervisor, or None. A process that only has the same number is none."""
-    noted = _read(folder, "process.json")
-    try:
-        process = psutil.Process(int(noted["pid"]))
-        if birth(process) != noted["birth"] or process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        return Running(process, str(noted["mark"]), _read(folder, "status.json"))
-    except (KeyError, TypeError, ValueError, psutil.Error):
-        return None
+    """Return the site's supervisor, or None. Another process that got the same number does not count."""
+    noted = ProcessRecord.read(folder.running / "process.json")
+    process = None if noted is None else noted.process
+    return None if noted is None or process is None else Running(process, noted.mark, _read(folder, "status.json"))
 
 
 def check_startable(folder: SiteFolder) -> None:
-    """Check what must be so before a site may work.
+    """Check what must hold before a site may start.
 
     Raises:
-        ConfigError: it has left the study, runs already, or has approved no code.
+        ConfigError: it has withdrawn, is running already, or has approved no code.
     """
     if folder.withdrawn_file.exists():
-        raise ConfigError(f"{folder.path}: this site has withdrawn from the study; `semisam site withdraw --undo`.")
+        raise ConfigError(
+            f"{folder.path}: this site has withdrawn from the study; `semisam site withdraw --undo` reverses that."
+        )
     if running(folder) is not None:
-        raise ConfigError(f"{folder.path}: this site is running already; `semisam site status`.")
+        raise ConfigError(f"{folder.path}: this site is running already; see `semisam site status`.")
     if not folder.code(folder.config()).approved():
-        raise ConfigError("no code is approved here, so nothing could run; `semisam site approve invitation.zip`.")
+        raise ConfigError(
+            "no code is approved here, so nothing could run; approve it with `semisam site approve invitation.zip`."
+        )
 
 
 def start(folder: SiteFolder) -> Running:
-    """Start the site in the background; return when it works, connected or not yet.
+    """Start the site in the background and return once it runs, connected or not.
 
     Raises:
         ConfigError: it may not start, see `check_startable`.
-        StartError: it ended at once, or was not there in time.
+        StartError: it exited at once, or did not come up in time.
     """
     check_startable(folder)
     folder.running.mkdir(mode=0o700, exist_ok=True)
@@ -96,14 +96,14 @@ def start(folder: SiteFolder) -> Running:
             raise StartError(f"the site did not start; its log is {log}.")
         time.sleep(TICK_S)
     child.terminate()
-    raise StartError(f"the site was not there within {START_S:g} s; its log is {log}.")
+    raise StartError(f"the site did not come up within {START_S:g} s; its log is {log}.")
 
 
 def stop(folder: SiteFolder) -> bool:
-    """End the site and all its processes; return whether it was running.
+    """Stop the site and all its processes; return whether it was running.
 
     Raises:
-        StartError: something of it cannot be ended.
+        StartError: one of its processes cannot be stopped.
     """
     found = running(folder)
     if found is None:
@@ -112,38 +112,29 @@ def stop(folder: SiteFolder) -> bool:
         found.process.terminate()
     psutil.wait_procs([found.process], timeout=STOP_S)
     left = [found.process] if found.process.is_running() else []
-    left += _marked(found.mark)
+    left += ProcessTree(found.mark).alive()
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
     _, alive = psutil.wait_procs(left, timeout=KILL_S)
     if alive:
-        raise StartError(f"these processes cannot be ended: {', '.join(str(process.pid) for process in alive)}.")
+        raise StartError(f"these processes cannot be stopped: {', '.join(str(process.pid) for process in alive)}.")
     (folder.running / "process.json").unlink(missing_ok=True)
     return True
 
 
 def withdraw(folder: SiteFolder) -> bool:
-    """Mark the site as withdrawn and stop it, marked or not; return whether it was running.
+    """Mark the site as withdrawn and stop it, even if it cannot be marked; return whether it was running.
 
     Raises:
         StartError: it cannot be stopped.
-        OSError: it cannot be marked, and was stopped.
+        OSError: it was stopped but could not be marked.
     """
     try:
-        write_json(folder.withdrawn_file, {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        write_json(folder.withdrawn_file, {"time": utc_stamp()})
     finally:
         stopped = stop(folder)
     return stopped
-
-
-def _marked(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == mark:
-                found.append(process)
-    return found
 
 
 def _read(folder: SiteFolder, name: str) -> dict[str, Any]:

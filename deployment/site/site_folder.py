@@ -1,9 +1,8 @@
-"""A hospital's folder of one study: its own YAML, what the invitation said, its key, and what is running."""
+"""A hospital's folder for one study: its YAML, the invitation's content, its key, and what is running."""
 
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from deployment.invitation import Invitation
 from deployment.site.code_store import CodeStore
 from semisam_core.configuration import Name, StrictModel, parse
 from semisam_core.errors import ConfigError
-from semisam_core.files import append_json_line, write_atomically, write_json
+from semisam_core.files import append_json_line, utc_stamp, write_atomically, write_json
 from semisam_core.plan import Plan, load_plan
 
 
 class Deployment(StrictModel):
-    """What the invitation said besides the plan: deployment.json."""
+    """What the invitation says besides the plan: deployment.json."""
 
     study: Name
     site: Name
@@ -31,7 +30,7 @@ class Deployment(StrictModel):
 
 @dataclass(frozen=True)
 class SiteFolder:
-    """Paths of one hospital's folder; every one is absolute.
+    """Absolute paths within one hospital's folder.
 
     Attributes:
         path: the folder.
@@ -41,14 +40,16 @@ class SiteFolder:
 
     @classmethod
     def at(cls, path: Path) -> SiteFolder:
-        """Return the folder of a site that joined before.
+        """Return the folder of a site that has joined.
 
         Raises:
             ConfigError: `semisam site init` did not make this folder.
         """
         found = cls(path.expanduser().resolve())
         if not found.deployment_file.is_file():
-            raise ConfigError(f"{path}: no folder of a site; `semisam site init invitation.zip` makes one, --folder F.")
+            raise ConfigError(
+                f"{path}: not a site folder. `semisam site init invitation.zip` makes one; --folder names it."
+            )
         return found
 
     @property
@@ -63,17 +64,17 @@ class SiteFolder:
 
     @property
     def ca_file(self) -> Path:
-        """The certificate by which the server is known."""
+        """The certificate of the study's own authority, which vouches for the server."""
         return self.path / "ca.crt"
 
     @property
     def deployment_file(self) -> Path:
-        """What else the invitation said."""
+        """The rest of the invitation."""
         return self.path / "deployment.json"
 
     @property
     def private_key(self) -> Path:
-        """The site's private key, which never leaves."""
+        """The site's private key, which never leaves this machine."""
         return self.path / "keys" / "site-key"
 
     @property
@@ -83,16 +84,16 @@ class SiteFolder:
 
     @property
     def running(self) -> Path:
-        """Folder of logs, process ids and Flower's own home."""
+        """Folder of logs, process records and Flower's home."""
         return self.path / "running"
 
     @property
     def withdrawn_file(self) -> Path:
-        """There while the site has left the study."""
+        """Exists while the site has withdrawn from the study."""
         return self.path / "withdrawn.json"
 
     def deployment(self) -> Deployment:
-        """Return what the invitation said.
+        """Return the rest of the invitation.
 
         Raises:
             ConfigError: the file was altered.
@@ -126,7 +127,7 @@ class SiteFolder:
         return CodeStore(config.storage.folder / "code")
 
     def adopt(self, invitation: Invitation) -> None:
-        """Keep what an invitation says.
+        """Store the content of an invitation.
 
         Raises:
             OSError: the folder cannot be written.
@@ -150,20 +151,19 @@ def audit_log(config: SiteConfig) -> Path:
 
 
 def make_storage(config: SiteConfig) -> None:
-    """Make the site's storage where it is not there yet; only its owner may look into it.
+    """Make the site's storage if it does not exist; only its owner may read it.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     config.storage.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def book(config: SiteConfig, kind: str, **entry: str) -> None:
-    """Write a decision of this site's people into its audit log.
+    """Log a decision of this site's staff in its audit log.
 
     Raises:
         OSError: the log cannot be written.
     """
     make_storage(config)
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    append_json_line(audit_log(config), {"time": moment, "site": config.site, "kind": kind, **entry})
+    append_json_line(audit_log(config), {"time": utc_stamp(), "site": config.site, "kind": kind, **entry})

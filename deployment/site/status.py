@@ -1,4 +1,4 @@
-"""How a site is: running, connected, what it answered and what left it, all from files on its own disk."""
+"""A site's status: running, connected, what it answered and what left it, read from files on its own disk."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class SiteStatus:
-    """A site at one moment.
+    """A snapshot of a site.
 
     Attributes:
         running: whether its supervisor is alive.
         connected: whether its SuperNode is connected to the server.
-        supernode_starts: how often the SuperNode was started since `semisam site start`.
-        withdrawn: whether it has left the study.
+        supernode_starts: number of SuperNode starts since `semisam site start`.
+        withdrawn: whether it has withdrawn from the study.
         approved: hashes of approved code.
-        answered: kind -> answers that left.
-        refused: rule -> messages that were refused.
-        updates_bytes: bytes of all specialist's tensors that left.
+        answered: kind -> number of answers that left.
+        refused: rule -> number of messages refused.
+        updates_bytes: total bytes of the specialist's tensors that left.
         last: the last entries of the audit log.
     """
 
@@ -53,7 +53,7 @@ class SiteStatus:
 
 
 def site_status(folder: SiteFolder) -> SiteStatus:
-    """Read how the site is.
+    """Return the site's status.
 
     Raises:
         ConfigError: a file of the site is wrong.
@@ -79,13 +79,13 @@ def site_status(folder: SiteFolder) -> SiteStatus:
 
 
 def print_status(status: SiteStatus, console: Console) -> None:
-    """Print a site's status for people."""
+    """Print a site's status."""
     state = "running" if status.running else "not running"
     if status.running:
         state += (
             ", connected"
             if status.connected
-            else ", not connected; `semisam site doctor` and running/supernode.log say why"
+            else ", not connected; see `semisam site doctor` and running/supernode.log"
         )
     if status.withdrawn:
         state += ", withdrawn from the study"

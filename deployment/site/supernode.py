@@ -1,6 +1,6 @@
-"""Flower's SuperNode in a process that ends when it has lost the server for good, or its supervisor.
+"""Flower's SuperNode in a process that exits when it gives up on the server or its supervisor dies.
 
-Flower's own command goes on serving its Runtime API when the connection's loop has ended, and looks alive.
+Flower's own command keeps serving its Runtime API after its connection loop has ended, and so looks alive.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 
 
 def main() -> None:
-    """Run the SuperNode with this process's arguments, of which the first is the supervisor's process number."""
-    # Asked for now, the parent might be another already: a supervisor may die before this line.
+    """Run the SuperNode with this process's arguments; the first is the supervisor's process number."""
+    # Passed as an argument, since the supervisor may have died before this line and the parent be another process.
     threading.Thread(target=_end_with, args=(int(sys.argv.pop(1)),), daemon=True).start()
     from flwr.supernode.cli.flower_supernode import flower_supernode
 

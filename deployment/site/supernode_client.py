@@ -1,4 +1,4 @@
-"""The site's end of a SuperNode's Runtime API: take a task, fetch its message without opening it, send the answer."""
+"""Client of the SuperNode's Runtime API: take a task, fetch its message without opening it, send the answer."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 
 ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
-HEARTBEAT_S = 10.0  # Flower gives a task up after 60 s without one
+HEARTBEAT_S = 10.0  # Flower abandons a task after 60 s without one
 MESSAGE_S = 20.0
-STALLED_S = 120.0  # a piece of a message has 5 MiB at most
+STALLED_S = 120.0  # a chunk of a message has at most 5 MiB
 TICK_S = 0.1
 
 
 class UnansweredError(Exception):
-    """A message cannot be answered through this SuperNode, which would wait for the answer for ever."""
+    """A message cannot be answered through this SuperNode, which would wait for the answer forever."""
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """A task with its message, nothing of it opened.
+    """A task and its message, unopened.
 
     Attributes:
         kind: Flower's type of the task.
         given: run, node and the bundle that the server wants to run.
-        message: the message's head: who asks, which kind, without its content.
-        root: id of the object that is the whole message.
-        objects: id -> content, as they came.
+        message: the message's metadata, without its content.
+        root: id of the root object of the message.
+        objects: id -> content as received.
     """
 
     kind: str
@@ -74,7 +74,7 @@ class Outgoing:
 
 
 class Heartbeat:
-    """While the `with` lasts, tells the SuperNode that its task is being worked on."""
+    """Tells the SuperNode that its task is in progress, while in the `with`."""
 
     def __init__(self, client: RuntimeHttpClient) -> None:
         self._client, self._over = client, threading.Event()
@@ -102,7 +102,7 @@ class Runtime:
 
     Args:
         address: host:port of its Runtime API.
-        secret: what only the SuperNode and this runner know; without it no process can take a task.
+        secret: shared by the SuperNode and this runner only; without it no process can take a task.
     """
 
     def __init__(self, address: str, secret: bytes) -> None:
@@ -114,9 +114,9 @@ class Runtime:
         self._takes.close()
 
     def take(self) -> tuple[Task, str] | None:
-        """Take the next task of whatever type, with the token that goes with it, or None.
+        """Return the next task of any type and its token, or None.
 
-        Every type is taken: the SuperNode would wait for ever for the answer to one that nobody takes.
+        Every type is taken, since the SuperNode would wait forever for an answer to a task that is not.
 
         Raises:
             httpx.HTTPError: the SuperNode cannot be asked.
@@ -125,11 +125,11 @@ class Runtime:
         return (answer.task, answer.token) if answer.HasField("task") and answer.token else None
 
     def of_task(self, token: str) -> RuntimeHttpClient:
-        """Return a client that may do what goes with one task."""
+        """Return a client with the rights of one task."""
         return self._client(RuntimeTokenHttpInterceptor(token))
 
     def _client(self, *interceptors: RuntimeTokenHttpInterceptor | SuperExecAuthHttpInterceptor) -> RuntimeHttpClient:
-        # No retry invoker: Flower's ends the process that uses it when a token has run out.
+        # No retry invoker: Flower's terminates its process when a token expires.
         return RuntimeHttpClient.from_server_address(
             server_address=self._address,
             insecure=True,
@@ -144,11 +144,11 @@ def fetch(client: RuntimeHttpClient, task: Task, seconds: float, tick: Callable[
     Args:
         client: of the task.
         task: the task.
-        seconds: longest wait for the message's objects, which the SuperNode may still be receiving.
+        seconds: time limit for the message's objects, which the SuperNode may still be receiving.
         tick: called while waiting.
 
     Raises:
-        UnansweredError: there is no message to answer, or no more of it arrives.
+        UnansweredError: there is no message to answer, or it stopped arriving.
         httpx.HTTPError: the SuperNode cannot be asked.
     """
     given = client.PullTaskInput(PullTaskInputRequest())
@@ -172,9 +172,9 @@ def fetch(client: RuntimeHttpClient, task: Task, seconds: float, tick: Callable[
 def _objects(
     client: RuntimeHttpClient, node: Node, run: int, missing: list[str], seconds: float, tick: Callable[[], None]
 ) -> dict[str, bytes]:
-    """Pull a message's objects in whatever order they arrive.
+    """Pull a message's objects in any order.
 
-    A SuperNode drops a message whose run ends while it arrives, and does not say so: hence the bound on standing still.
+    A SuperNode silently drops a message if its run ends while it arrives, hence the limit on time without progress.
     """
     objects: dict[str, bytes] = {}
     now = time.monotonic()
@@ -188,17 +188,17 @@ def _objects(
                 stalled = time.monotonic() + STALLED_S
         if missing:
             if time.monotonic() > min(deadline, stalled):
-                raise UnansweredError("the message never arrived whole")
+                raise UnansweredError("the message never arrived completely")
             _pause(tick)
     return objects
 
 
 def answer(client: RuntimeHttpClient, arrived: Arrived, outgoing: Outgoing, outcome: str) -> None:
-    """Send a reply and end the task.
+    """Send a reply and finish the task.
 
     Args:
         client: of the task.
-        arrived: what is answered.
+        arrived: the message to answer.
         outgoing: the reply.
         outcome: Flower's word for how the task ended.
 
@@ -219,7 +219,7 @@ def answer(client: RuntimeHttpClient, arrived: Arrived, outgoing: Outgoing, outc
                 session_id=pushed.session_id,
             )
         )
-    # Without context and details: what approved code may have put there stays with the process that ran it.
+    # No context and no details: whatever approved code put there stays at the site.
     client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=""))
 
 

@@ -1,30 +1,27 @@
-"""The one process that stays: keeps a SuperNode connected, answers its tasks, and starts it anew when it dies."""
+"""The site's long-running process: keeps a SuperNode connected, handles its tasks, restarts it when it dies."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from client.egress import EgressGate
 from client.site_config import SiteConfig
+from deployment.background import ProcessRecord, exclusive
 from deployment.site.site_folder import SiteFolder, audit_log, make_storage
 from deployment.site.supernode_client import Runtime, UnansweredError
 from deployment.site.task_runner import Runner
 from deployment.site.worker_pool import Workers
-from engines.processes import MARK, ProcessTree, birth
+from engines.processes import ProcessTree, free_port
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically, write_json
 from semisam_core.plan import Plan
@@ -39,32 +36,26 @@ LOOK_S = 2.0
 STEADY_S = 300.0
 LONGEST_PAUSE_S = 60.0
 END_S = 10.0
-# Flower's own lines in the SuperNode's log, from which alone one can tell how the connection is.
+# Lines of Flower in the SuperNode's log, the only sign of the state of the connection.
 CONNECTED = (b"SuperNode ID:", b"Connection successful", b"Received successfully", b"Sent successfully")
 DISCONNECTED = (b"Connection attempt failed", b"Failed to initialize the connection")
 
 
-@contextmanager
-def only_one(folder: SiteFolder) -> Iterator[None]:
-    """Hold the folder for this process; the system lets go of it however the process ends.
+def only_one(folder: SiteFolder) -> contextlib.AbstractContextManager[None]:
+    """Hold the folder for this process, however it ends.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it; raised on entering.
     """
-    folder.running.mkdir(mode=0o700, exist_ok=True)
-    with (folder.running / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{folder.path}: this site is running already; `semisam site status`.") from None
-        yield
+    busy = ConfigError(f"{folder.path}: this site is running already; see `semisam site status`.")
+    return exclusive(folder.running / "lock", busy)
 
 
 class ConnectionLog:
-    """Reads from the SuperNode's log whether it is connected.
+    """Tells from the SuperNode's log whether it is connected.
 
     Args:
-        path: the log, which grows.
+        path: the growing log.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,10 +64,10 @@ class ConnectionLog:
         self.connected = False
 
     def look(self) -> bool:
-        """Read what is new; return whether the SuperNode is connected, by what was read last if the log is gone."""
+        """Read new lines and return whether the SuperNode is connected; without a log, the last known state."""
         try:
             with self._path.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < self._read:  # it was emptied
+                if file.seek(0, os.SEEK_END) < self._read:  # it was truncated
                     self._read = 0
                 file.seek(self._read)
                 whole, _, _ = file.read().rpartition(b"\n")
@@ -93,12 +84,12 @@ class ConnectionLog:
 
 
 class Supervisor:
-    """Runs a site until it is told to end.
+    """Runs a site until told to stop.
 
     Args:
         folder: the site's folder.
         config: its YAML.
-        plan: the study plan, which bounds how long one message may take.
+        plan: the study plan, whose deadlines limit the time per message.
         address: the server's host:port.
     """
 
@@ -111,20 +102,20 @@ class Supervisor:
         self._log: ConnectionLog | None = None
 
     def run(self) -> None:
-        """Work until SIGTERM, SIGHUP or Ctrl-C; then nothing of the site runs any more.
+        """Work until SIGTERM, SIGHUP or Ctrl-C, then leave no process behind.
 
         Raises:
-            ConfigError: this site runs already.
+            ConfigError: this site is running already.
         """
         with only_one(self._folder):
             try:
-                for left in self._folder.running.glob("task-*"):  # of a supervisor that was killed
+                for left in self._folder.running.glob("task-*"):  # left by a supervisor that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 with ProcessTree() as tree:
                     self._write_process(tree)
                     self._keep_going(tree)
             except KeyboardInterrupt:
-                logger.info("Asked to end")
+                logger.info("Asked to stop")
             finally:
                 (self._folder.running / "process.json").unlink(missing_ok=True)
                 self._write_status("stopped", connected=False)
@@ -141,19 +132,19 @@ class Supervisor:
                 except UnansweredError as error:
                     logger.warning("%s", error)
                 except Exception as error:
-                    logger.error("The site could not go on as it was", exc_info=error)
+                    logger.error("The site's SuperNode had to be given up", exc_info=error)
                 pause = 1.0 if time.monotonic() - began > STEADY_S else min(2 * pause, LONGEST_PAUSE_S)
-                logger.warning("The SuperNode ended; it is started anew in %g s. Its log is %s", pause, self._log_path)
-                self._write_status("waiting to start the SuperNode anew", connected=False)
+                logger.warning("The SuperNode ended; restarting it in %g s. Its log is %s", pause, self._log_path)
+                self._write_status("waiting to restart the SuperNode", connected=False)
                 time.sleep(pause)
 
     def _one_life(self, tree: ProcessTree, workers: Workers) -> None:
-        """Start a SuperNode and answer its tasks until it ends or can no more be answered.
+        """Start a SuperNode and handle its tasks until it ends or can no longer be answered.
 
         Raises:
-            UnansweredError: it has, or a message of it was lost.
+            UnansweredError: it ended, or one of its messages was lost.
         """
-        secret, port = secrets.token_bytes(32), _free_port()
+        secret, port = secrets.token_bytes(32), free_port()
         self._log = ConnectionLog(self._log_path)
         self._starts += 1
         self._supernode = self._start(tree, secret, port)
@@ -203,7 +194,7 @@ class Supervisor:
         raise UnansweredError(f"the SuperNode was not ready within {READY_S:g} s")
 
     def _tick(self) -> None:
-        """Note how the SuperNode is.
+        """Record the state of the SuperNode.
 
         Raises:
             UnansweredError: it has ended.
@@ -217,9 +208,7 @@ class Supervisor:
             self._write_status("running", self._log.look())
 
     def _write_process(self, tree: ProcessTree) -> None:
-        own = psutil.Process()
-        content = {"pid": own.pid, "birth": birth(own), "mark": tree.environment({})[MARK]}
-        write_json(self._folder.running / "process.json", content)
+        ProcessRecord.of(os.getpid(), tree.mark).write(self._folder.running / "process.json")
 
     def _write_status(self, state: str, connected: bool) -> None:
         content = {"state": state, "connected": connected, "supernode_starts": self._starts, "time": time.time()}
@@ -242,13 +231,13 @@ def _environment(folder: SiteFolder) -> dict[str, str]:
 
 
 def work_here(folder: SiteFolder) -> None:
-    """Be the site's supervisor until told to end; logs go to standard error.
+    """Run as the site's supervisor until told to stop; logs go to standard error.
 
     Raises:
-        ConfigError: the site runs already, or a file of it is wrong.
+        ConfigError: the site is running already, or one of its files is wrong.
     """
     config, plan, address = folder.config(), folder.plan(), folder.deployment().address
-    os.environ.update(_environment(folder))  # this process talks to its own machine without a proxy, too
+    os.environ.update(_environment(folder))  # this process must reach its own machine without a proxy too
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     make_storage(config)
@@ -265,14 +254,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def serves(pid: int, port: int) -> bool:
-    """Return whether this very process listens at a port; another user's could have been there first."""
+    """Return whether this very process listens on a port, since another user's might have taken it first."""
     with contextlib.suppress(psutil.Error):
         listening = psutil.Process(pid).net_connections("tcp")
         return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in listening)
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])

@@ -1,6 +1,6 @@
-"""Decides whether a task's code may run here, before anything of it is opened, and sees that every message is answered.
+"""Decides whether a task's code may run here before any of it is unpacked, and answers every message.
 
-It stands where Flower's own SuperExec would: that one unpacks and imports whatever bundle the server names.
+It replaces Flower's SuperExec, which would unpack and import whatever bundle the server names.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ class _RefusedError(Exception):
 
 
 class Runner:
-    """Takes the SuperNode's tasks one after another.
+    """Handles the SuperNode's tasks one at a time.
 
     Args:
         runtime: the SuperNode.
-        code: what is approved here.
-        gate: builds and books refusals.
-        site_file: the site's YAML, which approved code is told of.
+        code: the code approved here.
+        gate: builds and logs refusals.
+        site_file: the site's YAML, whose path is passed to approved code.
         workers: processes for approved code.
-        scratch: folder for messages on their way to and from such a process.
-        seconds: longest time for one task.
-        maximum_reply: most bytes that a reply's tensors may have.
-        tick: called often meanwhile; it may raise to give a task up.
+        scratch: folder for messages to and from such a process.
+        seconds: time limit of a task.
+        maximum_reply: size limit of a reply's tensors, in bytes.
+        tick: called several times a second; raising abandons the task.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Runner:
         """Take one task and answer it; return whether there was one.
 
         Raises:
-            UnansweredError: the SuperNode has a message that cannot be answered any more; it must be started anew.
+            UnansweredError: the SuperNode holds a message that can no longer be answered; it must be restarted.
         """
         try:
             taken = self._runtime.take()
@@ -105,7 +105,7 @@ class Runner:
             with Heartbeat(client):
                 self._answer(client, task)
         except (httpx.HTTPError, DecodeError) as error:
-            raise UnansweredError(f"the SuperNode does not take the answer ({type(error).__name__})") from error
+            raise UnansweredError(f"the SuperNode does not accept the answer ({type(error).__name__})") from error
         finally:
             client.close()
         return True
@@ -125,9 +125,9 @@ class Runner:
         answer(client, arrived, outgoing, outcome)
 
     def _check(self, arrived: Arrived, offered: str) -> None:
-        """Check by the bundle's own content, whatever the wire says its hash is; nothing of it is opened."""
+        """Check the hash of the bundle's content, not the hash that came with it; nothing is unpacked."""
         if arrived.kind != TaskType.CLIENT_APP.value:
-            raise _RefusedError(RefusalRule.CODE_NOT_APPROVED, "the task is none for a ClientApp")
+            raise _RefusedError(RefusalRule.CODE_NOT_APPROVED, "the task is not for a ClientApp")
         self._check_approved(offered, "the server wants to run code that is not approved here")
 
     def _check_approved(self, code_hash: str, otherwise: str) -> None:
@@ -175,7 +175,7 @@ class Runner:
 
     def _tick_while_approved(self, code_hash: str) -> None:
         self._tick()
-        self._check_approved(code_hash, "the approval of this code was taken back while it worked")
+        self._check_approved(code_hash, "the approval of this code was revoked while it ran")
 
     def _refusal(self, arrived: Arrived, rule: RefusalRule, reason: str, offered: str) -> Outgoing:
         meta = arrived.message.metadata
@@ -194,13 +194,16 @@ def _lay_out(arrived: Arrived, task: Path) -> None:
     folder.mkdir()
     for name, content in arrived.objects.items():
         if not OBJECT_NAME.fullmatch(name):
-            raise _RefusedError(RefusalRule.INTERNAL, "an object of the message has no hash for a name")
+            raise _RefusedError(RefusalRule.INTERNAL, "an object of the message is not named by a hash")
         (folder / name).write_bytes(content)
     (task / "root").write_text(arrived.root, encoding="ascii")
 
 
 def _take_up(arrived: Arrived, reply: Path, maximum: float) -> Outgoing:
-    """Read a process's reply: to this message, of this run, no larger than allowed, no text in an error but a rule."""
+    """Read a process's reply.
+
+    It must answer this message of this run and be within the size limit; an error in it may name a rule only.
+    """
     head, tree = ProtoMessage(), ObjectTree()
     contents: dict[Path, bytes] = {}
     for path in (reply / "message.pb", reply / "tree.pb", *(reply / "objects").iterdir()):
@@ -228,9 +231,9 @@ def _take_up(arrived: Arrived, reply: Path, maximum: float) -> Outgoing:
 
 
 def _read(path: Path, maximum: float) -> bytes:
-    """Read a file that a process left. A link or a pipe, which may have no end, is none."""
+    """Read a regular file that a process left. Links and pipes are refused: they may lead out or never end."""
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise _RefusedError(RefusalRule.INTERNAL, "the process left something that is no file")
+        raise _RefusedError(RefusalRule.INTERNAL, "the process left something other than a file")
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         content = file.read(int(maximum) + 1)
     if len(content) > maximum:

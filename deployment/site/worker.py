@@ -1,8 +1,8 @@
-"""The process that runs approved code on one message. Started by its path, alone: it imports nothing of this project.
+"""The process that runs approved code on one message. Started by path; imports nothing of this project.
 
-It first imports what every approved bundle needs from other projects, which takes most of the time, and then waits for
-one task on its standard input. It has neither the SuperNode's secret nor a task's token: what it answers is a folder of
-files, which the site's runner checks and sends.
+It first imports what every bundle needs from other projects, which takes most of the time, then waits for one task on
+standard input. It has neither the SuperNode's secret nor a task's token: its answer is a folder of files, which the
+site's runner checks and sends.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ OWN = frozenset({"cli", "client", "deployment", "engines", "experiments", "semis
 
 
 class OnlyFrom(MetaPathFinder):
-    """Finds a bundle's packages in the site's copy of that bundle and nowhere else.
+    """Finds a bundle's packages in the site's copy of the bundle and nowhere else.
 
     Args:
         folder: the copy.
-        packages: top-level names that the bundle brings; this project's names that it does not bring are not found.
+        packages: the bundle's top-level names. This project's other packages are not found at all.
     """
 
     def __init__(self, folder: Path, packages: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ class OnlyFrom(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return where a top-level package of the bundle lies; others are left to Python."""
+        """Return the spec of a top-level package of the bundle; others are left to Python."""
         if path is not None or fullname not in self._packages | OWN:
             return None
         found = PathFinder.find_spec(fullname, [self._folder], target) if fullname in self._packages else None
@@ -67,7 +67,7 @@ class OnlyFrom(MetaPathFinder):
 
 
 def main() -> None:
-    """Wait for one task, do it, and end; sooner where the process whose number is the argument is not the parent."""
+    """Wait for one task, run it and exit; exit earlier if the process given as the argument is no longer the parent."""
     threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     for name in PRELOAD:
         with contextlib.suppress(ImportError):
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def work(job: dict[str, Any]) -> None:
-    """Run the approved ClientApp on a message and leave its reply as files.
+    """Run the approved ClientApp on a message and write its reply to files.
 
     Args:
         job: `task`, the folder with the message; `code`, the copy of the bundle; `packages` and `component` of the
@@ -89,7 +89,7 @@ def work(job: dict[str, Any]) -> None:
     app = _load(Path(job["code"]), job["packages"], job["component"])
     from flwr.app import Context, RecordDict
 
-    # The run config of the wire is left out: approved code hears of paths from this site only.
+    # No run config from the wire: approved code gets paths from this site only.
     context = Context(
         run_id=job["run_id"],
         node_id=job["node_id"],
@@ -150,7 +150,7 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)  # what approved code started ends, too
+        os.killpg(0, signal.SIGKILL)  # children of approved code too
     os._exit(1)
 
 

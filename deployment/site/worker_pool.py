@@ -1,4 +1,4 @@
-"""Processes for approved code: one task each, bounded in time, with a warm one in reserve."""
+"""Processes that run approved code: one task each, with a time limit, and one warm process in reserve."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ END_S = 10.0
 
 
 class OutOfTimeError(Exception):
-    """The process did not end within its time, and was killed."""
+    """The process exceeded its time limit and was killed."""
 
 
 class Workers:
-    """Starts a process ahead of each task, so that a message need not wait for imports.
+    """Starts a process ahead of each task, so that no message waits for imports.
 
     Args:
         tree: ends every process when the site stops.
-        log: file for all that approved code prints.
+        log: file for everything approved code prints.
     """
 
     def __init__(self, tree: ProcessTree, log: Path) -> None:
@@ -38,17 +38,17 @@ class Workers:
         self._spare: subprocess.Popen[bytes] | None = None
 
     def warm(self) -> None:
-        """See to it that a process waits for the next task."""
+        """Make sure a process is waiting for the next task."""
         if self._spare is None:
             self._spare = self._start()
 
     def run(self, job: Mapping[str, Any], seconds: float, tick: Callable[[], None]) -> bool:
-        """Let a process do a task; return whether it ended by itself and well.
+        """Run a task in a process; return whether it exited with status 0.
 
         Args:
             job: what the process reads, see `worker.work`.
-            seconds: longest time.
-            tick: called about ten times a second meanwhile; what it raises ends the process.
+            seconds: time limit.
+            tick: called about ten times a second; raising kills the process.
 
         Raises:
             OutOfTimeError: the process was killed.
@@ -103,7 +103,7 @@ class Workers:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and what it started, which is in its session's group."""
+    """Kill a process and its children, which share its process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

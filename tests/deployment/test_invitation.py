@@ -16,8 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployment.invitation import (
+    LIMITS,
     Invitation,
     InvitationError,
+    _parse,
+    _plan,
     installed_versions,
     read_invitation,
     sha256,
@@ -232,3 +235,54 @@ def test_damage_is_refused_or_changes_nothing(
     except InvitationError:
         return
     assert (read.plan, read.code, read.site) == (invitation.plan, invitation.code, invitation.site)
+
+
+@pytest.mark.parametrize("stuffing", [b"\0", b"#!/bin/sh\nexit\n", b"PK\x03\x04"])
+def test_data_before_the_zip_is_refused(bundle: bytes, tmp_path: Path, stuffing: bytes) -> None:
+    _refused(stuffing + bundle, tmp_path, "before, between or after|not a readable zip")
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_no_byte_can_be_hidden_anywhere_in_the_zip(bundle: bytes, data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, len(bundle)))
+    hidden = data.draw(st.binary(min_size=1, max_size=40))
+    with pytest.raises(InvitationError):
+        _parse(bundle[:place] + hidden + bundle[place:], "x")
+
+
+def test_extra_fields_and_comments_of_members_are_refused(bundle: bytes, tmp_path: Path) -> None:
+    for change in ({"extra": b"\x99\x99\x04\x00abcd"}, {"comment": b"hello"}):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name, content in _members(bundle).items():
+                info = zipfile.ZipInfo(name)
+                for key, value in change.items():
+                    setattr(info, key, value)
+                archive.writestr(info, content)
+        _refused(buffer.getvalue(), tmp_path, "before, between or after")
+
+
+def test_a_key_that_stands_twice_in_the_header_is_refused(bundle: bytes, tmp_path: Path) -> None:
+    members = _members(bundle)
+    twice = members["invitation.json"].replace(b'"site": "north"', b'"site": "south", "site": "north"')
+    assert twice != members["invitation.json"]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in (members | {"invitation.json": twice}).items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    _refused(buffer.getvalue(), tmp_path, "the key 'site' is given twice")
+
+
+def test_a_plan_of_countless_keys_is_refused_before_it_is_read() -> None:
+    flood = b"".join(b"k%d: 1\n" % number for number in range(10_000))
+    assert len(flood) < LIMITS["plan.yaml"]
+    with pytest.raises(InvitationError, match="more YAML than any plan holds"):
+        _plan(flood, "plan.yaml")
+
+
+def _refused(content: bytes, folder: Path, why: str) -> None:
+    path = folder / "changed.zip"
+    path.write_bytes(content)
+    with pytest.raises(InvitationError, match=why):
+        read_invitation(path)

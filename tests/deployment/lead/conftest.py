@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from deployment.lead.service import stop
 from deployment.lead.study_folder import NewStudy, StudyFolder
-from engines.flower_control import free_port
+from engines.processes import free_port
 from tests.conftest import tiny_plan
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -13,7 +13,8 @@ import pytest
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from deployment.lead.pki import expiry, write_certificates
+from deployment.certificates import expiry
+from deployment.lead.pki import write_certificates
 from semisam_core.errors import ConfigError
 
 

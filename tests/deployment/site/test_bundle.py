@@ -19,7 +19,7 @@ from tests.deployment.site.bundles import PYPROJECT, echo_fab, fab
     ["../evil.py", "/etc/evil.py", "client/../../evil.py", "client\\evil.py", "C:evil.py", "client//evil.py", "."],
 )
 def test_a_path_that_leads_out_is_refused(path: str) -> None:
-    with pytest.raises(BundleError, match="no path within a bundle"):
+    with pytest.raises(BundleError, match="not a valid path within a bundle"):
         read_bundle(echo_fab(**{path: "x = 1"}), "a.fab")
 
 
@@ -42,7 +42,7 @@ def test_what_nobody_can_read_is_refused() -> None:
     "start", ["# coding: unicode_escape\n", "#!x\n# vim: set fileencoding=utf-7 :\n", "\r# -*- coding: utf_7 -*-\n"]
 )
 def test_source_in_which_python_would_read_a_comment_as_code_is_refused(start: str) -> None:
-    with pytest.raises(BundleError, match="another encoding"):
+    with pytest.raises(BundleError, match="encoding other than UTF-8"):
         read_bundle(echo_fab(**{"client/more.py": start + "# harmless\\nevil()\n"}), "a.fab")
 
 
@@ -53,7 +53,7 @@ def test_source_that_python_reads_as_people_do_is_accepted(start: str) -> None:
 
 @pytest.mark.parametrize("path", ["torch/__init__.py", "json.py", "numpy.py", "flwr/x.py"])
 def test_a_bundle_that_would_take_the_place_of_a_package_is_refused(path: str) -> None:
-    with pytest.raises(BundleError, match="would take the place"):
+    with pytest.raises(BundleError, match="would shadow"):
         read_bundle(echo_fab(**{path: ""}), "a.fab")
 
 

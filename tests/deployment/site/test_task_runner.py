@@ -161,7 +161,7 @@ def test_a_message_that_stops_arriving_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(runtime, "STALLED_S", 0.5)
     link.send(GOOD, "hello", lost=True)
-    with pytest.raises(UnansweredError, match="never arrived whole"):
+    with pytest.raises(UnansweredError, match="never arrived completely"):
         runner.work()
     asked = link.send(GOOD, "hello")
     assert runner.work()
