@@ -1,4 +1,4 @@
-# make demo: set everything up and run the main job on generated hospitals. make test: every check that CI makes.
+# make demo: set everything up and run the main job on generated hospitals. make test: every check that CI runs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,14 +20,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Faults put into a copy of the code, one at a time; prints those that no test notices. Not part of CI.
+# Puts known faults into a copy of the code, one at a time, and prints those that no test catches. Not part of CI.
 mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants.run
 
 clean-demo:
 	rm -rf demo
 
-# sam2 is built against the torch that is there by then; isolated, its build would download torch a second time.
+# sam2 is built against the installed torch; an isolated build would download torch a second time.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; make PYTHON=python3.11 $(MAKECMDGOALS) names one." >&2; exit 1; }

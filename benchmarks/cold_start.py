@@ -1,9 +1,9 @@
-"""How good masks from prototypes are before anything was learned: one labeled scan, LiteMedSAM, left atrium.
+"""How good masks from prototypes are before any training: one labeled scan, LiteMedSAM, left atrium.
 
-python benchmarks/cold_start.py --data la --work cold     minutes on one core; encodes 11 slices of each scan
+python benchmarks/cold_start.py --data la --work cold     minutes on one core; encodes 11 slices per scan
 
-`la` has images/ and labels/. Each of the scans is the labeled one in turn; the labels of the others are read for
-scoring only. Embeddings are kept in <work>/embeddings.
+`la` contains images/ and labels/. Each scan is the labeled one in turn; the labels of the others are used for scoring
+only. Embeddings are kept in <work>/embeddings.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semisam_core.components import meaningful_components
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.scans import Scan, load_scan
 from semisam_core.evaluation import dice_of
 from semisam_core.generalists import EmbeddingStore, load_generalist
 from semisam_core.plan import Plan, load_plan
-from semisam_core.prompting import meaningful_components
 from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes
 from semisam_core.pseudo_labels.fusion import make_pseudo_label
 
@@ -30,7 +30,7 @@ SCANS = ("la_023", "la_030", "la_020", "la_011", "la_024")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECTION = "pseudo_labels.cold_start"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "1 prototype a class, no position": ("foreground_prototypes=1", "background_prototypes=1", "position_weight=0.0"),
+    "1 prototype per class, no position": ("foreground_prototypes=1", "background_prototypes=1", "position_weight=0.0"),
     "8 + 32 prototypes, no position": ("position_weight=0.0",),
     "8 + 32, position 0.6 (default)": (),
     "8 + 32, position 1.0": ("position_weight=1.0",),
@@ -41,7 +41,7 @@ Method = Callable[[Scan, Scan], Tensor]
 
 
 def main() -> None:
-    """Print a Markdown table: a row for each variant, a column for each scan as the labeled one."""
+    """Print a Markdown table with a row per variant and a column per labeled scan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -79,7 +79,7 @@ def _row(title: str, method: Method, scans: Mapping[str, Scan]) -> None:
 
 def _truth(scan: Scan) -> Tensor:
     if scan.label is None:
-        raise ValueError(f"{scan.id} has no label to be scored against")
+        raise ValueError(f"{scan.id} has no label to score against")
     return scan.label > 0
 
 
@@ -105,7 +105,7 @@ def _prototypes(plan: Plan, store: EmbeddingStore) -> Method:
 
     def method(labeled: Scan, scan: Scan) -> Tensor:
         mask = (rough(labeled, scan)[1] > 0.5).numpy()
-        return torch.from_numpy(meaningful_components(mask, 0.3) if mask.any() else mask)
+        return torch.from_numpy(meaningful_components(mask, 0.3))
 
     return method
 

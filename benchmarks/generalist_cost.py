@@ -1,9 +1,9 @@
-"""What a frozen generalist costs: its encoder, a training step beside it, its store on disk, its memory.
+"""What a frozen generalist costs: encoding, training steps with its pseudo-labels, disk space, memory.
 
 python benchmarks/generalist_cost.py               about 10 minutes on two cores
 python benchmarks/generalist_cost.py --only store  one part: encoder, step, store or memory
 
-Everything that is compared is timed in turn within one process, so that ratios hold on a busy machine.
+Everything that is compared is timed alternately in one process, so that ratios are valid on a busy machine.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STEPS = 20
 
 
 def main() -> None:
-    """Run the parts that are asked for and print their figures."""
+    """Run the selected parts and print their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts: dict[str, Callable[[], None]] = {"encoder": encoder, "step": step, "store": store, "memory": memory}
     parser.add_argument("--only", choices=sorted(parts), action="append")
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def encoder() -> None:
-    """Time the fused encoder against the package's own and against the machine's arithmetic."""
+    """Compare the fused encoder with the package's and with the machine's matrix multiplication."""
     ours = load_generalist("lite-medsam", DEVICE)
     if not isinstance(ours, LiteMedSAM):
         raise TypeError("lite-medsam must be LiteMedSAM")
@@ -87,18 +87,19 @@ def encoder() -> None:
     seconds = _alternate({"package": package, "fused": fused, "multiply": multiply})
     rate = 2 * size**3 / seconds["multiply"] / 1e9
     floor = GFLOP_PER_SLICE / rate
-    print(f"  package's eager path  {seconds['package']:.3f} s a slice")
+    print(f"  package's eager path  {seconds['package']:.3f} s per slice")
     print(
-        f"  fused, channels last  {seconds['fused']:.3f} s a slice, {seconds['package'] / seconds['fused']:.2f}x faster"
+        f"  fused, channels last  {seconds['fused']:.3f} s per slice, "
+        f"{seconds['package'] / seconds['fused']:.2f}x faster"
     )
     print(
-        f"  matrix rate           {rate:.0f} GFLOP/s, so {floor:.3f} s a slice at least: "
-        f"{seconds['fused'] / floor:.2f}x the floor"
+        f"  matrix rate           {rate:.0f} GFLOP/s, so at least {floor:.3f} s per slice: "
+        f"{seconds['fused'] / floor:.2f}x the minimum"
     )
 
 
 def step() -> None:
-    """Time a training step of mean teacher with and without pseudo-labels, and what a refresh adds to each step."""
+    """Time training steps of mean teacher with and without pseudo-labels, and what a refresh adds per step."""
     with tempfile.TemporaryDirectory() as folder:
         plan, labeled, unlabeled = _study(Path(folder))
         model = load_generalist("lite-medsam", DEVICE)
@@ -106,7 +107,7 @@ def step() -> None:
         label = _label(unlabeled, model, embeddings, plan)  # encodes
         refresh = _alternate({"refresh": lambda: _label(unlabeled, model, embeddings, plan)}, 3)["refresh"]
         nothing = EmbeddingStore(Path(folder) / "nothing", 0)
-        anew = _alternate({"anew": lambda: _label(unlabeled, model, nothing, plan)}, 1)["anew"]
+        uncached = _alternate({"uncached": lambda: _label(unlabeled, model, nothing, plan)}, 1)["uncached"]
         without = plan.model_copy(update={"pseudo_labels": None})
         pseudo = TrainingScan(unlabeled.image, None, label.target, label.uncertainty, label.valid)
         seconds = _alternate(
@@ -117,18 +118,18 @@ def step() -> None:
             3,
         )
     base, beside = (seconds[name] / STEPS for name in ("mean teacher", "with pseudo-labels"))
-    print(f"  mean teacher              {base:.3f} s a step")
-    print(f"  + pseudo-labels, no refresh {beside:.3f} s a step: {beside / base:.2f}x")
-    print(f"  refresh of one scan       {refresh:.2f} s (embeddings stored), {anew:.1f} s (encoded as well)")
+    print(f"  mean teacher              {base:.3f} s per step")
+    print(f"  + pseudo-labels, no refresh {beside:.3f} s per step: {beside / base:.2f}x")
+    print(f"  refresh of one scan       {refresh:.2f} s (embeddings stored), {uncached:.1f} s (with encoding)")
     for steps in (10, 40, 100, 250, 1000):
-        print(f"  steps a scan between refreshes {steps:5d}: {(beside + refresh / steps) / base:.2f}x amortised")
+        print(f"  steps per scan between refreshes {steps:5d}: {(beside + refresh / steps) / base:.2f}x amortised")
     reached = refresh / max(1e-9, 1.10 * base - beside)
-    print(f"  1.10x is reached from {reached:.0f} steps a scan between refreshes on")
-    print(f"  the reference's way (encode and decode at every step): {(base + anew) / base:.0f}x")
+    print(f"  1.10x is reached with {reached:.0f} steps per scan between refreshes")
+    print(f"  the reference code, which encodes and decodes at every step: {(base + uncached) / base:.0f}x")
 
 
 def store() -> None:
-    """Measure bytes, hits and the limit of the embedding store on one scan of twelve slices."""
+    """Measure size, hit rate and limit of the embedding store on one scan of twelve slices."""
     model = load_generalist("lite-medsam", DEVICE)
     volume = torch.randn(96, 96, 12, generator=torch.Generator().manual_seed(0))
     grid, units = VolumeGrid((96, 96, 12), (1.25,) * 3), list(range(12))
@@ -137,7 +138,7 @@ def store() -> None:
         first = _seconds(lambda: roomy.fetch(model, scan_key(volume), volume, grid, units))
         again = _seconds(lambda: roomy.fetch(model, scan_key(volume), volume, grid, units))
         size = _bytes(Path(folder) / "roomy")
-        print(f"  {size / len(units) / 1e6:.2f} MB a slice, {size / 1e6:.0f} MB for {len(units)} slices")
+        print(f"  {size / len(units) / 1e6:.2f} MB per slice, {size / 1e6:.0f} MB for {len(units)} slices")
         print(f"  first {first:.1f} s, again {again:.2f} s; hits {roomy.hits}, misses {roomy.misses}")
         for share in (1.0, 0.5, 0.25):
             tight = EmbeddingStore(Path(folder) / f"tight-{share}", int(size * share))
@@ -146,13 +147,13 @@ def store() -> None:
             rate = tight.hits / (tight.hits + tight.misses)
             held = _bytes(Path(folder) / f"tight-{share}")
             print(
-                f"  limit {share:.0%} of the scan, half of it asked twice: hit rate {rate:.0%}, "
+                f"  limit {share:.0%} of the scan, half of it fetched twice: hit rate {rate:.0%}, "
                 f"{held / 1e6:.0f} of {size * share / 1e6:.0f} MB used, {tight.write_failures} failures"
             )
 
 
 def memory() -> None:
-    """Measure the peak memory of processes that ask one, and three, generalists about a scan."""
+    """Measure the peak memory of processes that prompt one and three generalists."""
     with tempfile.TemporaryDirectory() as folder:
         for names in (["lite-medsam"], ["lite-medsam", "medsam", "sam-med3d"]):
             site = Path(folder) / "-".join(names)
@@ -166,7 +167,7 @@ def memory() -> None:
 
 
 def print_peak(folder: Path) -> None:
-    """Ask lite-medsam and each model whose weights are in a folder about one small scan; print the peak memory."""
+    """Prompt lite-medsam and each model with weights in a folder on one small scan; print the peak memory."""
     import hashlib
 
     base = _peak_gb()
@@ -205,7 +206,7 @@ def _truth(scan: Scan) -> Tensor:
 
 
 def _label(scan: Scan, model: Generalist, embeddings: EmbeddingStore, plan: Plan) -> PseudoLabel:
-    """Label a scan as a site does at a refresh: predict, prompt, look embeddings up or make them, decode, fuse."""
+    """Label a scan as a site does at a refresh: predict, prompt, fetch or compute embeddings, decode, fuse."""
     predict(new_specialist(plan).to(DEVICE), scan.image, plan, DEVICE)
     return make_pseudo_label(scan.image, _truth(scan), [model], embeddings, plan)
 
@@ -217,7 +218,7 @@ def _train(plan: Plan, labeled: Scan, unlabeled: TrainingScan) -> None:
 
 
 def _random_weights(name: str, path: Path) -> None:
-    """Write a checkpoint of the published size and layout with random numbers in it."""
+    """Write a checkpoint of the published size and layout with random weights."""
     if name == "sam-med3d":
         from medim.models.sam_med3d import build_sam3D_vit_b_ori
 
@@ -229,7 +230,7 @@ def _random_weights(name: str, path: Path) -> None:
 
 
 def _alternate(calls: dict[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, float]:
-    """Return the median seconds of each call, taken in turn after one warm-up."""
+    """Return the median seconds of each call, timed alternately after a warm-up."""
     if repeats > 1:
         for call in calls.values():
             call()
@@ -256,7 +257,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _peak_gb() -> float:
-    """Return this program's own peak; the one that getrusage gives begins with that of the process that started it."""
+    """Return this process's peak; getrusage's includes that of the process that started it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.partition("VmHWM:")[2].split()[0]) / 1e6

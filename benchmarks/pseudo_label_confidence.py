@@ -1,10 +1,10 @@
-"""Does the confidence in a pseudo-label, the mean of exp(-U), tell good ones from bad? Finished comparisons are read.
+"""Does the confidence in a pseudo-label, the mean of exp(-U), tell good ones from bad? Reads finished comparisons.
 
 python benchmarks/pseudo_label_confidence.py comparison [another-comparison ...]
 
-Each is a folder of `semisam compare` with the arm federated-semisam, whose sites keep their storage and have labels for
-their unlabeled scans too, which no run read and which are read here for scoring only. The last pseudo-labels of every
-finished run are scored on the specialist's grid. Nothing is trained; a minute on one core.
+Each is a folder of `semisam compare` with the arm federated-semisam whose sites still have their storage, and labels
+for their unlabeled scans; no run read those labels, and here they are used for scoring only. The last pseudo-labels of
+each finished run are scored on the specialist's grid. Nothing is trained; takes a minute on one core.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BANDS = (0.0, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 1.0)
 
 
 def main() -> None:
-    """Print the Dice of pseudo-labels by bands of confidence, and how the two go together in each run."""
+    """Print the Dice of pseudo-labels by band of confidence, and the correlation of the two in each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparisons", type=Path, nargs="+")
     arguments = parser.parse_args()
@@ -46,7 +46,7 @@ def main() -> None:
             everything += found
             print(f"| {comparison.name}, {folder.parent.name}, {folder.name} | {_summary(found)} |", flush=True)
     if not everything:
-        raise SystemExit("no finished run of these comparisons has accepted pseudo-labels left")
+        raise SystemExit("no finished run of these comparisons has any accepted pseudo-labels")
     print(f"| all | {_summary(everything)} |")
     print("\n| confidence | pseudo-labels | Dice | kept from here on | Dice |\n| --- | ---: | ---: | ---: | ---: |")
     values = np.array(everything)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _scored(comparison: Path, folder: Path) -> Iterator[tuple[float, float]]:
-    """Yield Dice and confidence of each accepted pseudo-label that a run left, class by class."""
+    """Yield Dice and confidence of each accepted pseudo-label of a run, class by class."""
     plan = load_plan(folder / "plan.yaml")
     for config in load_site_folder(comparison / "sites" / folder.parent.name / "each"):
         storage = config.storage.folder
@@ -69,7 +69,7 @@ def _scored(comparison: Path, folder: Path) -> Iterator[tuple[float, float]]:
             known = replace(case, label=config.data.labels / case.images[0].name, role=Role.LABELED)
             truth = load_scan(known, plan, storage / "prepared").label
             if truth is None:
-                raise SystemExit(f"{case.id} has no label to be scored by")
+                raise SystemExit(f"{case.id} has no label to score against")
             accepted = [k for k, valid in enumerate(pseudo_label.valid.tolist()) if valid]
             for k, confidence in zip(accepted, pseudo_label.confidences(), strict=True):
                 yield dice_of(pseudo_label.target[k] > 0.5, truth == k + 1), confidence

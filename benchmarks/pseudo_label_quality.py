@@ -1,9 +1,9 @@
-"""What each lever adds to pseudo-labels: Dice from true boxes, and from specialists of some strength.
+"""What each lever adds to pseudo-labels: Dice with true boxes, and with boxes from specialists of increasing strength.
 
-python benchmarks/pseudo_label_quality.py --data la --work quality     hours on two cores; goes on where it was stopped
+python benchmarks/pseudo_label_quality.py --data la --work quality     hours on two cores; resumes where it stopped
 
-`la` has images/, labels/ and sites.csv (case, site, split). Specialists are trained on the first scans of all sites in
-turn; labels of the scans that are pseudo-labeled are read for scoring only, and for the column `true boxes`.
+`la` contains images/, labels/ and sites.csv (case, site, split). Specialists are trained on scans taken from all sites
+in turn. Labels of the pseudo-labeled scans are used for scoring and for the column `true boxes` only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from semisam_core.components import meaningful_components
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.patches import TrainingScan
 from semisam_core.data.scans import Scan, load_scan
@@ -28,9 +29,9 @@ from semisam_core.generalists import EmbeddingStore, load_generalist
 from semisam_core.inference import new_specialist, predict
 from semisam_core.plan import Plan, load_plan
 from semisam_core.plan_sections.pseudo_labels import PseudoLabels
-from semisam_core.prompting import Refusal, find_region, meaningful_components
+from semisam_core.prompting import Refusal, find_region
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, GeneralistOutput, weighted_moments
-from semisam_core.pseudo_labels.fusion import confidence_fused
+from semisam_core.pseudo_labels.fusion import fuse_with_teacher
 from semisam_core.training import LocalRound, new_teacher, train_round
 
 PLAN = Path(__file__).resolve().parents[1] / "site_configs" / "left-atrium" / "plan.yaml"
@@ -49,8 +50,10 @@ JITTERED = SMOOTH_BOXES | {"margins_mm": (-2.5, 0.0, 2.5)}
 THREE_PLANES = SMOOTH_BOXES | {"slice_step_mm": 5.0, "planes": ("axial", "coronal", "sagittal")}
 FACTOR = 1.5
 CHOSEN = "three planes, a slice every 5 mm (default)"
-LEVERS: dict[str, tuple[dict[str, object], float]] = {  # prompting, smoothing of answers along the slices
-    "one box a slice": (NAIVE, 0.0),
+LEVERS: dict[
+    str, tuple[dict[str, object], float]
+] = {  # prompting settings, sigma of the smoothing of answers along the slices
+    "one box per component and slice": (NAIVE, 0.0),
     "boxes smoothed along the slices": (SMOOTH_BOXES, 0.0),
     "answers smoothed as well": (SMOOTH_BOXES, 1.0),
     "and three margins averaged": (JITTERED, 1.0),
@@ -68,7 +71,7 @@ FUSED = (
 
 
 def main() -> None:
-    """Fill the table, a scan and column at a time, and print it."""
+    """Fill the table, one scan and column at a time, and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -98,14 +101,14 @@ class _Study:
         self._teachers: dict[str, torch.nn.Module] = {}
 
     def row(self, column: str, case: str) -> dict[str, float]:
-        """Return what was measured of one scan under one column; measured once, then kept."""
+        """Return the scores of one scan for one column; computed once, then kept on disk."""
         path = self._work / "rows" / f"{column.replace(' ', '-').replace(',', '')}-{case}.json"
         if path.exists():
             kept: dict[str, float] = json.loads(path.read_text())
             return kept
         scan = self.scan(case)
         if scan.label is None:
-            raise ValueError(f"{case} has no label to be scored against")
+            raise ValueError(f"{case} has no label to score against")
         truth = scan.label > 0
         teacher = truth.float() if COLUMNS[column] is None else self._predict(column, scan)
         scores = self._measure(column, scan, truth, teacher)
@@ -158,9 +161,12 @@ class _Study:
         scores = {"specialist": dice_of(teacher > 0.5, truth)}
         for lever, (prompting, sigma) in LEVERS.items():
             policy = _policy(self.plan, prompting, sigma)
-            region = find_region(teacher, self.plan.data.spacing_mm, policy.prompting, policy.gates)
+            connected = self.plan.task.classes[0].connected
+            region = find_region(
+                teacher, self.plan.data.spacing_mm, policy.prompting, policy.gates, connected=connected
+            )
             if isinstance(region, Refusal):
-                continue  # no pseudo-label for this scan; the table says on how many it is based
+                continue  # no pseudo-label for this scan; the table's last row counts those that have one
             ensemble = GeneralistEnsemble(
                 scan.image[0], self.plan.data.spacing_mm, [load_generalist("lite-medsam", DEVICE)], self._store, policy
             )
@@ -193,9 +199,9 @@ def _fused(
     plan: Plan,
     policy: PseudoLabels,
 ) -> dict[str, float]:
-    target, uncertainty = confidence_fused(teacher, mean, variance, agreement, policy)
+    target, uncertainty = fuse_with_teacher(teacher, mean, variance, agreement, policy)
     half = policy.model_copy(update={"generalist_share": 0.5, "share_gain": 0.0})
-    plain, _ = confidence_fused(teacher, mean, variance, agreement, half)
+    plain, _ = fuse_with_teacher(teacher, mean, variance, agreement, half)
     claimed = truth | (teacher > 0.05) | (mean > 0.05)
     right = (target > 0.5) == truth
     trusted = claimed & (torch.exp(-uncertainty) > 0.5)
@@ -211,7 +217,7 @@ def _fused(
 
 
 def _print(study: _Study) -> None:
-    """Print a Markdown table: mean over scans; in brackets, over the scans whose specialist is below 0.7."""
+    """Print a Markdown table of means over scans; in brackets, over scans on which the specialist is below 0.7."""
     rows = {column: [study.row(column, case) for case in study.order[UNLABELED]] for column in COLUMNS}
     measured = {name for each in rows.values() for row in each for name in row}
     names = [name for name in ("specialist", *LEVERS, *FUSED) if name in measured]
@@ -235,7 +241,7 @@ def _print(study: _Study) -> None:
 
 
 def _kept(study: _Study, column: str) -> str:
-    """Return the mean Dice of fused targets whose volume is plausible beside the labeled scans, and of the others."""
+    """Return the mean Dice of fused targets of a volume that labeled scans make plausible, and of the others."""
     setting = COLUMNS[column]
     if setting is None:
         return ""

@@ -1,11 +1,11 @@
-"""Does a generalist that knows nothing harm the specialist? SAM with random weights, against training without any.
+"""Does a useless generalist harm the specialist? SAM with random weights, compared with training without generalists.
 
 python benchmarks/random_generalist.py --data la-sites --plan site_configs/left-atrium/plan.yaml --work random
 
-`semisam compare` of federated-regularizer (baseline) and federated-semisam, whose only generalist has random weights:
-its masks are blots that are sure of themselves, other ones for another scan or box. `--gates plan` takes the plan's
-gates. With `--gates open` there are none, and the confidence-aware loss is all that protects. What was stopped goes on
-when it is started again. It takes as long as any comparison by the same plan; to encode a slice takes some 20 ms.
+Runs `semisam compare` of federated-regularizer (baseline) and federated-semisam, whose only generalist has random
+weights: its masks are confident blots that differ between scans and boxes. `--gates plan` uses the plan's gates. With
+`--gates open` there are none, and only the confidence-aware loss protects. A stopped run resumes when started again. It
+takes as long as any comparison with the same plan; encoding a slice takes some 20 ms.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from semisam_core.files import read_json_lines, write_atomically
 from semisam_core.generalists import Generalist, Prompts, SliceBox, load_generalist
 from semisam_core.generalists.cards import SAM
 from semisam_core.plan import Plan, load_plan
-from semisam_core.pseudo_labels.fusion import policy_of
+from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.views import AXES, View
 
 BASELINE, ARM = "federated-regularizer", "federated-semisam"
 LIMIT = 0.02
 SIDE, PATCH, WIDTH, DEPTH, HEADS, PROMPT_WIDTH = 256, 16, 128, 4, 4, 64
-NOISE = 0.2  # added to every parameter; by its usual start the answers to all boxes are nearly one
-SURENESS = 5.0  # standard deviation of a mask's logits; models that were trained are about as sure
+NOISE = 0.2  # added to every parameter; with the usual initialisation all boxes get nearly the same answer
+SURENESS = 5.0  # standard deviation of a mask's logits, about that of trained models
 FILLED = (0.2, 0.8)  # the share of a slice that masks may fill on average
-ALIKE = 0.95  # two answers with a higher Dice than this are one
+ALIKE = 0.95  # two answers with a higher Dice than this count as the same
 DRAWS = 100
 PROBED = 4
 BOXES = ((0.3, 0.3, 0.6, 0.6), (0.5, 0.2, 0.7, 0.4))  # shares of the slice
@@ -62,7 +62,7 @@ OPEN = (
 
 
 def main() -> None:
-    """Make the generalist, compare, and print the report and what came through the gates."""
+    """Make the generalist, compare, and print the report and how many pseudo-labels passed the gates."""
     arguments = _arguments()
     torch.set_num_threads(1)
     assignments = [*arguments.set, f"pseudo_labels.generalists=[{SAM.name}]"]
@@ -87,18 +87,18 @@ def main() -> None:
             _show_gates(job, plan)
     _show_harm(out)
     if not completed:
-        raise SystemExit("some runs did not complete; start this again to go on with them")
+        raise SystemExit("some runs did not complete; start this again to resume them")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", "--sites", type=Path, required=True, help="folder of site files")
     parser.add_argument("--plan", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="for all that is made, the sites' storage too")
+    parser.add_argument("--work", type=Path, required=True, help="folder for all output, including the sites' storage")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--labeled", action="append", help="labels a site, as for `semisam compare`; may be repeated")
+    parser.add_argument("--labeled", action="append", help="labels per site, as for `semisam compare`; may be repeated")
     parser.add_argument("--gates", choices=("plan", "open"), default="plan")
-    parser.add_argument("--set", action="append", default=[], help="key=value of the plan; may be repeated")
+    parser.add_argument("--set", action="append", default=[], help="change of the plan, key=value; may be repeated")
     return parser.parse_args()
 
 
@@ -137,14 +137,15 @@ def _random_network(seed: int) -> Any:
 
 
 class _Probe:
-    """A few scans, and what a generalist answers to the same boxes on the middle slice of each.
-
-    Args:
-        sites: folder of site files.
-        plan: its grid is the one on which generalists look.
-    """
+    """A few scans on which a generalist is prompted with the same boxes on the middle slice."""
 
     def __init__(self, sites: Path, plan: Plan) -> None:
+        """Load the scans.
+
+        Args:
+            sites: folder of site files.
+            plan: on the grid on which generalists see scans.
+        """
         self._step_mm = policy_of(plan).prompting.slice_step_mm
         self._planes: tuple[str, ...] = policy_of(plan).prompting.planes
         self._scans: list[dict[str, View]] = []
@@ -156,7 +157,7 @@ class _Probe:
             self._scans.append(views)
 
     def logits(self, generalist: Generalist) -> list[list[Tensor]]:
-        """Return for each scan the answers to the boxes, (H, W) each."""
+        """Return the answers to the boxes for each scan, (H, W) each."""
         found = []
         for scan in self._scans:
             view = scan["axial"]
@@ -172,10 +173,10 @@ class _Probe:
         return found
 
     def show(self, generalist: Generalist) -> None:
-        """Print what the answers are like and how long encoding takes.
+        """Print statistics of the answers and how long encoding takes.
 
         Raises:
-            SystemExit: they are all one, empty or full.
+            SystemExit: the answers are all the same, empty or full.
         """
         logits = self.logits(generalist)
         shares = [float((each > 0).double().mean()) for answers in logits for each in answers]
@@ -186,22 +187,22 @@ class _Probe:
             flush=True,
         )
         if not _usable(logits):
-            raise SystemExit("these answers are all one, empty or full, and would show nothing")
+            raise SystemExit("these answers are all the same, empty or full, and would show nothing")
         print(self._cost(generalist), flush=True)
 
     def _cost(self, generalist: Generalist) -> str:
         views = [self._scans[0][plane] for plane in self._planes]
-        asked = [range(0, view.grid.shape[2], view.step(self._step_mm)) for view in views]
-        began = time.process_time()  # beside other work, the clock on the wall would say little
-        for view, slices in zip(views, asked, strict=True):
+        encoded = [range(0, view.grid.shape[2], view.slice_step(self._step_mm)) for view in views]
+        start = time.process_time()  # wall-clock time means little on a busy machine
+        for view, slices in zip(views, encoded, strict=True):
             generalist.embed(view.volume, view.grid, slices)
-        seconds, count = time.process_time() - began, sum(len(slices) for slices in asked)
-        each = f"encoding takes {1000 * seconds / count:.0f} ms of one core a slice"
-        return f"{each}, {seconds:.1f} s a scan at the most ({count} slices)"
+        seconds, count = time.process_time() - start, sum(len(slices) for slices in encoded)
+        each = f"encoding takes {1000 * seconds / count:.0f} ms of one core per slice"
+        return f"{each}, at most {seconds:.1f} s per scan ({count} slices)"
 
 
 def _overlaps(logits: Sequence[Sequence[Tensor]]) -> tuple[list[float], list[float]]:
-    """Return the Dice of answers to two boxes on one slice, and of answers to one box on slices of two scans."""
+    """Return the Dice between answers to two boxes on one slice, and to one box on slices of two scans."""
     boxes = [dice_of(one > 0, other > 0) for one, other in logits]
     scans = []
     for one, other in itertools.combinations([answers[0] for answers in logits], 2):
@@ -222,7 +223,7 @@ def _usable(logits: Sequence[Sequence[Tensor]]) -> bool:
 
 
 def _write_generalist(path: Path, probe: _Probe) -> None:
-    """Write the first of a fixed row of random networks whose answers are neither all one, nor empty, nor full."""
+    """Write the first of a fixed series of random networks whose answers are not all the same, empty or full."""
     trial = path.with_name("trial.pth")
     for seed in range(DRAWS):
         network = _random_network(seed)
@@ -236,7 +237,7 @@ def _write_generalist(path: Path, probe: _Probe) -> None:
             _saved(network, path)
             trial.unlink()
             return
-    raise SystemExit(f"none of {DRAWS} random networks answered otherwise than with one, empty or full masks")
+    raise SystemExit(f"the answers of all {DRAWS} random networks were all the same, empty or full")
 
 
 def _saved(network: Any, path: Path) -> Generalist:
@@ -251,7 +252,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write_sites(source: Path, work: Path, weights: Path) -> None:
-    """Write the site files anew, with this generalist alone and with storage of their own."""
+    """Write copies of the site files with this generalist only and with separate storage."""
     for config in load_site_folder(source):
         content = config.model_dump(mode="json")
         content["generalists"] = {SAM.name: {"weights": str(weights), "sha256": _sha256(weights)}}
@@ -261,8 +262,8 @@ def _write_sites(source: Path, work: Path, weights: Path) -> None:
 
 
 def _show_gates(job: Job, plan: Plan) -> None:
-    """Print how many pairs of scan and class were accepted, at each making of pseudo-labels and in all."""
-    made: dict[tuple[int, str], dict[str, Any]] = {}  # a round that was asked for again is recorded again
+    """Print how many pairs of scan and class were accepted, at each refresh of pseudo-labels and in total."""
+    made: dict[tuple[int, str], dict[str, Any]] = {}  # a repeated round is recorded again
     for line in read_json_lines(job.folder / "metrics.jsonl"):
         if line["event"] == "trained" and policy_of(plan).due(int(line["round"])):
             made[int(line["round"]), line["site"]] = line
@@ -275,22 +276,22 @@ def _show_gates(job: Job, plan: Plan) -> None:
                 counts.update({name: int(line[name]) for name in line if name.split(".")[0] in ("accepted", "gated")})
         print(f"  round {number}: {_counted(counts)}")
         total.update(counts)
-    print(f"  in all: {_counted(total)}", flush=True)
+    print(f"  in total: {_counted(total)}", flush=True)
     if total and not total["accepted"]:
-        print("  nothing came through: the gates alone protected, and the loss had nothing to protect from")
+        print("  nothing passed the gates, so the loss had nothing to protect from")
 
 
 def _counted(counts: Counter[str]) -> str:
-    asked = counts["accepted"] + counts["gated"]
-    share = f" ({counts['accepted'] / asked:.2f})" if asked else ""
+    pairs = counts["accepted"] + counts["gated"]
+    share = f" ({counts['accepted'] / pairs:.2f})" if pairs else ""
     reasons = [f"{name.partition('.')[2]} {count}" for name, count in sorted(counts.items()) if "." in name and count]
-    return f"{counts['accepted']} of {asked} accepted{share}, {counts['gated']} gated" + (
+    return f"{counts['accepted']} of {pairs} accepted{share}, {counts['gated']} gated" + (
         f": {', '.join(reasons)}" if reasons else ""
     )
 
 
 def _show_harm(out: Path) -> None:
-    """Print what the specialist loses against training without the generalist, for each label count and class."""
+    """Print what the specialist loses compared with training without the generalist, per label count and class."""
     for arm in json.loads((out / "results.json").read_text(encoding="utf-8"))["arms"]:
         for scored in arm["classes"]:
             if (difference := scored["dice_difference"]) is None:

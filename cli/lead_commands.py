@@ -1,4 +1,4 @@
-"""`semisam lead`: what the collaboration's lead types. Heavy imports happen inside the commands that need them."""
+"""`semisam lead ...`: the lead's commands. Heavy imports happen inside the commands that need them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from semisam_core.errors import SemiSAMError
+from cli.errors import readable_errors
 
 if TYPE_CHECKING:
     from deployment.lead.study_folder import StudyFolder
@@ -22,7 +22,6 @@ app = typer.Typer(
     help="Lead a study across hospitals: certificates, invitations, the server, runs.",
 )
 console = Console()
-errors = Console(stderr=True)
 
 StudyOption = Annotated[Path, typer.Option("--study", help="The study folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -31,38 +30,40 @@ SiteArgument = Annotated[str, typer.Argument(help="The site's name: lowercase le
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="The study folder to make.")],
-    plan: Annotated[Path | None, typer.Option(help="The study plan; a commented one to edit by default.")] = None,
+    folder: Annotated[Path, typer.Argument(help="The study folder to create.")],
+    plan: Annotated[Path | None, typer.Option(help="The study plan; by default a commented one to edit.")] = None,
     host: Annotated[
         list[str] | None,
-        typer.Option(help="Name or IP address by which sites reach this server, the one to tell them first. Repeat."),
+        typer.Option(
+            help="Name or IP address at which sites reach this server, the one they are told first. Repeatable."
+        ),
     ] = None,
     port: Annotated[int, typer.Option(help="The port that sites connect to.", min=1, max=65535)] = 8443,
     sites: Annotated[int, typer.Option(help="How many sites a run waits for.", min=1)] = 2,
 ) -> None:
-    """Make a study folder: settings, plan, certificates, the code that will run. Never overwrites.
+    """Create a study folder: settings, plan, certificates, the code that will run. Never overwrites.
 
     Example: semisam lead init atrium-study --plan plan.yaml --host lead.example.org --sites 3
     """
     from deployment.lead.study_folder import NewStudy
 
-    with _plainly():
+    with readable_errors():
         study = NewStudy(folder, plan, host or [], port, sites).write()
-    _say(f"Made {study.folder}. Sites will connect to {study.settings.address}.")
+    _say(f"Created {study.folder}. Sites will connect to {study.settings.address}.")
     if not host:
-        _say("Without --host the study is for this machine only.")
-    _say(f"Look through plan.yaml, then: semisam lead invite <site> --study {folder}")
+        _say("Without --host only this machine can take part.")
+    _say(f"Review plan.yaml, then: semisam lead invite <site> --study {folder}")
 
 
 @app.command()
 def invite(site: SiteArgument, study: StudyOption = Path(), as_json: JsonOption = False) -> None:
-    """Write a site's invitation, to be sent to it. It holds no secret.
+    """Write the invitation to send to a site. It holds no secret.
 
     Example: semisam lead invite north --study atrium-study
     """
     from deployment.invitation import sha256
 
-    with _plainly():
+    with readable_errors():
         opened = _open(study)
         path = opened.invite(site)
         hashes = {"plan_hash": opened.plan().hash, "code_hash": sha256(opened.code())}
@@ -71,7 +72,7 @@ def invite(site: SiteArgument, study: StudyOption = Path(), as_json: JsonOption 
         _json({"site": site, "invitation": str(path), **hashes, "installed_code_differs": differs})
         return
     _say(str(path))
-    _say("Tell the site these by another way than the file, by telephone for one:")
+    _say("Tell the site these hashes by another channel than the file, for example by telephone:")
     _say(f"  plan hash {hashes['plan_hash']}\n  code hash {hashes['code_hash']}")
     _tell_of_code(differs)
 
@@ -89,7 +90,7 @@ def admit(
     """
     from deployment.lead import registration
 
-    with _plainly():
+    with readable_errors():
         opened = _open(study)
         registration.admit(opened, site, key)
         registered = _register(opened)
@@ -101,13 +102,13 @@ def admit(
 
 @app.command()
 def remove(site: SiteArgument, study: StudyOption = Path()) -> None:
-    """Let a site connect no more.
+    """Stop a site from connecting.
 
     Example: semisam lead remove north --study atrium-study
     """
     from deployment.lead import registration
 
-    with _plainly():
+    with readable_errors():
         opened = _open(study)
         registration.remove(opened, site)
         registered = _register(opened)
@@ -119,20 +120,20 @@ def code(
     study: StudyOption = Path(),
     update: Annotated[bool, typer.Option("--update", help="Make the code installed here the study's code.")] = False,
 ) -> None:
-    """Show which code the study runs, or change it on purpose. Sites approve code by its hash.
+    """Show which code the study runs, or change it. Sites approve code by its hash.
 
     Example: semisam lead code --study atrium-study --update
     """
     from deployment.invitation import sha256
 
-    with _plainly():
+    with readable_errors():
         opened = _open(study)
         if update:
             opened.update_code()
         kept, differs = sha256(opened.code()), opened.installed_code_differs()
     _say(f"code hash {kept}")
     if update:
-        _say("Invite every site anew: each has to approve this code.")
+        _say("Invite every site again: each must approve this code.")
     _tell_of_code(differs)
 
 
@@ -140,7 +141,7 @@ def code(
 def start(
     study: StudyOption = Path(),
     foreground: Annotated[
-        bool, typer.Option("--foreground", help="Stay, and log to the terminal; for systemd.")
+        bool, typer.Option("--foreground", help="Stay in the foreground and log to the terminal; for systemd.")
     ] = False,
 ) -> None:
     """Start the server that sites connect to (Flower's SuperLink).
@@ -149,29 +150,29 @@ def start(
     """
     from deployment.lead import service
 
-    with _plainly():
+    with readable_errors():
         opened = _open(study)
         if foreground:
-            with contextlib.suppress(KeyboardInterrupt):  # to be told to end is how a service ends
+            with contextlib.suppress(KeyboardInterrupt):  # how a service is stopped
                 service.serve(opened, _announced(opened))
             return
         started = service.start(opened)
-    _say(f"The SuperLink runs (process {started.pid}). Sites connect to {opened.settings.address}.")
+    _say(f"The SuperLink is running (process {started.pid}). Sites connect to {opened.settings.address}.")
     _say(f"Log: {service.log_file(opened)}")
 
 
 @app.command()
 def stop(
     study: StudyOption = Path(),
-    run_only: Annotated[bool, typer.Option("--run", help="Stop the run in progress only.")] = False,
+    run_only: Annotated[bool, typer.Option("--run", help="Stop only the run in progress.")] = False,
 ) -> None:
-    """Stop the server and everything that it started. A run that is cut short goes on with `lead run --resume`.
+    """Stop the server and everything it started. Resume an interrupted run with `lead run --resume`.
 
     Example: semisam lead stop --study atrium-study
     """
     from deployment.lead import service
 
-    with _plainly():
+    with readable_errors():
         opened = _open(study)
         if run_only:
             from deployment.lead.run import stop_runs
@@ -180,18 +181,18 @@ def stop(
             _say("\n".join(f"Stopped {folder}" for folder in stopped) or "No run was in progress.")
             return
         found = service.stop(opened)
-    _say("The SuperLink has ended." if found else "The SuperLink did not run.")
+    _say("The SuperLink has ended." if found else "The SuperLink was not running.")
 
 
 @app.command()
 def run(
     study: StudyOption = Path(),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that was cut short, or follow it.")
+        bool, typer.Option("--resume", help="Resume the interrupted run, or follow the one in progress.")
     ] = False,
     sites: Annotated[int | None, typer.Option(help="How many sites to wait for.", min=1)] = None,
 ) -> None:
-    """Run the study and follow it to its end; exits with 0 only if it completed.
+    """Run the study and follow it to the end; the exit status is 0 only if it completed.
 
     Ctrl-C stops following, not the run.
 
@@ -201,18 +202,18 @@ def run(
     from deployment.lead.service import control_of
     from deployment.lead.status import stale_invitations
 
-    with _plainly():
+    with readable_errors():
         opened = _open(study)
         with control_of(opened) as control:
             _tell_of_code(opened.installed_code_differs())
             if stale := stale_invitations(opened):
-                _say(f"Invited to other plan, code or address than the study has now: {', '.join(stale)}.")
-            begun = resumed_run(opened, control, sites, console) if resume else new_run(opened, control, sites)
+                _say(f"Invited to an earlier plan, code or address of this study: {', '.join(stale)}.")
+            started = resumed_run(opened, control, sites, console) if resume else new_run(opened, control, sites)
             try:
-                completed = begun.follow(control, console)
+                completed = started.follow(control, console)
             except KeyboardInterrupt:
                 _say(
-                    "No longer following; the run goes on. `semisam lead run --resume` follows it again, "
+                    "No longer following; the run continues. `semisam lead run --resume` follows it again, "
                     "`semisam lead stop --run` stops it."
                 )
                 raise typer.Exit(130) from None
@@ -222,13 +223,13 @@ def run(
 
 @app.command()
 def status(study: StudyOption = Path(), as_json: JsonOption = False) -> None:
-    """Show how the study stands: server, sites, run, what happened last.
+    """Show the state of the study: server, sites, run, latest events.
 
     Example: semisam lead status --study atrium-study --json
     """
     from deployment.lead.status import status_of, status_view
 
-    with _plainly():
+    with readable_errors():
         found = status_of(_open(study))
     if as_json:
         _json(found)
@@ -243,37 +244,27 @@ def _open(folder: Path) -> StudyFolder:
 
 
 def _register(study: StudyFolder) -> bool:
-    """Tell the SuperLink who is admitted now; return whether it runs."""
+    """Register the admitted sites at the SuperLink if it is running; return whether it is."""
     from deployment.lead import registration, service
 
     if service.find(study) is None:
         return False
     with service.control_of(study) as control:
-        registration.bring_in_line(study, control)
+        registration.sync_registrations(study, control)
     return True
 
 
 @contextlib.contextmanager
 def _announced(study: StudyFolder) -> Iterator[None]:
-    _say(f"The SuperLink runs. Sites connect to {study.settings.address}.")
+    _say(f"The SuperLink is running. Sites connect to {study.settings.address}.")
     yield
-
-
-@contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    """Turn an error that people are meant to read into one message and exit status 2."""
-    try:
-        yield
-    except (SemiSAMError, OSError) as error:
-        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 def _tell_of_code(differs: bool) -> None:
     if differs:
         _say(
-            "The code installed here is not the study's code, which is what runs. `semisam lead code --update` makes "
-            "it the study's; every site has to approve it then."
+            "The code installed here differs from the study's code, and the study's code is what runs. `semisam lead "
+            "code --update` makes the installed code the study's; then every site must approve it."
         )
 
 

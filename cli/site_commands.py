@@ -1,23 +1,20 @@
-"""`semisam site ...`: what a hospital does, from the invitation to leaving the study."""
+"""`semisam site ...`: a hospital's commands, from the invitation to leaving the study."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from semisam_core.errors import SemiSAMError
+from cli.errors import errors, readable_errors
 
 app = typer.Typer(no_args_is_help=True, help="A hospital's side: join a study, check, approve code, work, leave.")
 console = Console()
-errors = Console(stderr=True)
 
-FolderOption = Annotated[Path, typer.Option("--folder", help="The site's folder, made by `semisam site init`.")]
+FolderOption = Annotated[Path, typer.Option("--folder", help="The site's folder, created by `semisam site init`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 HERE = Path()
@@ -26,15 +23,15 @@ HERE = Path()
 @app.command()
 def init(
     invitation: Annotated[Path, typer.Argument(help="The invitation that the lead sent.")],
-    folder: Annotated[Path | None, typer.Option(help="Folder to make; <study>-<site> by default.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder to create; <study>-<site> by default.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of this site's images.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Folder of this site's labels.")] = None,
 ) -> None:
-    """Make this site's folder: its key pair, its YAML to fill in, the plan, the server's certificate.
+    """Create this site's folder: its key pair, a YAML to fill in, the plan, the server's certificate.
 
     Example: semisam site init north.invitation.zip --images /data/ct --labels /data/masks
     """
-    with _readable_errors():
+    with readable_errors():
         from deployment.invitation import read_invitation
         from deployment.site.join import join
 
@@ -43,14 +40,18 @@ def init(
         place = joined.folder
         say = f"cd {place.path}"
         console.print(f"Site {read.site} of study {read.study}: {place.path}", highlight=False, soft_wrap=True)
-        console.print("\nSend this public key to the lead, by a way that shows it comes from you:", highlight=False)
+        console.print("\nSend this public key to the lead, in a way that proves it is yours:", highlight=False)
         console.print(joined.public_key, markup=False, highlight=False, soft_wrap=True)
         console.print(f"It is also in {place.public_key}. The private key stays here.", highlight=False, soft_wrap=True)
         for name in joined.lacking:
-            console.print(f"\nThe plan asks {name}, whose weights are not here; `semisam generalists` says where they")
-            console.print("are published. The study works without it; with it, name file and sha256 in site.yaml.")
+            console.print(
+                f"\nThe plan uses {name}, whose weights are not here; `semisam generalists` says where they are"
+            )
+            console.print(
+                "published. The study works without it; to use it, name the file and its sha256 in site.yaml."
+            )
         console.print(f"\nNext:\n  {say}", highlight=False, soft_wrap=True)
-        console.print("  edit site.yaml: where images and labels are, which cases are labeled", highlight=False)
+        console.print("  edit site.yaml: folders of images and labels, which cases are labeled", highlight=False)
         console.print(f"  semisam site approve {invitation.resolve()}", highlight=False, soft_wrap=True)
         console.print("  semisam site doctor\n  semisam site start", highlight=False)
 
@@ -60,15 +61,15 @@ def approve(
     code: Annotated[Path | None, typer.Argument(help="An invitation (.zip) or code alone (.fab).")] = None,
     folder: FolderOption = HERE,
     yes: YesOption = False,
-    diff: Annotated[bool, typer.Option("--diff", help="Print every line that differs.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Print every changed line.")] = False,
     show_list: Annotated[bool, typer.Option("--list", help="List approved code.")] = False,
-    revoke: Annotated[str | None, typer.Option(help="Take back the approval of this hash.")] = None,
+    revoke: Annotated[str | None, typer.Option(help="Revoke the approval of this hash.")] = None,
 ) -> None:
-    """Show what code would run here and how it differs from what was approved last; keep it if you say yes.
+    """Show the code that would run here and how it differs from what was approved last; keep it if you agree.
 
     Example: semisam site approve north.invitation.zip --diff
     """
-    with _readable_errors():
+    with readable_errors():
         from deployment.site.code_review import approve as keep
         from deployment.site.code_review import read_offer, show_offer
         from deployment.site.site_folder import SiteFolder, book
@@ -84,17 +85,17 @@ def approve(
         if revoke is not None:
             revoked = store.revoke(revoke)
             book(config, "revoke", code=revoked.hash)
-            console.print(f"Code {revoked.hash} will not run here any more.", highlight=False, soft_wrap=True)
+            console.print(f"Code {revoked.hash} will no longer run here.", highlight=False, soft_wrap=True)
             return
         if code is None:
-            raise typer.BadParameter("name an invitation or a .fab file, or give --list or --revoke.")
+            raise typer.BadParameter("name an invitation or a .fab file, or use --list or --revoke.")
         offer = read_offer(code)
         show_offer(offer, site, store, console, diff)
         if not yes and not typer.confirm("May this code work on this site's scans and labels?"):
             console.print("Nothing was approved.")
             raise typer.Exit(1)
         keep(offer, site, config, store)
-        console.print("Approved. A site that runs takes a new plan when it is started anew.")
+        console.print("Approved. A running site takes up a new plan when it is restarted.")
 
 
 @app.command()
@@ -104,11 +105,11 @@ def doctor(
     data: Annotated[bool, typer.Option(help="Read every scan and label.")] = True,
     server: Annotated[bool, typer.Option(help="Connect to the server.")] = True,
 ) -> None:
-    """Look for everything that could fail before it fails. Exit status 1 if something would.
+    """Check everything that could fail before it does. The exit status is 1 if something would.
 
     Example: semisam site doctor --folder atrium-north
     """
-    with _readable_errors():
+    with readable_errors():
         from deployment.site.doctor import examine, print_findings, worst
         from deployment.site.site_folder import SiteFolder
 
@@ -124,13 +125,13 @@ def doctor(
 @app.command()
 def start(
     folder: FolderOption = HERE,
-    foreground: Annotated[bool, typer.Option("--foreground", help="Stay here until ended, as for systemd.")] = False,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay in the foreground, as for systemd.")] = False,
 ) -> None:
     """Connect to the server and work, in the background, until `semisam site stop`.
 
     Example: semisam site start --folder atrium-north
     """
-    with _readable_errors():
+    with readable_errors():
         from deployment.site.lifecycle import check_startable
         from deployment.site.lifecycle import start as start_site
         from deployment.site.site_folder import SiteFolder
@@ -144,7 +145,7 @@ def start(
             return
         found = start_site(site)
         connected = "connected to the server" if found.connected else "not connected to the server yet"
-        console.print(f"The site works (process {found.process.pid}), {connected}.", highlight=False)
+        console.print(f"The site is running (process {found.process.pid}), {connected}.", highlight=False)
         if not found.connected:
             log = site.running / "supernode.log"
             console.print(f"`semisam site doctor` and {log} say why.", highlight=False, soft_wrap=True)
@@ -152,11 +153,11 @@ def start(
 
 @app.command()
 def stop(folder: FolderOption = HERE) -> None:
-    """End the site and all its processes. A round it was working on is lost; the next one works again.
+    """Stop the site and all its processes. Its work on the current round is lost; it can take part in the next.
 
     Example: semisam site stop --folder atrium-north
     """
-    with _readable_errors():
+    with readable_errors():
         from deployment.site.lifecycle import stop as stop_site
         from deployment.site.site_folder import SiteFolder
 
@@ -166,11 +167,11 @@ def stop(folder: FolderOption = HERE) -> None:
 
 @app.command()
 def status(folder: FolderOption = HERE, as_json: JsonOption = False) -> None:
-    """Say whether the site runs and is connected, what it answered, what left it, which code is approved.
+    """Show whether the site runs and is connected, what it answered, what left it, which code is approved.
 
     Example: semisam site status --folder atrium-north --json
     """
-    with _readable_errors():
+    with readable_errors():
         from deployment.site.site_folder import SiteFolder
         from deployment.site.status import print_status, site_status
 
@@ -187,11 +188,11 @@ def withdraw(
     yes: YesOption = False,
     undo: Annotated[bool, typer.Option("--undo", help="Take part again.")] = False,
 ) -> None:
-    """Leave the study: stop, and never start again unless undone. What this site contributed stays contributed.
+    """Leave the study: stop, and refuse to start again until undone. Earlier contributions remain in the models.
 
     Example: semisam site withdraw --folder atrium-north
     """
-    with _readable_errors():
+    with readable_errors():
         from deployment.site.lifecycle import withdraw as leave
         from deployment.site.site_folder import SiteFolder, book
 
@@ -202,27 +203,17 @@ def withdraw(
                 return
             book(site.config(), "withdraw-undone")
             site.withdrawn_file.unlink()
-            console.print("This site takes part again; `semisam site start`.")
+            console.print("This site can take part again: `semisam site start`.")
             return
         if not yes and not typer.confirm("Leave the study and stop this site?"):
             raise typer.Exit(1)
-        leave(site)  # before the YAML is read and the log is written: neither may keep a site from leaving
+        leave(site)  # first: a broken YAML or a full disk must not keep a site from leaving
         config = site.config()
         book(config, "withdraw")
-        console.print("This site has withdrawn and does not run. Tell the lead, who can remove its key.")
-        console.print("What it contributed to earlier rounds is in the study's models and on record; it cannot be")
-        console.print(f"taken out of them. On this machine stay {site.path} (key, plan, logs) and", soft_wrap=True)
+        console.print("This site has withdrawn and has stopped. Tell the lead, who can remove its key.")
+        console.print(
+            "What it contributed to earlier rounds is in the study's models and records and cannot be removed."
+        )
+        console.print(f"Still on this machine: {site.path} (key, plan, logs) and", soft_wrap=True)
         console.print(f"{config.storage.folder} (audit log, teachers, pseudo-labels, embeddings, prepared scans,")
         console.print("approved code). Keep audit.jsonl; the rest can be deleted.")
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    try:
-        yield
-    except SemiSAMError as error:
-        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except OSError as error:
-        errors.print(f"{error.filename or ''}: {error.strerror or error}", highlight=False, markup=False)
-        raise typer.Exit(2) from None

@@ -1,4 +1,4 @@
-"""The ClientApp: takes messages apart, lets the site work, and sends only what the egress gate built."""
+"""The ClientApp: checks a message, has the site do the work, and sends only replies that the egress gate built."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 app = ClientApp()
 
-RULES: tuple[tuple[type[Exception], RefusalRule], ...] = (
+# The rule that a message is refused by when the work raises one of these; the first that fits.
+RULE_OF_ERROR: tuple[tuple[type[Exception], RefusalRule], ...] = (
     (EgressError, RefusalRule.EGRESS),
     (NoUsableCaseError, RefusalRule.NO_USABLE_CASE),
     (WeightsNotAgreedError, RefusalRule.WEIGHTS),
@@ -50,7 +51,7 @@ RULES: tuple[tuple[type[Exception], RefusalRule], ...] = (
 
 
 class _RefusedError(Exception):
-    """A message that the site's rules do not let it act on."""
+    """The site refuses this message, under one of its rules."""
 
     def __init__(self, rule: RefusalRule, reason: str) -> None:
         super().__init__(reason)
@@ -59,7 +60,7 @@ class _RefusedError(Exception):
 
 @dataclass(frozen=True)
 class _Request:
-    """What a message asks for, checked."""
+    """A message's request, checked."""
 
     plan: Plan
     run: str
@@ -69,7 +70,7 @@ class _Request:
 
 @app.query()
 def join(message: Message, context: Context) -> Message:
-    """Check this site's data and generalists against the plan and answer with counts."""
+    """Check this site's data and generalists against the plan and reply with counts."""
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         report = site.join()
@@ -80,7 +81,7 @@ def join(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train one round and answer with the specialist's tensors and the agreed scalars."""
+    """Train one round and reply with the specialist's tensors and the agreed scalars."""
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         report: SiteReport = site.train(arriving_tensors(message.content.array_records[SPECIALIST_RECORD]))
@@ -100,7 +101,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Score the specialist on this site's validation cases and answer with mean scores."""
+    """Score the specialist on this site's validation cases and reply with mean scores."""
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         weights = arriving_tensors(message.content.array_records[SPECIALIST_RECORD])
@@ -112,13 +113,13 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def site_config_of(context: Context) -> SiteConfig:
-    """Return the config of the site that this process works for.
+    """Return the config of the site that this process serves.
 
-    A deployed SuperNode names its own YAML (node config ``site-config``) and nothing from the wire can change that. In
-    a simulation, which has no hospitals, the run config names a folder of YAMLs and the partition picks one.
+    A deployed SuperNode names its own YAML (node config ``site-config``); nothing from the wire can override it. In a
+    simulation the run config names a folder of YAMLs and the partition picks one.
 
     Raises:
-        ConfigError: neither is given, or the file is wrong.
+        ConfigError: neither is given, or the file is invalid.
     """
     if "site-config" in context.node_config:
         return load_site_config(Path(str(context.node_config["site-config"])))
@@ -130,7 +131,7 @@ def site_config_of(context: Context) -> SiteConfig:
     configs = load_site_folder(Path(folder))
     number = int(context.node_config["partition-id"])
     if number >= len(configs):
-        raise ConfigError(f"{folder}: {len(configs)} site files, but simulated site {number + 1} was asked to work.")
+        raise ConfigError(f"{folder}: it has {len(configs)} site files, but simulated site {number + 1} was called.")
     return configs[number]
 
 
@@ -140,7 +141,7 @@ def _answer(
     context: Context,
     work: Callable[[Site, EgressGate, _Request], RecordDict],
 ) -> Message:
-    """Do the work and answer; whatever goes wrong, only the word of a rule leaves."""
+    """Do the work and reply. Whatever fails, only the name of a rule leaves."""
     try:
         config = site_config_of(context)
         gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl")
@@ -149,7 +150,7 @@ def _answer(
         logger.error("This site cannot work: %s", error)
         rule = RefusalRule.SITE_CONFIG
     except Exception as error:
-        logger.error("This site cannot write its audit log, so nothing leaves it", exc_info=error)
+        logger.error("This site cannot write its audit log, so it sends nothing", exc_info=error)
         rule = RefusalRule.AUDIT_LOG
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, rule.value), reply_to=message)
 
@@ -161,41 +162,41 @@ def _work(
     gate: EgressGate,
     work: Callable[[Site, EgressGate, _Request], RecordDict],
 ) -> RecordDict:
-    run, round_number = _book_names(message)
-    _book_rejection(message, gate, run)
+    run, round_number = _names_for_log(message)
+    _log_rejection(message, gate, run)
     try:
-        request = _read(message)
+        request = _request_of(message)
         site = Site(config, request.plan, request.run, request.round_number)
         return work(site, gate, request)
     except _RefusedError as refused:
         return gate.refuse(kind, run, round_number, refused.rule, str(refused))
     except Exception as error:
-        rule = next((rule for known, rule in RULES if isinstance(error, known)), RefusalRule.INTERNAL)
+        rule = next((rule for known, rule in RULE_OF_ERROR if isinstance(error, known)), RefusalRule.INTERNAL)
         logger.warning("Round %d: refused by rule %s", round_number, rule.value, exc_info=error)
         return gate.refuse(kind, run, round_number, rule, f"{type(error).__name__}: {error}")
 
 
-def _book_rejection(message: Message, gate: EgressGate, run: str) -> None:
-    """Book that the server left this site's last answer out, where the message says so."""
+def _log_rejection(message: Message, gate: EgressGate, run: str) -> None:
+    """Log that the server rejected this site's last update, if the message says so."""
     study = message.content.config_records.get(STUDY_RECORD)
     if study is None or REJECTED not in study:
         return
     word, number = study[REJECTED], study.get(REJECTED_ROUND)
     rule = next((known.value for known in RejectionRule if known.value == word), "unknown")
     round_number = number if type(number) is int else -1
-    logger.warning("The server rejected this site's answer of round %d by rule %s", round_number, rule)
-    gate.book_rejection(run, round_number, rule)
+    logger.warning("The server rejected this site's update of round %d by rule %s", round_number, rule)
+    gate.log_rejection(run, round_number, rule)
 
 
-def _book_names(message: Message) -> tuple[str, int]:
-    """Return run and round for the log, harmless whatever arrived."""
+def _names_for_log(message: Message) -> tuple[str, int]:
+    """Return run and round as they may be logged: "?" and -1 where the message has no valid ones."""
     study = message.content.config_records.get(STUDY_RECORD)
     run, number = (study.get("run"), study.get("round")) if study is not None else (None, None)
-    harmless = isinstance(run, str) and RUN_NAME.fullmatch(run)
-    return (str(run) if harmless else "?"), (number if type(number) is int else -1)
+    valid = isinstance(run, str) and RUN_NAME.fullmatch(run)
+    return (str(run) if valid else "?"), (number if type(number) is int else -1)
 
 
-def _read(message: Message) -> _Request:
+def _request_of(message: Message) -> _Request:
     study = message.content.config_records.get(STUDY_RECORD)
     if study is None:
         raise _RefusedError(RefusalRule.PLAN_INVALID, "the message has no study record")
@@ -207,10 +208,12 @@ def _read(message: Message) -> _Request:
     except ConfigError as error:
         raise _RefusedError(RefusalRule.PLAN_INVALID, str(error)) from None
     if plan.hash != study.get("plan-hash"):
-        raise _RefusedError(RefusalRule.PLAN_HASH, "the plan is not the one whose hash was sent")
+        raise _RefusedError(RefusalRule.PLAN_HASH, "the plan does not match the hash that came with it")
     run, number = study.get("run"), study.get("round")
     if not isinstance(run, str) or not RUN_NAME.fullmatch(run):
         raise _RefusedError(RefusalRule.RUN_NAME, "the run's name is malformed")
     if type(number) is not int or not 0 <= number <= plan.training.rounds:
-        raise _RefusedError(RefusalRule.PLAN_INVALID, "the round is not one of the plan's")
+        raise _RefusedError(
+            RefusalRule.PLAN_INVALID, f"the plan has no such round; it has rounds 1 to {plan.training.rounds}"
+        )
     return _Request(plan, run, number, bool(study.get("final", False)))

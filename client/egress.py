@@ -1,4 +1,4 @@
-"""The one door: everything that leaves a site is built here, from agreed tensors and agreed scalars only."""
+"""The only way out of a site: every reply is built here, from agreed tensors and agreed scalars alone."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from semisam_core.files import append_json_line
 
 
 class EgressError(SemiSAMError):
-    """Something was about to leave that may not. Nothing left."""
+    """A reply held something that may not leave. Nothing was sent."""
 
 
 class EgressGate:
-    """Builds replies and books each one in the site's append-only audit log before it is sent.
+    """Builds every reply, and logs each in the site's append-only audit log before it is sent.
 
     Args:
-        site: the site's name, the only text besides hashes and rules that leaves.
+        site: the site's name; besides hashes and rules the only text that leaves.
         limits: the site's own limits.
         log: the audit log, JSON lines.
     """
@@ -59,19 +59,18 @@ class EgressGate:
             kind: join, train or evaluate.
             run: the run's name.
             round_number: counts from 1; 0 for join.
-            plan_hash: hash of the plan that this site works by.
-            scalars: what is to leave; every name must be agreed, every value a finite number.
+            plan_hash: hash of the plan this site works under.
+            scalars: the scalars to send; each name must be agreed, each value a finite number.
             agreed_scalars: the agreed names.
-            tensors: the specialist's tensors, or None.
-            agreed_tensors: their agreed names, shapes and dtypes; due with tensors.
+            tensors: the specialist's tensors to send, or None.
+            agreed_tensors: their agreed names, shapes and dtypes; required if there are tensors.
 
         Raises:
-            EgressError: something is not as agreed, not finite or over the site's limits.
-            OSError: the audit log cannot be written; then nothing leaves.
+            EgressError: something is not agreed, not finite or over the site's limits.
+            OSError: the audit log cannot be written. The reply must not be sent.
         """
-        foreign = sorted(set(scalars) - set(agreed_scalars))
-        if foreign:
-            raise EgressError(f"the scalars {foreign} are not on the agreed list")
+        if unknown := sorted(set(scalars) - set(agreed_scalars)):
+            raise EgressError(f"the scalars {unknown} are not on the agreed list")
         for name, value in scalars.items():
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise EgressError(f"the scalar {name} is not a finite number")
@@ -83,15 +82,19 @@ class EgressGate:
             records[SPECIALIST_RECORD] = ArrayRecord(
                 {name: Array(tensors[name].detach().cpu().contiguous().numpy()) for name in tensors}
             )
-        self._book(kind, run, round_number, plan_hash, entry)
+        self._audit(kind, run, round_number, plan_hash, entry)
         return records
 
     def refuse(
         self, kind: str, run: str, round_number: int, rule: RefusalRule, reason: str, code_hash: str | None = None
     ) -> RecordDict:
-        """Build a refusal. The rule leaves; the reason, and the hash of refused code, stay in the audit log."""
+        """Build a refusal. Only the rule leaves; the reason and the hash of refused code stay in the audit log.
+
+        Raises:
+            OSError: the audit log cannot be written. The refusal must not be sent.
+        """
         entry = {"refused": rule.value, "reason_kept_here": reason}
-        self._book(kind, run, round_number, "", entry if code_hash is None else entry | {"code": code_hash})
+        self._audit(kind, run, round_number, "", entry if code_hash is None else entry | {"code": code_hash})
         return RecordDict(
             {
                 REFUSAL_RECORD: ConfigRecord({"rule": rule.value}),
@@ -99,13 +102,13 @@ class EgressGate:
             }
         )
 
-    def book_rejection(self, run: str, round_number: int, rule: str) -> None:
-        """Book that the server left this site's answer of a round out; nothing leaves with it.
+    def log_rejection(self, run: str, round_number: int, rule: str) -> None:
+        """Log that the server rejected this site's update of a round. Nothing is sent.
 
         Raises:
             OSError: the audit log cannot be written.
         """
-        self._book("rejected", run, round_number, "", {"rejected_by_the_server": rule})
+        self._audit("rejected", run, round_number, "", {"rejected_by_the_server": rule})
 
     def _check_tensors(
         self, tensors: Mapping[str, Tensor], agreed: Mapping[str, TensorSpec] | None
@@ -117,11 +120,11 @@ class EgressGate:
         size = sum(value.numel() * value.element_size() for value in tensors.values())
         if size > self._limits.maximum_update_mb * 1e6:
             raise EgressError(
-                f"the update has {size / 1e6:.1f} MB, egress.maximum_update_mb allows {self._limits.maximum_update_mb}"
+                f"the update has {size / 1e6:.1f} MB; egress.maximum_update_mb allows {self._limits.maximum_update_mb}"
             )
         return {"tensors": len(tensors), "bytes": size, "sha256": weights_sha256(tensors)}
 
-    def _book(self, kind: str, run: str, round_number: int, plan_hash: str, entry: Mapping[str, object]) -> None:
+    def _audit(self, kind: str, run: str, round_number: int, plan_hash: str, entry: Mapping[str, object]) -> None:
         head = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "site": self._site,
@@ -134,5 +137,5 @@ class EgressGate:
 
 
 def arriving_tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    """Return the tensors of an array record as they came, for checking."""
+    """Return the tensors of an array record, unchecked."""
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}

@@ -1,4 +1,4 @@
-"""What the site is doing right now, as JSON lines in its own storage folder. Never sent."""
+"""The site's progress as JSON lines in its own storage folder. Never sent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ INTERVAL_S = 0.5
 
 
 class ProgressLog:
-    """Appends (phase, done, total) at most twice a second, and always the first and last of a phase.
+    """Appends (phase, done, total) lines: the first and last of every phase, and at most two a second in between.
 
     Args:
-        path: the file; a write that fails is ignored, since progress must never stop work.
-        round_number: the round that this process works on.
+        path: the file. A failed write is only logged: progress must never stop the work.
+        round_number: the round in progress.
     """
 
     def __init__(self, path: Path, round_number: int) -> None:
@@ -24,7 +24,7 @@ class ProgressLog:
         self._last = 0.0
 
     def __call__(self, phase: str, done: int, total: int, unit: str = "") -> None:
-        """Report that `done` of `total` units of a phase are finished; a phase without any is not reported."""
+        """Report that `done` of `total` units of a phase are finished. An empty phase (total 0) is not reported."""
         if total == 0:
             return
         now = time.monotonic()
@@ -42,4 +42,4 @@ class ProgressLog:
         try:
             append_json_line(self._path, line)
         except OSError as error:
-            logging.getLogger(__name__).debug("progress was not written: %s", error)
+            logging.getLogger(__name__).debug("progress could not be written: %s", error)

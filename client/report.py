@@ -1,4 +1,4 @@
-"""What a site reports of a round: counts, losses and mean scores that may leave, and what is booked here only."""
+"""A site's report on a round: scalars that may leave, and the per-case and per-class lines that stay here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scalars = dict[str, float | int]
 
 @dataclass(frozen=True)
 class SiteReport:
-    """Scalars that may leave, and the weights to send (train only)."""
+    """The scalars to send, and the weights (train only)."""
 
     scalars: Scalars
     weights: dict[str, Tensor] | None = None
@@ -32,10 +32,10 @@ def training_scalars(
     """Return the scalars of a training round.
 
     Args:
-        counts: of the site's scans.
-        labels: the pseudo-labels of the round, by case.
+        counts: the site's scans by role.
+        labels: the round's pseudo-labels by case.
         result: steps taken and mean losses.
-        seconds: what the round took.
+        seconds: duration of the round.
     """
     confidences = [confidence for label in labels.values() for confidence in label.confidences()]
     scalars: Scalars = {name: counts[name] for name in ("labeled", "unlabeled")}
@@ -52,7 +52,11 @@ def training_scalars(
 
 
 def count_gates(scans: Iterable[Sequence[Refusal | None]]) -> Scalars:
-    """Count accepted and refused (scan, class) pairs, the latter by reason."""
+    """Count accepted and gated (scan, class) pairs, the latter also by the gate's reason.
+
+    Args:
+        scans: per scan, each class's refusal, or None where its pseudo-label was accepted.
+    """
     refusals = [refusal for scan in scans for refusal in scan]
     counts: Scalars = {
         "accepted": sum(refusal is None for refusal in refusals),
@@ -65,12 +69,12 @@ def count_gates(scans: Iterable[Sequence[Refusal | None]]) -> Scalars:
 
 
 def mean_scores(scores: Sequence[Sequence[ClassScore | None]], names: Sequence[str], allowed: Sequence[str]) -> Scalars:
-    """Return means over cases.
+    """Return the mean over cases of every allowed score, per class.
 
     Args:
-        scores: case by case, one score a class or None.
-        names: of the classes.
-        allowed: the scores that may leave this site.
+        scores: per case, each class's scores, or None where there are none.
+        names: the class names.
+        allowed: names of the scores that may leave this site.
     """
     scalars: Scalars = {}
     for k, name in enumerate(names):
@@ -83,17 +87,17 @@ def mean_scores(scores: Sequence[Sequence[ClassScore | None]], names: Sequence[s
     return scalars
 
 
-def book_gates(path: Path, round_number: int, labels: Mapping[str, PseudoLabel], names: Sequence[str]) -> None:
-    """Append how many scans were accepted and refused for each class; stays at the site."""
+def log_gates(path: Path, round_number: int, labels: Mapping[str, PseudoLabel], names: Sequence[str]) -> None:
+    """Append, per class, how many scans' pseudo-labels were accepted and gated. The file stays at the site."""
     for k, name in enumerate(names if labels else ()):
         counts = count_gates(label.refusals[k : k + 1] for label in labels.values())
         append_json_line(path, {"round": round_number, "class": name, **counts})
 
 
-def book_scores(
+def log_scores(
     path: Path, round_number: int, case: str, scores: Sequence[ClassScore | None], names: Mapping[int, str]
 ) -> None:
-    """Append one case's scores of the classes in `names` (class from 1 -> its name); stays at the site."""
+    """Append one case's scores of the classes in `names` (index from 1 -> name). The file stays at the site."""
     for k, name in names.items():
         score = scores[k - 1]
         append_json_line(path, {"round": round_number, "case": case, "class": name} | (vars(score) if score else {}))

@@ -1,4 +1,4 @@
-"""What a round starts from: the specialist as sent, and what earlier rounds left at this site."""
+"""What a round starts from: the specialist as sent, and the tensors that earlier rounds left at this site."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ class WeightsNotAgreedError(SemiSAMError):
 
 
 class RoundStart:
-    """Builds what one round starts from.
+    """Builds the networks that one round starts from.
 
-    Whatever was kept but no longer fits the plan is replaced by a fresh start, and the site's log says so.
+    What this site kept comes from the latest of its earlier rounds, which need not be the round just before. If nothing
+    was kept, or it does not fit the plan, the networks start fresh and the site's log says so.
 
     Args:
         plan: the study plan.
         state: the site's state of this run.
         round_number: the round, from 1; 0 while joining.
-        device: where to compute.
+        device: the device to compute on.
     """
 
     def __init__(self, plan: Plan, state: RunState, round_number: int, device: torch.device) -> None:
         self._plan, self._state, self._round, self._device = plan, state, round_number, device
 
     def specialist(self, weights: Mapping[str, Tensor], before: int) -> nn.Module:
-        """Return the specialist that the server sent, with this site's own layers.
+        """Return the specialist with the weights that the server sent and this site's local layers.
 
         Args:
-            weights: as they arrived.
-            before: own layers come from the site's last round before this one.
+            weights: the tensors that arrived.
+            before: local layers come from the site's latest round before this one.
 
         Raises:
             WeightsNotAgreedError: the weights are not the plan's specialist.
@@ -51,45 +52,47 @@ class RoundStart:
         if mistake := disagreement(weights, specialist_spec(self._plan)):
             raise WeightsNotAgreedError(mistake)
         specialist = new_specialist(self._plan)
-        own = self._layers(specialist, before) if self._plan.specialist.statistics == "local" else {}
-        specialist.load_state_dict({**specialist.state_dict(), **own, **weights})
+        layers: Mapping[str, Tensor] = {}
+        if self._plan.specialist.statistics == "local":
+            kept, fresh = self._state.load_layers(before), local_layers(self._plan, specialist)
+            layers = _fitting("batch-norm layers", kept, fresh, before) or {}
+        specialist.load_state_dict({**specialist.state_dict(), **layers, **weights})
         return specialist.to(self._device)
 
     def teacher(self, specialist: nn.Module) -> nn.Module:
-        """Return the teacher: a copy of the specialist, or the one this site kept if the plan says so."""
+        """Return the round's teacher: a copy of the specialist, or the kept teacher under `teacher.start: site`."""
         teacher = new_teacher(specialist)
-        if self._plan.teacher.start == "site" and self._round > 1:
+        if self._plan.teacher.start == "site":
             kept = self._state.load_teacher(self._round)
-            if kept is None:
-                logger.warning("No teacher of an earlier round is kept here; it starts from the global specialist.")
-            elif mistake := disagreement(kept, tensor_specs(teacher.state_dict())):
-                logger.warning("The kept teacher does not fit and starts from the global specialist: %s", mistake)
-            else:
-                teacher.load_state_dict(kept)
+            if fitting := _fitting("teacher", kept, teacher.state_dict(), self._round):
+                teacher.load_state_dict(fitting)
         return teacher
 
     def regularizer(self) -> Regularizer | None:
-        """Return the plan's regularizer with its own networks as this site kept them."""
+        """Return the plan's regularizer, its own networks as this site kept them; None if the plan has none."""
         regularizer = new_regularizer(self._plan, self._device)
         if regularizer is not None and regularizer.own is not None:
             kept, fresh = self._state.load_networks(self._round), regularizer.own.state()
-            if kept is not None and (mistake := disagreement(kept, tensor_specs(fresh))):
-                logger.warning("The regularizer's kept networks do not fit and start afresh: %s", mistake)
-            elif kept is not None:
-                regularizer.own.load(kept)
+            if fitting := _fitting("regularizer networks", kept, fresh, self._round):
+                regularizer.own.load(fitting)
         return regularizer
-
-    def _layers(self, specialist: nn.Module, before: int) -> dict[str, Tensor]:
-        kept = self._state.load_layers(before)
-        if kept is None:
-            return {}
-        if mistake := disagreement(kept, tensor_specs(local_layers(self._plan, specialist))):
-            logger.warning("The kept batch-norm layers do not fit and start afresh: %s", mistake)
-            return {}
-        return kept
 
 
 def local_layers(plan: Plan, specialist: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a specialist that stay at the site."""
+    """Return the specialist's tensors that stay at the site."""
     sent = travelling(plan, specialist)
     return {name: value for name, value in specialist.state_dict().items() if name not in sent}
+
+
+def _fitting(
+    what: str, kept: dict[str, Tensor] | None, fresh: Mapping[str, Tensor], before: int
+) -> dict[str, Tensor] | None:
+    """Return what was kept if it has the names, shapes and dtypes of `fresh`; otherwise None, with a log line."""
+    if kept is None:
+        if before > 1:  # nothing precedes round 1
+            logger.warning("No %s kept from before round %d: starting fresh", what, before)
+        return None
+    if mistake := disagreement(kept, tensor_specs(fresh)):
+        logger.warning("The kept %s cannot be used; starting fresh: %s", what, mistake)
+        return None
+    return kept

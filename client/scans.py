@@ -1,4 +1,4 @@
-"""A site's scans: loaded when needed, kept within a memory limit, quarantined one by one where they are bad."""
+"""A site's scans: loaded on demand, cached within a memory limit, and quarantined if they cannot be used."""
 
 from __future__ import annotations
 
@@ -22,24 +22,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScanPair:
-    """One scan on two grids: the one on which the specialist learns, and the one on which generalists see it."""
+    """One scan on two grids: the one the specialist trains on, and the one generalists see; often the same."""
 
     scan: Scan
-    closer: Scan
+    for_generalists: Scan
 
 
 class SiteScans:
-    """The scans that one site contributes to one plan.
+    """One site's scans as one plan uses them.
 
-    Every case is read once before any is used. One that cannot be read is quarantined, and the others still count.
+    Every case is read once before any is used. Those that cannot be read are quarantined, and the site works with the
+    rest.
 
     Args:
         config: the site's YAML.
         plan: the study plan.
-        progress: where preparing is reported.
+        progress: the site's progress log.
+
+    Attributes:
+        annotated: the plan's classes (from 1) that the site's labels mark.
 
     Raises:
-        ConfigError: folders or lists of the YAML are wrong, or nothing could teach here.
+        ConfigError: folders or lists in the YAML are invalid, or the site has nothing to learn from.
     """
 
     def __init__(self, config: SiteConfig, plan: Plan, progress: ProgressLog) -> None:
@@ -52,11 +56,11 @@ class SiteScans:
 
     @property
     def quarantined(self) -> list[Quarantined]:
-        """The cases that cannot be used, and why."""
+        """The cases that cannot be used, with the reasons."""
         return list(self._quarantined.values())
 
     def check(self) -> None:
-        """Read every case once, and quarantine those that cannot be used."""
+        """Read every case, on the first call only, and quarantine those that cannot be used."""
         if self._checked:
             return
         for done, case in enumerate(self._found.cases):
@@ -71,7 +75,7 @@ class SiteScans:
         return [c for c in self._found.cases if c.role in roles and c.id not in self._quarantined]
 
     def counts(self) -> dict[str, float | int]:
-        """Return how many cases there are in each role, and in quarantine."""
+        """Return the numbers of usable cases by role, and of quarantined cases."""
         return {
             "labeled": len(self.usable(Role.LABELED)),
             "unlabeled": len(self.usable(Role.UNLABELED)),
@@ -80,7 +84,7 @@ class SiteScans:
         }
 
     def load(self, case: Case) -> Scan | None:
-        """Return a case on the plan's grid, labeled with the annotated classes only; None if it is quarantined."""
+        """Return a case on the plan's grid, its label reduced to the annotated classes; None if it is quarantined."""
         if case.id in self._quarantined:
             return None
         if case.id in self._cache:
@@ -98,20 +102,20 @@ class SiteScans:
     def load_pair(self, case: Case) -> ScanPair | None:
         """Return a case on both grids; None if it is quarantined."""
         scan = self.load(case)
-        seen_by_generalists = self._plan.as_generalists_see
-        if scan is None or seen_by_generalists == self._plan:
+        plan = self._plan.as_generalists_see
+        if scan is None or plan == self._plan:
             return None if scan is None else ScanPair(scan, scan)
-        closer = self._read(case, seen_by_generalists)
-        return None if closer is None else ScanPair(scan, closer)
+        for_generalists = self._read(case, plan)
+        return None if for_generalists is None else ScanPair(scan, for_generalists)
 
     def pair_loaders(self, role: Role) -> list[tuple[str, Callable[[], ScanPair | None]]]:
-        """Return (case id, loader of both grids) of every usable case in a role."""
+        """Return (case id, loader of the scan pair) for every usable case in a role."""
         return [(case.id, partial(self.load_pair, case)) for case in self.usable(role)]
 
     def training_loader(self, case: Case, label: PseudoLabel | None = None) -> Callable[[], TrainingScan]:
-        """Return a loader of a case for training, with its pseudo-label, or without one with its own label if any.
+        """Return a loader of a training scan, with the given pseudo-label or else the case's own label, if it has one.
 
-        The loader raises CaseError if the case became unusable since the round began.
+        The loader raises CaseError if the case has become unusable during the round.
         """
 
         def load() -> TrainingScan:
@@ -126,7 +130,7 @@ class SiteScans:
 
     def _read(self, case: Case, plan: Plan) -> Scan | None:
         try:
-            scan = load_scan(case, plan, self._config.storage.folder / "prepared")
+            scan = load_scan(case, plan, self._config.storage.folder / "prepared", self._config.storage.memory_gb)
         except CaseError as error:
             logger.warning("A case is quarantined: %s", error)
             self._quarantined[case.id] = Quarantined(case.id, str(error))

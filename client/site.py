@@ -1,4 +1,4 @@
-"""A hospital's local work: join, train a round, evaluate. Knows nothing of how messages travel."""
+"""A hospital's local work: join, train a round, evaluate. Independent of how messages travel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from client.labeling import Labeler
 from client.progress import ProgressLog
-from client.report import SiteReport, book_gates, book_scores, mean_scores, training_scalars
+from client.report import SiteReport, log_gates, log_scores, mean_scores, training_scalars
 from client.restore import RoundStart, local_layers
 from client.scans import SiteScans
 from client.site_config import SiteConfig
@@ -45,7 +45,7 @@ class Site:
         round_number: counts from 1; 0 while joining.
 
     Raises:
-        ConfigError: folders or lists of the YAML are wrong, or nothing could teach here.
+        ConfigError: folders or lists in the YAML are invalid, or the site has nothing to learn from.
         ValueError: the run's name is malformed.
     """
 
@@ -60,7 +60,7 @@ class Site:
         self._start = RoundStart(plan, self.state, round_number, self.device)
 
     def join(self) -> SiteReport:
-        """Check every case, quarantine the bad ones, prepare the good ones, and report counts.
+        """Check and prepare every case, quarantine the bad ones, and report counts.
 
         Raises:
             NoUsableCaseError: nothing is left to train on or to score.
@@ -74,12 +74,12 @@ class Site:
         return SiteReport(self.scans.counts() | {"generalists": len(self._labeler.generalists)})
 
     def train(self, weights: Mapping[str, Tensor]) -> SiteReport:
-        """Refresh pseudo-labels where due, train one round, and keep what stays here for the next one.
+        """Refresh pseudo-labels on schedule, train one round, and store what stays here for the next.
 
-        That is the teacher, the regularizer's own networks, and the specialist's layers that do not travel.
+        Stored are the teacher, the regularizer's own networks, and the specialist's local layers.
 
         Args:
-            weights: the specialist as the server sent it.
+            weights: the specialist's tensors as the server sent them.
 
         Raises:
             WeightsNotAgreedError: the weights are not the plan's specialist.
@@ -112,19 +112,19 @@ class Site:
             self.state.save_networks(self.round, regularizer.own.state())
         if self.plan.specialist.statistics == "local":
             self.state.save_layers(self.round, _cpu(local_layers(self.plan, specialist)))
-        book_gates(self.state.folder / "gates.jsonl", self.round, labels, self.plan.class_names)
+        log_gates(self.state.folder / "gates.jsonl", self.round, labels, self.plan.class_names)
         scalars = training_scalars(self.scans.counts(), labels, result, time.monotonic() - began)
         return SiteReport(scalars, _cpu(travelling(self.plan, specialist)))
 
     def evaluate(self, weights: Mapping[str, Tensor], final: bool) -> SiteReport:
-        """Score the specialist on the classes that the site's validation labels mark, in each scan's own geometry.
+        """Score the specialist on the classes that the validation labels mark, in each scan's own geometry.
 
-        Layers that do not travel are this site's own, as its last training left them. Per-case scores stay in the
-        site's storage; means over cases are reported.
+        Local layers are as the site's last training left them. Per-case scores stay in the site's storage; means over
+        cases are reported.
 
         Args:
             weights: the specialist to score.
-            final: also draw the site's picture.
+            final: whether to draw the site's picture too.
 
         Raises:
             WeightsNotAgreedError: the weights are not the plan's specialist.
@@ -146,7 +146,10 @@ class Site:
         return Labeler(self.config, self.plan, self.state.folder, self.device, self.progress)
 
     def _loaders(self, labels: Mapping[str, PseudoLabel]) -> tuple[list[Loader], list[Loader]]:
-        """Return loaders of labeled and unlabeled scans, the latter with their pseudo-labels."""
+        """Return loaders of labeled and of unlabeled scans, the latter with their pseudo-labels.
+
+        A scan without an accepted pseudo-label is left out if the regularizer does not learn from it either.
+        """
         labeled = [self.scans.training_loader(case) for case in self.scans.usable(Role.LABELED)]
         regularized = teaches(self.plan.regularizer.name, len(labeled))
         unlabeled = [
@@ -171,11 +174,11 @@ class Site:
         )
         scores = [score if k in annotated else None for k, score in enumerate(scores, start=1)]
         names = {k: self.plan.class_names[k - 1] for k in annotated}
-        book_scores(self.state.folder / "scores.jsonl", self.round, case.id, scores, names)
+        log_scores(self.state.folder / "scores.jsonl", self.round, case.id, scores, names)
         return scores
 
     def _draw(self, specialist: nn.Module) -> None:
-        """Draw scan, truth, pseudo-label and prediction of one case; the picture stays at the site."""
+        """Draw one case: scan, label, pseudo-label and prediction. The picture stays at the site."""
         roles = (Role.VALIDATION, Role.UNLABELED, Role.LABELED)
         cases = next((usable for role in roles if (usable := self.scans.usable(role))), [])
         if not cases or (scan := self.scans.load(cases[0])) is None:

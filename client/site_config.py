@@ -1,4 +1,4 @@
-"""A hospital's own YAML: which data may be used, which generalists exist here, and what may leave."""
+"""A hospital's own YAML: which data may be used, which generalists it has, and what may leave."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from pydantic import Field, field_validator, model_validator
 
 from semisam_core.configuration import StrictModel, parse, read_yaml
 from semisam_core.contract import CLASS_SCORES
-from semisam_core.data.cases import Inventory, find_cases
+from semisam_core.data.cases import Inventory, Role, find_cases
+from semisam_core.data.names import case_name
 from semisam_core.errors import ConfigError
 from semisam_core.generalists.registry import accepted_prompts
+from semisam_core.paths import absolute_path
 from semisam_core.plan import Plan
 
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
 class SiteData(StrictModel):
-    """Where scans are and what each may be used for.
+    """Where the scans are and what each may be used for.
 
     Attributes:
         images: folder of images.
-        labels: folder of labels; absent at a site without any.
-        labeled: ids whose labels are trained on, or `all` that have a label and are not for validation.
-        validation: ids whose labels are for scoring only.
-        excluded: ids never to touch.
+        labels: folder of labels; omitted at a site without labels.
+        labeled: ids of the cases to train on with their labels; `all` means every case with a label that is not for
+            validation.
+        validation: ids of the cases whose labels are used for scoring only.
+        excluded: ids of the cases that must not be used.
         labeled_classes: names of the classes that the label files mark, or `all` of the plan's. A voxel without a label
-            may be background or any class that is not named.
+            may be background or any class not named here.
     """
 
     images: Path
@@ -38,11 +41,16 @@ class SiteData(StrictModel):
     excluded: tuple[str, ...] = ()
     labeled_classes: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
 
+    @field_validator("labeled", "validation", "excluded")
+    @classmethod
+    def _as_case_names(cls, value: Literal["all"] | tuple[str, ...]) -> Literal["all"] | tuple[str, ...]:
+        return value if value == "all" else tuple(case_name(each) for each in value)
+
     @field_validator("labeled_classes")
     @classmethod
     def _named_once(cls, value: Literal["all"] | tuple[str, ...]) -> Literal["all"] | tuple[str, ...]:
         if value != "all" and len(set(value)) < len(value):
-            raise ValueError("each class is named once")
+            raise ValueError("a class is named twice; name each once")
         return value
 
 
@@ -60,7 +68,13 @@ class SiteGeneralist(StrictModel):
 
 
 class Storage(StrictModel):
-    """Where the site keeps its state, how much disk embeddings may take, and how much memory scans may take."""
+    """Where the site keeps its state.
+
+    Attributes:
+        folder: the site's own storage folder.
+        memory_gb: memory for loaded scans.
+        embeddings_gb: disk space for stored embeddings.
+    """
 
     folder: Path
     memory_gb: float = Field(default=4.0, gt=0)
@@ -68,11 +82,11 @@ class Storage(StrictModel):
 
 
 class Egress(StrictModel):
-    """Limits on what may leave; a plan cannot loosen them.
+    """Limits on what may leave. A plan cannot loosen them.
 
     Attributes:
-        maximum_update_mb: largest update.
-        validation_scores: which validation scores may leave.
+        maximum_update_mb: size limit of an update.
+        validation_scores: the validation scores that may leave.
     """
 
     maximum_update_mb: float = Field(default=500.0, gt=0)
@@ -88,7 +102,7 @@ class Egress(StrictModel):
 
 
 class SiteConfig(StrictModel):
-    """One hospital. See the shipped files in `site_configs/` for every key explained."""
+    """One hospital. The files in `site_configs/` explain every key."""
 
     version: Literal[1]
     site: SiteName
@@ -110,7 +124,7 @@ class SiteConfig(StrictModel):
         """Return the device to compute on.
 
         Raises:
-            ConfigError: a GPU is asked for by name and is not there.
+            ConfigError: the YAML names a GPU that this machine lacks.
         """
         available = torch.cuda.is_available()
         if self.device == "auto":
@@ -125,42 +139,44 @@ class SiteConfig(StrictModel):
 
 
 def load_site_config(path: Path) -> SiteConfig:
-    """Read a site's YAML. Relative paths in it count from the YAML's own folder.
+    """Read a site's YAML. Its relative paths are resolved against the YAML's own folder.
 
     Raises:
-        ConfigError: file, key, value and what is accepted.
+        ConfigError: a key or value is invalid; the message names file, key, value and what is accepted.
     """
     config = parse(SiteConfig, read_yaml(path), str(path))
-    base = path.resolve().parent
+    base = absolute_path(path, "site file").parent
 
-    def absolute(value: Path) -> Path:
-        return (base / value.expanduser()).resolve()
+    def absolute(value: Path, key: str) -> Path:
+        return absolute_path(value, f"{path}: {key}", base)
 
     data = config.data.model_copy(
         update={
-            "images": absolute(config.data.images),
-            "labels": absolute(config.data.labels) if config.data.labels else None,
+            "images": absolute(config.data.images, "data.images"),
+            "labels": absolute(config.data.labels, "data.labels") if config.data.labels else None,
         }
     )
     generalists = {
-        name: entry if entry.weights == "packaged" else entry.model_copy(update={"weights": absolute(entry.weights)})
+        name: entry
+        if entry.weights == "packaged"
+        else entry.model_copy(update={"weights": absolute(entry.weights, f"generalists.{name}.weights")})
         for name, entry in config.generalists.items()
     }
-    storage = config.storage.model_copy(update={"folder": absolute(config.storage.folder)})
+    storage = config.storage.model_copy(update={"folder": absolute(config.storage.folder, "storage.folder")})
     return config.model_copy(update={"data": data, "generalists": generalists, "storage": storage})
 
 
 def load_site_folder(folder: Path) -> list[SiteConfig]:
-    """Read every YAML of a folder, by file name.
+    """Read every YAML of a folder, in the order of file names.
 
     Raises:
-        ConfigError: there is none, one of them is wrong, two sites have one name or share a storage folder.
+        ConfigError: there is none, one is invalid, or two sites share a name or a storage folder.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: the folder of site files does not exist.")
     paths = sorted(path for path in folder.iterdir() if path.suffix in {".yaml", ".yml"})
     if not paths:
-        raise ConfigError(f"{folder}: no site file (.yaml) is in this folder.")
+        raise ConfigError(f"{folder}: the folder contains no site file (.yaml).")
     configs: list[SiteConfig] = []
     seen: dict[str, Path] = {}
     for path in paths:
@@ -199,11 +215,11 @@ def annotated_classes(config: SiteConfig, plan: Plan) -> tuple[int, ...]:
 
 
 def inventory(config: SiteConfig, plan: Plan) -> Inventory:
-    """Find the site's cases and check that the plan leaves it anything to learn from.
+    """Find the site's cases and check that it has something to learn from under the plan.
 
     Raises:
-        ConfigError: folders, lists or class names are wrong, or the site has no label and none of the plan's
-            generalists.
+        ConfigError: folders, lists or class names are invalid, or the site has neither a labeled case nor any of the
+            plan's generalists.
     """
     annotated_classes(config, plan)
     labeled = None if config.data.labeled == "all" else config.data.labeled
@@ -215,11 +231,11 @@ def inventory(config: SiteConfig, plan: Plan) -> Inventory:
         config.data.validation,
         config.data.excluded,
     )
-    has_label = any(case.role.value == "labeled" for case in found.cases)
+    has_label = any(case.role is Role.LABELED for case in found.cases)
     if plan.pseudo_labels is not None and not has_label and not usable_generalists(config, plan):
         raise ConfigError(
             f"site {config.site}: it has no labeled case and none of the plan's generalists "
-            f"({', '.join(plan.pseudo_labels.generalists)}), so nothing could teach here. Name labeled cases under "
+            f"({', '.join(plan.pseudo_labels.generalists)}), so it has nothing to learn from. Name labeled cases under "
             "data.labeled or a generalist under generalists."
         )
     return found

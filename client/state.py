@@ -1,7 +1,8 @@
-"""A site's state of one run on its own disk: what each round left behind, and what was learned of each case."""
+"""A site's state of one run on its own disk: the tensors that each round left behind."""
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from semisam_core.files import save_tensors
 
+logger = logging.getLogger(__name__)
+
 RUN_NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
 KEEP_ROUNDS = 3
 TEACHER, NETWORKS, LAYERS = "teacher", "networks", "layers"
@@ -19,9 +22,10 @@ TEACHER, NETWORKS, LAYERS = "teacher", "networks", "layers"
 class RunState:
     """The folder of one run at one site.
 
-    The teacher, the regularizer's own networks and the specialist's local layers are kept for each of the last rounds,
-    so that a round which is asked for again, because the server died after the site had answered, starts from the same
-    ones as the first time.
+    The teacher, the regularizer's own networks and the specialist's local layers are kept for the last three rounds
+    that the site took part in. Each `load_*` returns what the latest of the site's rounds before a given one left,
+    which need not be the round just before: the site may have sat out some. A round that is asked for again, because
+    the server died after the site had answered, thus starts from the same tensors as the first time.
 
     Args:
         storage: the site's storage folder.
@@ -38,7 +42,7 @@ class RunState:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save_teacher(self, round_number: int, teacher: dict[str, Tensor]) -> None:
-        """Keep the teacher as it is after this round, and drop those of long ago.
+        """Keep the teacher as this round left it.
 
         Raises:
             OSError: the disk is full.
@@ -46,14 +50,11 @@ class RunState:
         self._save(TEACHER, round_number, teacher)
 
     def load_teacher(self, before: int) -> dict[str, Tensor] | None:
-        """Return the teacher as the site's last round before this one left it, or None.
-
-        That need not be the round just before: a site may have missed it.
-        """
+        """Return the latest teacher of a round before this one, or None."""
         return self._latest(TEACHER, before)
 
     def save_networks(self, round_number: int, networks: dict[str, Tensor]) -> None:
-        """Keep the regularizer's own networks as they are after this round, and drop those of long ago.
+        """Keep the regularizer's own networks as this round left them.
 
         Raises:
             OSError: the disk is full.
@@ -61,14 +62,11 @@ class RunState:
         self._save(NETWORKS, round_number, networks)
 
     def load_networks(self, before: int) -> dict[str, Tensor] | None:
-        """Return the regularizer's own networks as the site's last round before this one left them, or None.
-
-        That need not be the round just before: a site that was left out of one goes on from what it has.
-        """
+        """Return the latest networks of the regularizer of a round before this one, or None."""
         return self._latest(NETWORKS, before)
 
     def save_layers(self, round_number: int, layers: dict[str, Tensor]) -> None:
-        """Keep the specialist's layers that stay at this site as they are after this round.
+        """Keep the specialist's local layers as this round left them.
 
         Raises:
             OSError: the disk is full.
@@ -76,7 +74,7 @@ class RunState:
         self._save(LAYERS, round_number, layers)
 
     def load_layers(self, before: int) -> dict[str, Tensor] | None:
-        """Return the specialist's local layers as the site's last round before this one left them, or None."""
+        """Return the latest local layers of a round before this one, or None."""
         return self._latest(LAYERS, before)
 
     def _latest(self, kind: str, before: int) -> dict[str, Tensor] | None:
@@ -86,12 +84,13 @@ class RunState:
 
     def _save(self, kind: str, round_number: int, tensors: dict[str, Tensor]) -> None:
         save_tensors(self._file(kind, round_number), tensors)
+        # Files of later rounds do not count: a resumed server may ask for a round again that precedes them.
         until_now = [number for number in self._rounds(kind) if number <= round_number]
         for number in until_now[KEEP_ROUNDS:]:
             self._file(kind, number).unlink(missing_ok=True)
 
     def _rounds(self, kind: str) -> list[int]:
-        """Return the rounds of which this kind is kept, the latest first."""
+        """Return the rounds whose tensors of this kind are kept, latest first."""
         numbers = (path.stem.removeprefix(f"{kind}-") for path in self.folder.glob(f"{kind}-*.safetensors"))
         return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
 
@@ -102,5 +101,6 @@ class RunState:
 def _read(path: Path) -> dict[str, Tensor] | None:
     try:
         return load_file(path)
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s cannot be read and is ignored: %s", path, error)
         return None

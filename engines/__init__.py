@@ -1,1 +1,1 @@
-"""How a study is driven: Flower's simulation or in-process; knows Flower's commands and internals."""
+"""How a study is driven: by Flower's simulation or in-process. Knows Flower's commands and internals."""

@@ -1,4 +1,4 @@
-"""The Flower app that is submitted: what it holds, and its bundle, the same bytes for the same code."""
+"""The Flower app that is submitted, and its bundle: the same bytes for the same code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ run-folder = ""
 
 
 def stage_app(work: Path) -> Path:
-    """Copy the apps and the core, nothing else, into a folder that can be bundled; return it."""
+    """Copy the apps and the core, and nothing else, into a folder to bundle; return it."""
     app = work / "app"
     shutil.rmtree(app, ignore_errors=True)
     for package in (client, server, semisam_core):

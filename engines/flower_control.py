@@ -1,7 +1,7 @@
-"""Talk to a SuperLink's control API: submit, list and stop runs; register and list SuperNodes.
+"""Client of a SuperLink's control API: submit, list and stop runs; register and list SuperNodes.
 
-It speaks the protocol that Flower's own command speaks, which builds the bundle anew at every submission; here the
-bytes that were approved are the bytes that are submitted.
+It speaks the protocol of Flower's own command. That command rebuilds the bundle at every submission; here the bytes
+that were approved are the bytes that are submitted.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ FINISHED, UNREGISTERED = "finished", "unregistered"
 
 
 class FlowerError(SemiSAMError):
-    """Flower could not be started or asked; the message says where its log is."""
+    """Flower could not be started or reached; the message says where its log is."""
 
 
 @dataclass(frozen=True)
 class FlowerRun:
-    """One run, by Flower's own account.
+    """One run, as Flower reports it.
 
     Attributes:
-        run_id: Flower's number of it.
+        run_id: Flower's number for it.
         state: pending, starting, running or finished.
-        end: completed, failed, stopped, or empty while it is not finished.
-        details: what Flower adds.
-        config: the run config that it was submitted with.
+        end: completed, failed or stopped; empty until it is finished.
+        details: Flower's explanation, if any.
+        config: the run config it was submitted with.
     """
 
     run_id: int
@@ -71,7 +71,7 @@ class FlowerRun:
 
     @property
     def finished(self) -> bool:
-        """Whether it has ended in any way."""
+        """Whether the run has ended, for whatever reason."""
         return self.state == FINISHED
 
 
@@ -80,10 +80,10 @@ class FlowerNode:
     """One registered SuperNode.
 
     Attributes:
-        node_id: Flower's number of it.
-        name: the name that it was registered with.
+        node_id: Flower's number for it.
+        name: the name it was registered under.
         status: registered (never seen), online or offline.
-        public_key: PEM, as it was registered.
+        public_key: the registered key, PEM.
     """
 
     node_id: int
@@ -97,7 +97,7 @@ class FlowerControl:
 
     Args:
         address: host:port.
-        ca: certificate of the authority that signed the server's; None talks without TLS.
+        ca: certificate of the authority that signed the server's; None means no TLS.
     """
 
     def __init__(self, address: str, ca: Path | None) -> None:
@@ -119,10 +119,10 @@ class FlowerControl:
         self._client.close()
 
     def submit(self, bundle: bytes, run_config: RunConfig, simulation: SimulationConfig | None = None) -> int:
-        """Submit these very bytes as a run; return its number.
+        """Submit exactly these bytes as a run; return its number.
 
         Raises:
-            FlowerError: it was not taken.
+            FlowerError: the SuperLink cannot be reached or did not accept it.
         """
         fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
         request = StartRunRequest(
@@ -133,19 +133,19 @@ class FlowerControl:
         with self._asking("submit the run"):
             answer = self._client.StartRun(request)
         if not answer.HasField("run_id"):
-            raise FlowerError("the SuperLink did not take the run.")
+            raise FlowerError("the SuperLink did not accept the run.")
         return int(answer.run_id)
 
     def run(self, run_id: int) -> FlowerRun:
-        """Return how a run stands.
+        """Return the state of a run.
 
         Raises:
-            FlowerError: Flower cannot be asked or does not know it.
+            FlowerError: the SuperLink cannot be reached or does not know the run.
         """
-        with self._asking("ask for the run"):
+        with self._asking("look up the run"):
             answer = self._client.ListRuns(ListRunsRequest(run_id=run_id))
         if run_id not in answer.run_dict:
-            raise FlowerError(f"the SuperLink at {self._address} knows no run {run_id}.")
+            raise FlowerError(f"the SuperLink at {self._address} does not know run {run_id}.")
         return _run(answer.run_dict[run_id])
 
     def unfinished_runs(self) -> list[FlowerRun]:
@@ -156,7 +156,7 @@ class FlowerControl:
         return [run for run in map(_run, runs) if not run.finished]
 
     def stop(self, run_id: int) -> None:
-        """Stop a run; one that has ended meanwhile is left as it is."""
+        """Stop a run, unless it has ended already."""
         with self._asking("stop the run"):
             try:
                 self._client.StopRun(StopRunRequest(run_id=run_id))
@@ -172,12 +172,12 @@ class FlowerControl:
         return sorted((node for node in nodes if node.status != UNREGISTERED), key=lambda node: node.name)
 
     def register(self, name: str, public_key: bytes) -> None:
-        """Let the SuperNode that holds the private half of this key (PEM) connect."""
+        """Allow the SuperNode that holds the private half of this key (PEM) to connect."""
         with self._asking(f"register {name}"):
             self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
 
     def unregister(self, node_id: int) -> None:
-        """Let a SuperNode connect no more."""
+        """Refuse further connections of a SuperNode."""
         with self._asking("unregister a SuperNode"):
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
@@ -188,17 +188,19 @@ class FlowerControl:
         except httpx.HTTPStatusError as error:
             known = ApiError.from_json(error.response.text)
             said = f"{known.message} {known.public_details or ''}" if known else str(error)
-            raise FlowerError(f"Flower would not {what}: {said.strip()}") from None
+            raise FlowerError(f"Flower refused to {what}: {said.strip()}") from None
         except (httpx.HTTPError, OSError) as error:
-            raise FlowerError(f"Flower could not be asked to {what} at {self._address}: {error}") from None
+            raise FlowerError(f"could not {what}: Flower is not reachable at {self._address} ({error}).") from None
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """Return an environment in which Flower keeps to `home`, installs nothing and calls nobody."""
+    """Return an environment in which Flower writes only to `home`, installs nothing and contacts no other host."""
     here = "127.0.0.1,localhost"
     others = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
     exempt = f"{here},{others}" if others else here
-    return dict(os.environ) | {
+    # Flower's internal switches among these would open further ports, with the control API.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_INTERNAL_")}
+    return inherited | {
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -212,14 +214,14 @@ def flower_environment(home: Path) -> dict[str, str]:
 def wait_until_healthy(
     address: str, ca: Path | None, alive: Callable[[], bool], on_tick: Callable[[], None], log: Path
 ) -> None:
-    """Wait until a SuperLink answers.
+    """Wait until a SuperLink serves.
 
     Args:
         address: host:port.
         ca: see `FlowerControl`.
-        alive: whether its process runs.
+        alive: whether its process is running.
         on_tick: called about twice a second.
-        log: its log, for messages.
+        log: its log file, for messages.
 
     Raises:
         FlowerError: its process ended, or it was not ready within two minutes.
@@ -241,7 +243,7 @@ def wait_until_healthy(
 
 
 def program(name: str) -> str:
-    """Return the program beside this Python, so that another environment's Flower is never taken.
+    """Return the path of a program installed beside this Python, so that another environment's Flower is never used.
 
     Raises:
         FlowerError: it is not installed.
@@ -267,7 +269,7 @@ def _run(run: Run) -> FlowerRun:
 
 @contextlib.contextmanager
 def _without_proxies() -> Iterator[None]:
-    """Keep a web proxy out of the way to this machine's own SuperLink; clients read these when they are made."""
+    """Keep web proxies out of the connection to the local SuperLink; clients read these variables when created."""
     names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

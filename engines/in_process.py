@@ -1,4 +1,4 @@
-"""A whole study inside one process: no Flower engine, the same apps, the same messages."""
+"""A whole study in one process: the same apps and messages, without Flower's engine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def execute(plan: Path, sites: Path, run_folder: Path, only: str | None = None) 
     """Run the study of `plan` over the sites of a folder, or over one of them.
 
     Raises:
-        ConfigError: a file is wrong, or `only` names no site.
-        StudyFailedError: the study could not go on.
+        ConfigError: a file is invalid, or no site is called `only`.
+        StudyFailedError: the study could not continue.
     """
     load_site_folder(sites)
     paths = sorted(path for path in sites.resolve().iterdir() if path.suffix in {".yaml", ".yml"})

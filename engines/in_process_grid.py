@@ -1,4 +1,4 @@
-"""Flower's grid inside one process: the real apps and messages, one site after another, no engine and no network."""
+"""Flower's grid in one process: the real apps and messages, one site after another, no engine and no network."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Config = Mapping[str, bool | float | int | str]
 
 
 class InProcessGrid(Grid):
-    """Keeps every message until its reply is pulled, and lets the site work on it then: one reply at a time exists.
+    """Runs a site's ClientApp when its reply is pulled, so that only one reply exists at a time.
 
-    Messages are deep-copied both ways: no site shares an object with the server or with another site, as over a
-    network. A ClientApp that raises becomes an error reply, as in Flower. Sites work one after another, so a deadline
-    cannot cut one short.
+    Messages are deep-copied both ways: as over a network, no site shares an object with the server or another site. A
+    ClientApp that raises becomes an error reply, as in Flower. Sites work one after another, so no deadline can
+    interrupt one.
 
     Args:
         client_app: what every site runs.
-        node_configs: one node config a site; nodes are numbered from 1.
+        node_configs: one node config per site; node ids count from 1.
         run_config: the run config of every site.
     """
 
     def __init__(self, client_app: ClientApp, node_configs: Sequence[Config], run_config: Config) -> None:
-        # Flower sets these when it starts a ServerApp; a message cannot be made without them.
+        # Flower sets these when it starts a ServerApp; messages cannot be created without them.
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
         self._client_app = client_app
         self._contexts = {
@@ -49,11 +49,11 @@ class InProcessGrid(Grid):
         self._sent = 0
 
     def set_run(self, run: Run) -> None:
-        """Accept the run's description, which nothing here needs."""
+        """Ignore the run's description."""
 
     @property
     def run(self) -> Run:
-        """There is no engine, hence no run to describe."""
+        """Raise: without an engine there is no run to describe."""
         raise RuntimeError("an in-process grid has no Flower run")
 
     def create_message(
@@ -68,11 +68,11 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """Return the numbers of all sites."""
+        """Return all node ids."""
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Keep messages; return their identifiers."""
+        """Store messages; return their ids."""
         identifiers = []
         for message in messages:
             self._sent += 1
@@ -82,11 +82,11 @@ class InProcessGrid(Grid):
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Let sites work on these messages and return the replies, each once."""
+        """Run the sites on these messages and return the replies, each once."""
         return [self._work(self._pending.pop(each)) for each in list(message_ids) if each in self._pending]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Let every site work on its message and return the replies."""
+        """Run every site on its message and return the replies."""
         return self.pull_messages(self.push_messages(messages))
 
     def _work(self, message: Message) -> Message:
@@ -109,7 +109,7 @@ class InProcessGrid(Grid):
 def run_in_process(
     server_app: ServerApp, client_app: ClientApp, node_configs: Sequence[Config], run_config: Config
 ) -> None:
-    """Run a ServerApp over sites that work in this process; what it raises is raised here."""
+    """Run a ServerApp with all sites in this process; exceptions of the ServerApp propagate."""
     grid = InProcessGrid(client_app, node_configs, run_config)
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config))
     server_app(grid, context)

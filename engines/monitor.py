@@ -1,4 +1,4 @@
-"""Show how a run stands: rounds from the run folder, each site's work from its own storage. Reads files only."""
+"""Show a run's progress: rounds from the run folder, each site's work from its storage. Only reads files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TAIL_BYTES = 4096
 
 
 def describe(event: Mapping[str, Any]) -> str | None:
-    """Return what happened in words, or None for an event that nobody needs to be told."""
+    """Return an event in words, or None for one that people need not see."""
     kind = event.get("event")
     if kind == "aggregated":
         left = event["rounds"] - event["round"]
@@ -52,13 +52,13 @@ def describe(event: Mapping[str, Any]) -> str | None:
 
 
 class RunMonitor:
-    """A live display on a terminal; a line for each event elsewhere.
+    """A live display on a terminal; elsewhere, one line per event.
 
     Args:
-        title: what runs.
+        title: name of the run.
         run_folder: the server's record.
         storages: site name -> its storage folder.
-        console: where to show.
+        console: where to print.
     """
 
     def __init__(self, title: str, run_folder: Path, storages: Mapping[str, Path], console: Console) -> None:
@@ -91,7 +91,7 @@ class RunMonitor:
         self._progress.stop()
 
     def tick(self) -> None:
-        """Look for news and show them."""
+        """Show what is new."""
         for event in self._news():
             self._show(event)
         for site, storage in self._storages.items():
@@ -163,12 +163,12 @@ class RunMonitor:
 
 
 def _fault(event: Mapping[str, Any]) -> str | None:
-    """Return a sentence on something that went wrong and is being dealt with, or None."""
+    """Return a sentence about a fault that the run handles, or None for other events."""
     kind, at = event.get("event"), f"round {event.get('round')}:"
     if kind == "late":
-        return f"{at} the answer of {event['site']} came {event['seconds']:.0f} s late and is not used"
+        return f"{at} the reply of {event['site']} came {event['seconds']:.0f} s late and is not used"
     if kind == "left":
-        return f"{at} {event['site']} is gone: {event['reason']}"
+        return f"{at} {event['site']} left: {event['reason']}"
     if kind == "waiting":
         return f"{at} too few sites; waiting up to {event['seconds']:g} s for {', '.join(event['sites']) or 'others'}"
     if kind == "excluded":
@@ -176,5 +176,5 @@ def _fault(event: Mapping[str, Any]) -> str | None:
     if kind == "set-aside":
         return f"a checkpoint was set aside: {event['reason']}"
     if kind == "resumed":
-        return f"goes on from round {event['round']}"
+        return f"resumed from round {event['round']}"
     return None

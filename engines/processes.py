@@ -1,4 +1,4 @@
-"""Child processes that never outlive this one, however deep the tree and whatever ends us."""
+"""Child processes that never outlive this one, however deep the tree and however this process ends."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ GRACE_S = 5.0
 
 
 class ProcessTree:
-    """Starts processes and, on leaving the `with`, ends them and all that came of them, detached or not.
+    """Starts processes and, on leaving the `with` block, ends them and all their descendants, detached or not.
 
-    Every child carries a mark in its environment, which its own children inherit even when they start a session of
-    their own or lose their parent; the mark is what finds them. While the `with` lasts, SIGTERM and SIGHUP end it as
-    Ctrl-C does.
+    Every child carries a mark in its environment. Its own children inherit it even if they start a new session or lose
+    their parent, so the mark finds them all. Inside the `with` block, SIGTERM and SIGHUP act like Ctrl-C.
 
     Args:
         mark: the mark of a tree that another process started, to find and end it; a new one by default.
@@ -48,9 +47,8 @@ class ProcessTree:
         trace: TracebackType | None,
     ) -> None:
         quiet = threading.current_thread() is threading.main_thread()
-        impatient = (
-            signal.signal(signal.SIGINT, signal.SIG_IGN) if quiet else None
-        )  # a second Ctrl-C must not stop this
+        # A second Ctrl-C must not interrupt the clean-up.
+        impatient = signal.signal(signal.SIGINT, signal.SIG_IGN) if quiet else None
         try:
             self.end()
         finally:
@@ -61,7 +59,7 @@ class ProcessTree:
 
     @property
     def mark(self) -> str:
-        """What finds the processes of this tree."""
+        """The value by which this tree's processes are found."""
         return self._mark
 
     def start(
@@ -72,7 +70,7 @@ class ProcessTree:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start a process with this tree's mark, in a session of its own so that Ctrl-C reaches it through us."""
+        """Start a process with this tree's mark, in its own session, so that Ctrl-C reaches it only through us."""
         return subprocess.Popen(
             list(command),
             stdin=subprocess.DEVNULL,
@@ -97,7 +95,7 @@ class ProcessTree:
         return found
 
     def end(self) -> None:
-        """Ask every process of the tree to end, then kill what is left, until none is."""
+        """Terminate every process of the tree, then kill those that remain."""
         processes = self.alive()
         for process in processes:
             with contextlib.suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""The table at the end of a run, and the same as JSON."""
+"""The results of a run, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from engines.tables import FittingTable
 from semisam_core.files import read_json_lines
 from server.metrics_log import counted
 
 
 @dataclass(frozen=True)
 class SiteResult:
-    """One line of the table: one site, one class. None where nothing was measured."""
+    """One row of the table: one site, one class. None where nothing was measured."""
 
     site: str
     target: str
@@ -33,7 +32,7 @@ class SiteResult:
 
 
 def collect(run_folder: Path, local_folders: Mapping[str, Path], classes: Sequence[str]) -> list[SiteResult]:
-    """Gather what a run and its local-only arms measured, by site and class."""
+    """Collect the results of a run and its local-only arms, by site and class."""
     lines = counted(read_json_lines(run_folder / "metrics.jsonl"))
     joined = {line["site"]: line for line in lines if line["event"] in ("joined", "rejoined")}
     trained = {line["site"]: line for line in lines if line["event"] == "trained"}
@@ -66,7 +65,7 @@ def collect(run_folder: Path, local_folders: Mapping[str, Path], classes: Sequen
 
 
 def scores_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return each site's scores in the round that the plan's selection picked."""
+    """Return each site's scores in the selected round."""
     selected = [line["round"] for line in lines if line["event"] == "selected"]
     if not selected:
         return {}
@@ -80,22 +79,23 @@ def as_json(results: Sequence[SiteResult]) -> list[dict[str, Any]]:
     return [asdict(result) for result in results]
 
 
-def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> Table:
-    """Return the table that people read."""
-    table = Table(
+def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> FittingTable:
+    """Return the results as a terminal shows them."""
+    table = FittingTable(
+        "site",
+        "class",
+        "scans\nlabeled /\nunlabeled",
+        "pseudo-labels\naccepted /\ngated",
+        "Dice\nlocal /\nfederated",
+        "HD95 mm\nlocal /\nfederated",
         title=title,
         caption="Local: trained alone, supervised, same steps. Pseudo-labels: last round, all classes together. "
         f"Selected by: {chosen_by}.",
+        numbers_from=2,
     )
-    table.add_column("site")
-    table.add_column("class")
-    table.add_column("scans\nlabeled / unlabeled", justify="right")
-    table.add_column("pseudo-labels\naccepted / gated", justify="right")
-    table.add_column("Dice\nlocal / federated", justify="right")
-    table.add_column("HD95 mm\nlocal / federated", justify="right")
     for r in results:
         missing = f" ({r.missing_distances} missing)" if r.missing_distances else ""
-        table.add_row(
+        table.add(
             r.site,
             r.target,
             f"{r.labeled} / {r.unlabeled}",

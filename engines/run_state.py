@@ -1,4 +1,4 @@
-"""How a run stands, read from its folder; and the truth written there where the run could not write it itself."""
+"""A run's state, read from its folder, and written there where the run could not do so itself."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ COMPLETED = "completed"
 
 
 def run_name(folder: Path) -> str:
-    """Return the name that sites know a run by, or `none`."""
+    """Return the name under which sites know a run, or `none`."""
     return str(_content(folder / "run.json").get("run", "none"))
 
 
 def run_state(folder: Path) -> str:
-    """Return how a run stands: not started, running, completed or failed."""
+    """Return a run's state: not started, running, completed or failed."""
     return str(_content(folder / "status.json").get("state", "not started"))
 
 
@@ -28,25 +28,31 @@ def run_reason(folder: Path) -> str:
 
 
 def settled(folder: Path) -> bool:
-    """Return whether a run has written its end."""
+    """Return whether a run has recorded its end."""
     return run_state(folder) in (COMPLETED, "failed")
 
 
 def record_end(folder: Path, status: str, details: str) -> None:
-    """Write down that Flower ended a run otherwise than completed, unless the run itself said why it failed."""
+    """Record that a run did not complete, unless the run itself recorded why it failed.
+
+    Args:
+        folder: the run folder.
+        status: Flower's word for the end: completed, failed, stopped or unknown.
+        details: an explanation, may be empty.
+    """
     if status == COMPLETED:
         return
     end = f"Flower says the run is {status}"
-    by_order = status == "stopped"  # the run itself can only say that it was interrupted
-    known = run_state(folder) == "failed" and not by_order
-    if by_order and not details:
-        known = run_reason(folder).startswith(end)  # whoever stopped it has said more than Flower knows
+    stopped = status == "stopped"  # the run itself only knows that it was interrupted
+    known = run_state(folder) == "failed" and not stopped
+    if stopped and not details:
+        known = run_reason(folder).startswith(end)  # the command that stopped it has recorded more
     if not known:
         write_json(folder / "status.json", {"state": "failed", "reason": f"{end}: {details}" if details else f"{end}."})
 
 
 def longest(plan: Plan) -> float:
-    """Return how long a study lasts, in seconds, if every wait ends at its deadline."""
+    """Return how long a study takes, in seconds, if every wait lasts until its deadline."""
     waits = plan.aggregation
     a_round = 4 * waits.round_deadline_s + waits.rejoin_window_s + waits.wait_for_quorum_s
     return 600 + 2 * waits.join_deadline_s + (plan.training.rounds + 2) * a_round

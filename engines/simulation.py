@@ -1,11 +1,13 @@
-"""A Flower run in simulation, with a private SuperLink that ends with the run and an answer one can trust.
+"""A Flower run in simulation, with a private SuperLink that ends with the run, and a reliable outcome.
 
-Flower's own command starts a detached SuperLink, returns 0 whatever happened and leaves processes behind; here the
-SuperLink is a child on a free port with its own home, and the run's end is asked of Flower, not assumed.
+Flower's own command starts a detached SuperLink, returns 0 whatever happened and leaves processes behind. Here the
+SuperLink is a child process on a free port with its own home, and the outcome is the one Flower reports.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +21,7 @@ from flwr.proto.federation_config_pb2 import SimulationConfig
 from engines.flower_control import (
     TICK_S,
     FlowerControl,
+    FlowerError,
     RunConfig,
     flower_environment,
     free_port,
@@ -28,15 +31,18 @@ from engines.flower_control import (
 from engines.processes import ProcessTree
 
 ASK_EVERY_S = 20.0
+SOCKET_PATH = 107  # bytes in the path of a unix socket
+RAY_SOCKET = len("/ray-12345678/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.12")
+SHORT_FOLDERS = ("/tmp", "/var/tmp")
 
 
 @dataclass(frozen=True)
 class FlowerOutcome:
-    """How a run ended, by Flower's own account.
+    """How a run ended.
 
     Attributes:
-        status: `completed`, `failed`, `stopped`, or `unknown` where Flower was gone before it could be asked.
-        details: what Flower adds, or what was seen.
+        status: `completed`, `failed` or `stopped`, as Flower reports it; `unknown` if Flower ended first.
+        details: Flower's explanation, or what was observed.
         log: the SuperLink's log file.
     """
 
@@ -56,18 +62,18 @@ def run_flower(
     settled: Callable[[], bool],
     max_seconds: float,
 ) -> FlowerOutcome:
-    """Run an app in Flower's simulation and wait for its end; nothing stays running afterwards.
+    """Run an app in Flower's simulation until it ends; no process is left behind.
 
     Args:
         bundle: the app, see `build_bundle`.
-        run_config: overrides of the app's run config; paths absolute.
+        run_config: overrides of the app's run config, with absolute paths.
         num_sites: simulated SuperNodes.
-        cpus_per_site: CPUs that one site takes while it works; sites work side by side as far as CPUs reach.
+        cpus_per_site: CPUs a site occupies while it works; as many sites as fit work in parallel.
         gpus_per_site: share of a GPU, likewise.
-        work: folder for logs and Flower's own home.
+        work: folder for logs and Flower's home.
         on_tick: called about twice a second.
-        settled: whether the app has written its end; Flower is then asked at once.
-        max_seconds: longer runs are ended.
+        settled: whether the app has recorded its end; Flower is then asked at once.
+        max_seconds: a longer run is ended.
 
     Raises:
         FlowerError: Flower could not be started.
@@ -76,12 +82,29 @@ def run_flower(
     simulation = SimulationConfig(
         num_supernodes=num_sites, client_resources_num_cpus=cpus_per_site, client_resources_num_gpus=gpus_per_site
     )
-    with tempfile.TemporaryDirectory(prefix="semisam-", ignore_cleanup_errors=True) as ray, ProcessTree() as tree:
+    with ray_folder() as ray, ProcessTree() as tree:
         superlink = _SuperLink(tree, work, Path(ray))
         superlink.start(on_tick)
         with FlowerControl(superlink.address, None) as control:
             run = control.submit(bundle, run_config, simulation)
             return superlink.wait_for_end(control, run, on_tick, settled, time.monotonic() + max_seconds)
+
+
+def ray_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a private temporary folder whose path is short enough for the sockets that Ray makes below it.
+
+    Raises:
+        FlowerError: there is no such place on this machine.
+    """
+    for base in (tempfile.gettempdir(), *SHORT_FOLDERS):
+        if len(os.fsencode(base)) <= SOCKET_PATH - RAY_SOCKET:
+            with contextlib.suppress(OSError):
+                return tempfile.TemporaryDirectory(prefix="ray-", dir=base, ignore_cleanup_errors=True)
+    raise FlowerError(
+        f"Ray's sockets need a temporary folder whose path has no more than {SOCKET_PATH - RAY_SOCKET} bytes: "
+        f"{tempfile.gettempdir()} is too long, and {' and '.join(SHORT_FOLDERS)} cannot be written. Set TMPDIR to a "
+        "short path, or use --engine in-process."
+    )
 
 
 class _SuperLink:
@@ -90,7 +113,7 @@ class _SuperLink:
     def __init__(self, tree: ProcessTree, work: Path, ray: Path) -> None:
         self._tree = tree
         self._log = work / "superlink.log"
-        self._cwd = work / "superlink-cwd"  # without packages of ours: what was submitted must be what runs
+        self._cwd = work / "superlink-cwd"  # without our packages: the submitted code must be what runs
         self.address = f"127.0.0.1:{free_port()}"
         self._process: subprocess.Popen[bytes] | None = None
         home = work / "flwr-home"

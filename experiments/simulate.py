@@ -1,4 +1,4 @@
-"""Run a study on this machine and tell the truth about how it ended."""
+"""Run a whole study on this machine: local baselines, the federated run, the report."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from engines.simulation import run_flower
 from experiments.checks import CheckedStudy, check_study, study_table
 from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError
-from semisam_core.files import read_json_lines, write_atomically, write_json
-from semisam_core.plan import Plan
+from semisam_core.files import read_json_lines, write_json
+from semisam_core.paths import absolute_path, new_folder
+from semisam_core.plan import Plan, write_plan
 
 ENGINES = ("flower", "in-process")
 POLL_S = 0.4
@@ -30,7 +31,7 @@ POLL_S = 0.4
 
 @dataclass
 class Simulation:
-    """One simulated study: where it is written, what it runs, how.
+    """One simulated study, checked and ready to run.
 
     Attributes:
         study: the checked plan and sites.
@@ -38,7 +39,7 @@ class Simulation:
         out: the run folder.
         engine: `flower` or `in-process`.
         local_baseline: whether each labeled site is also trained alone, supervised.
-        console: where to show.
+        console: where progress and results are printed.
     """
 
     study: CheckedStudy
@@ -60,16 +61,19 @@ class Simulation:
         local_baseline: bool,
         console: Console,
     ) -> Simulation:
-        """Check everything that can be checked before any work, and make or reopen the run folder.
+        """Check everything that can be checked without reading a scan, and create or reopen the run folder.
 
         Raises:
-            ConfigError: what is wrong and what is accepted.
+            ConfigError: option, value and what is accepted.
         """
         if engine not in ENGINES:
             raise ConfigError(f"--engine {engine}: accepted: {', '.join(ENGINES)}.")
         if resume is not None:
             if plan or sites or out or assignments:
-                raise ConfigError("--resume takes plan, sites and folder from the run; give no other.")
+                raise ConfigError(
+                    "--resume takes plan, sites and folder from the run; omit --plan, --sites, --out and --set."
+                )
+            resume = absolute_path(resume, "--resume")
             kept = _read_settings(resume)
             plan, sites, out = resume / "plan.yaml", Path(kept["sites"]), resume
             engine, local_baseline = kept["engine"], kept["local_baseline"]
@@ -78,15 +82,15 @@ class Simulation:
         study = check_study(plan, sites, assignments)
         if out is None:
             out = Path("runs") / f"{study.plan.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if resume is None and out.exists() and any(out.iterdir()):
-            raise ConfigError(f"--out {out}: the folder is not empty; choose another, or --resume it.")
-        simulation = cls(study, sites.resolve(), out.resolve(), engine, local_baseline, console)
+        if resume is None:
+            out = new_folder(out, "--out", "choose another, or resume the run in it with --resume")
+        simulation = cls(study, absolute_path(sites, "--sites"), out, engine, local_baseline, console)
         if resume is None:
             simulation._write_settings()
         return simulation
 
     def execute(self) -> bool:
-        """Run all arms, write the report; return whether the study completed."""
+        """Run whatever has not finished, write and print the report; return whether the study completed."""
         self.console.print(study_table(self.study))
         self.console.print(f"Run folder: {self.out}", highlight=False, markup=False, soft_wrap=True)
         if self.local_baseline:
@@ -198,7 +202,7 @@ class Simulation:
 
 
 def supervised_alone(plan: Plan) -> Plan:
-    """Return the plan of the local-only arm: supervised, same steps, same seeds, one site suffices."""
+    """Return the plan of the local baseline: supervised, with the same steps and seed, for one site."""
     return plan.alone().model_copy(
         update={
             "regularizer": plan.regularizer.model_copy(update={"name": "none"}),
@@ -207,15 +211,9 @@ def supervised_alone(plan: Plan) -> Plan:
     )
 
 
-def write_plan(path: Path, plan: Plan) -> None:
-    """Write a plan as YAML, every default spelled out."""
-    content = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False)
-    write_atomically(path, content.encode())
-
-
 def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = yaml.safe_load((folder / "simulation.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"--resume {folder}: this is no run folder of `semisam simulate`.") from None
+    except (OSError, yaml.YAMLError):
+        raise ConfigError(f"--resume {folder}: this is not a run folder of `semisam simulate`.") from None
     return content

@@ -1,8 +1,9 @@
-"""Read a YAML file into a typed model, or say in one sentence per mistake what is wrong with it."""
+"""Read a YAML file into a typed model, with one sentence per mistake."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -25,7 +26,7 @@ Spacing = Annotated[tuple[float, float, float], AfterValidator(_a_spacing)]
 
 
 class StrictModel(BaseModel):
-    """Base of plan and site files: unknown keys are errors, values are not coerced, nothing changes afterwards."""
+    """Base of plan and site files: frozen, unknown keys are errors, values are not coerced."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -34,7 +35,7 @@ Model = TypeVar("Model", bound=StrictModel)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error instead of a silent override."""
+    """YAML in which a duplicate key is an error instead of a silent override."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -65,7 +66,7 @@ def yaml_mapping(text: str, origin: str) -> dict[str, Any]:
 
     Args:
         text: the YAML.
-        origin: what to call the source in messages, usually the file's path.
+        origin: name of the source for messages, usually the file's path.
 
     Raises:
         ConfigError: it is not YAML, or not a mapping.
@@ -85,17 +86,17 @@ def parse(model: type[Model], content: dict[str, Any], origin: str) -> Model:
     Args:
         model: the pydantic model.
         content: the mapping, as read from YAML or JSON.
-        origin: what to call the source in messages, usually the file's path.
+        origin: name of the source for messages, usually the file's path.
 
     Raises:
         ConfigError: one line per mistake: file, key, value, and what is accepted.
     """
     try:
-        # Through JSON, because strict mode then takes lists for tuples but no "3" for 3 and no true for 1.
+        # Via JSON: strict mode then accepts a list as a tuple, but neither "3" as 3 nor true as 1.
         text = json.dumps(content, default=str)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{origin}: only words, numbers, lists and mappings of words to these can stand here ({error})."
+            f"{origin}: only words, numbers, lists and mappings of words to these are accepted ({error})."
         ) from None
     try:
         return model.model_validate_json(text, strict=True)
@@ -119,10 +120,10 @@ def _sentence(origin: str, mistake: dict[str, Any]) -> str:
 def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Return a copy of `content` with dotted assignments such as ``training.rounds=3`` applied.
 
-    Values are read as YAML. Whether the key exists is left to the model, which refuses unknown ones.
+    Values are read as YAML. Unknown keys are left to the model, which refuses them.
 
     Raises:
-        ConfigError: an assignment is not of the form key=value, or goes through a value that is no mapping.
+        ConfigError: an assignment is not of the form key=value, or its path leads through a single value.
     """
     result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(content))
     for assignment in assignments:
@@ -142,3 +143,15 @@ def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             target = nested
         target[last] = value
     return result
+
+
+def flow_yaml(value: Any) -> str:
+    """Return a plain value (word, number, list, mapping) as YAML on one line that reads back as the same value.
+
+    Words that YAML would read as something else (`yes`, `0007`, `a: b`, `x,y`) are quoted, so the text may be put into
+    a list or a mapping.
+    """
+    text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, sort_keys=False, width=math.inf)
+    if len(text.splitlines()) > 1:  # a line break inside a word: only double quotes can escape it
+        text = yaml.safe_dump([value], default_flow_style=True, default_style='"', sort_keys=False, width=math.inf)
+    return text.rstrip("\n")[1:-1]

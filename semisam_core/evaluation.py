@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClassScore:
-    """Scores of one class of one case. Distances are None where prediction or label is empty, never zero."""
+    """Scores of one class in one case. Distances are None, not zero, where prediction or label is empty."""
 
     dice: float
     jaccard: float
@@ -26,11 +26,11 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean scores of one class over cases; distances over the cases that have them.
+    """Mean scores of one class over cases; distances are averaged over the cases that have one.
 
     Attributes:
-        cases: how many cases were scored.
-        missing_distances: how many of them have no distance.
+        cases: number of scored cases.
+        missing_distances: number of scored cases without distances.
     """
 
     dice: float
@@ -55,7 +55,7 @@ def score_case(
         tolerance_mm: tolerance of the normalised surface Dice.
 
     Returns:
-        One score a class; None where label and prediction both lack the class, which says nothing.
+        One score per class; None where neither label nor prediction has the class.
 
     Raises:
         ValueError: the shapes differ.
@@ -66,7 +66,7 @@ def score_case(
 
 
 def summarise(scores: Iterable[ClassScore | None]) -> Summary | None:
-    """Average one class over cases; None where no case has the class."""
+    """Average the scores of one class over cases; None if no case has the class."""
     present = [score for score in scores if score is not None]
     if not present:
         return None
@@ -82,7 +82,7 @@ def summarise(scores: Iterable[ClassScore | None]) -> Summary | None:
 
 
 def dice_of(first: Tensor, second: Tensor) -> float:
-    """Return the Dice overlap of two masks; 1 where both are empty."""
+    """Return the Dice overlap of two masks; 1 if both are empty."""
     total = int(first.sum()) + int(second.sum())
     return 2 * int((first & second).sum()) / total if total else 1.0
 

@@ -1,4 +1,4 @@
-"""Write files so that a reader sees the whole file or none, whatever happens meanwhile."""
+"""Atomic writes: a reader sees the whole file or none, even after a crash."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write beside the target, flush to disk, then rename over it; readable by no more than `mode` and the umask let.
+    """Write beside the target, flush to disk, then rename over it. The umask applies to `mode`.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the target is then as it was.
+        OSError: the disk is full or the folder is not writable; the target is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}"
@@ -39,7 +39,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write tensors as safetensors, atomically.
 
     Raises:
-        OSError: as `write_atomically`.
+        OSError: as in `write_atomically`.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, save(contiguous, dict(metadata) if metadata else None))
@@ -62,16 +62,16 @@ def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line  # a kill tore the last line; it must not swallow this one
+            line = b"\n" + line  # a kill tore the last line; keep this one apart from it
         if os.write(descriptor, line) != len(line):
-            raise OSError(f"{path}: the disk took only part of a line")
+            raise OSError(f"{path}: only part of a line was written")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return every whole line of a JSON-lines file; a torn last line is left out, a missing file is empty."""
+    """Return every intact line of a JSON-lines file; torn lines are skipped, and a missing file counts as empty."""
     if not path.exists():
         return []
     lines = []

@@ -1,20 +1,19 @@
-"""Prediction and segmentation with the specialist alone: no generalist, no server."""
+"""Whole-scan prediction and segmentation with the specialist alone: no generalist, no server."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
-from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
+from semisam_core.components import largest_component
 from semisam_core.plan import Plan
 from semisam_core.specialists import build_specialist
 
 
 def new_specialist(plan: Plan) -> nn.Module:
-    """Build the plan's specialist with its initial weights, which depend on the plan alone."""
+    """Build the plan's specialist with initial weights that depend on the plan alone."""
     return build_specialist(
         plan.specialist.name,
         plan.specialist.arguments,
@@ -24,14 +23,17 @@ def new_specialist(plan: Plan) -> nn.Module:
     )
 
 
-def predict(network: nn.Module, image: Tensor, plan: Plan, device: torch.device) -> Tensor:
+def predict(
+    network: nn.Module, image: Tensor, plan: Plan, device: torch.device, overlap: float | None = None
+) -> Tensor:
     """Return class probabilities of a whole scan by a sliding window.
 
     Args:
-        network: the specialist or its teacher; put in evaluation mode here and back afterwards.
+        network: the specialist or its teacher; runs in evaluation mode and gets its own mode back.
         image: (C, H, W, D) on the plan's grid.
-        plan: patch size and window overlap.
+        plan: patch size.
         device: where to compute.
+        overlap: share of a window that its neighbour covers, below 1; None for the plan's `evaluation.overlap`.
 
     Returns:
         (1 + K, H, W, D) float32 on the CPU; sums to one over the first axis.
@@ -45,7 +47,7 @@ def predict(network: nn.Module, image: Tensor, plan: Plan, device: torch.device)
                 plan.data.patch,
                 sw_batch_size=2,
                 predictor=network,
-                overlap=plan.evaluation.overlap,
+                overlap=plan.evaluation.overlap if overlap is None else overlap,
                 mode="gaussian",
             )
             return torch.as_tensor(logits)[0].float().softmax(0).cpu()
@@ -54,15 +56,15 @@ def predict(network: nn.Module, image: Tensor, plan: Plan, device: torch.device)
 
 
 def segmentation(probability: Tensor, plan: Plan) -> Tensor:
-    """Return what a prediction says of each voxel, which is what is scored and shown.
+    """Return the segmentation of a prediction, as it is scored and shown.
 
-    Each voxel has its most probable class. Of a class that the plan calls `connected` only the largest connected
-    component stays, by number of voxels, and the rest becomes background, also where another class comes second.
-    Voxels are connected by faces, edges and corners, so that a thin part is not torn off where it runs diagonally. Of
-    components of equal size the one stays that comes first in the order of the array.
+    Each voxel gets its most probable class. A class that the plan calls `connected` keeps only its largest connected
+    component, by number of voxels; the rest becomes background, even where another class is second. Voxels that share a
+    face, an edge or a corner are connected, so that a thin diagonal part is not cut off. Among components of equal
+    size, the first in array order stays.
 
     Args:
-        probability: (1 + K, H, W, D) on the CPU, on any grid: that of the plan or the scan's own.
+        probability: (1 + K, H, W, D) on the CPU, on any grid.
         plan: which of its K classes are connected.
 
     Returns:
@@ -74,15 +76,5 @@ def segmentation(probability: Tensor, plan: Plan) -> Tensor:
         if target.connected and box is not None:
             inside = indices[box]
             mask = inside == k
-            inside[mask & ~torch.from_numpy(_largest_component(mask.numpy()))] = 0
+            inside[mask & ~torch.from_numpy(largest_component(mask.numpy()))] = 0
     return indices
-
-
-def _largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return the largest component of a mask with at least one voxel."""
-    labels, _ = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    first = int(sizes[labels].argmax())  # the first voxel of all that lie in a component of the greatest size
-    kept: NDArray[np.bool_] = labels == labels.ravel()[first]
-    return kept

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from pydantic import Field, model_validator
 
 from semisam_core.configuration import StrictModel, override, parse, read_yaml
 from semisam_core.errors import ConfigError
+from semisam_core.files import write_atomically
 from semisam_core.plan_sections.aggregation import Aggregation, ServerOptimizerSettings
 from semisam_core.plan_sections.pseudo_labels import PseudoLabels
 from semisam_core.plan_sections.task import Data, Task
@@ -115,3 +117,9 @@ def plan_from_json(text: str) -> Plan:
     if not isinstance(content, dict):
         raise ConfigError("the plan that the server sent: not a JSON mapping.")
     return parse(Plan, content, "the plan that the server sent")
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Write a plan as YAML with every default spelled out."""
+    content = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False)
+    write_atomically(path, content.encode())

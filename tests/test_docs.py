@@ -1,4 +1,4 @@
-"""What pages tell a reader to type exists, every `semisam` command with its options; links lead somewhere."""
+"""The pages tell readers to type commands that exist, with options that exist; links lead to files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cli.main import app
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SERVICES = sorted((ROOT / "docs" / "deploy").iterdir())
-FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^ *```[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^ {4}.+", re.MULTILINE)
 INLINE = re.compile(r"`(semisam [^`]+)`", re.DOTALL)
 SERVICE = re.compile(r"bin/(semisam [^\n]+)")
@@ -24,7 +24,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
 def _commands(text: str) -> Iterator[str]:
-    """Yield what a page tells to type, one command each, lines that go on joined."""
+    """Yield the commands on a page, continued lines joined."""
     blocks = [*FENCED.findall(text), "\n".join(INDENTED.findall(text))]
     for block in blocks:
         for line in block.replace("\\\n", " ").splitlines():
@@ -41,7 +41,7 @@ def _mistake(command: str) -> str | None:
     found: click.Command = typer.main.get_command(app)
     while isinstance(found, click.Group) and words:
         if words[0].startswith("-"):
-            return f"the option {words[0]} stands before the command"
+            return f"the option {words[0]} comes before the command"
         name = words.pop(0)
         if name not in found.commands:
             return f"there is no command {name}"
@@ -53,7 +53,7 @@ def _mistake(command: str) -> str | None:
         if each.param_type_name == "option"
     }
     wrong = [word for word in words if word.startswith("-") and word.split("=")[0] not in known]
-    return f"{wrong[0]} is no option of it" if wrong else None
+    return f"it has no option {wrong[0]}" if wrong else None
 
 
 def _cases(paths: list[Path]) -> list[tuple[str, str]]:
@@ -66,12 +66,12 @@ def _cases(paths: list[Path]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("page", [*PAGES, *SERVICES], ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_of_a_page_exists_with_its_options(page: Path) -> None:
+def test_every_command_on_a_page_exists_with_its_options(page: Path) -> None:
     mistakes = [(command, mistake) for _, command in _cases([page]) if (mistake := _mistake(command))]
     assert mistakes == []
 
 
-def test_the_pages_of_deployment_and_the_readme_have_commands_to_check() -> None:
+def test_commands_are_found_on_the_main_pages_and_in_the_service_files() -> None:
     checked = [page for page, _ in _cases([*PAGES, *SERVICES])]
     for page in ("README.md", "docs/deploy.md", "docs/deploy-site.md", "docs/deploy/semisam-site.service"):
         assert page in checked
@@ -81,20 +81,35 @@ def test_the_pages_of_deployment_and_the_readme_have_commands_to_check() -> None
     ("command", "mistake"),
     [
         ("semisam lead launch", "no command launch"),
-        ("semisam lead run --again --study x", "--again is no option"),
+        ("semisam lead run --again --study x", "no option --again"),
         ("semisam --study x lead run", "before the command"),
     ],
 )
-def test_a_command_that_does_not_exist_is_noticed(command: str, mistake: str) -> None:
+def test_a_command_that_does_not_exist_is_caught(command: str, mistake: str) -> None:
     assert mistake in str(_mistake(command))
 
 
+def test_code_that_is_indented_in_a_list_is_checked_too() -> None:
+    text = "1. Upgrade:\n\n   ```\n   semisam lead code --update \\\n     --study x\n   ```\n"
+    assert [" ".join(command.split()) for command in _commands(text)] == ["semisam lead code --update --study x"]
+
+
+def test_every_file_that_the_architecture_page_names_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = "semisam_core|client|server|engines|deployment|experiments|cli|benchmarks"
+    named = set(re.findall(rf"`((?:{rooms})/[\w/.]+\.py)`", text))
+    assert len(named) > 50
+    missing = {path for path in named if not (ROOT / path).exists()}
+    moved_tests = {path for path in missing if (ROOT / "tests" / path).exists()}
+    assert missing == moved_tests
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
+def test_every_link_on_a_page_leads_to_a_file(page: Path) -> None:
     targets = [target for target in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target]
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-def test_the_two_pages_of_deployment_name_each_other() -> None:
+def test_the_two_deployment_pages_link_to_each_other() -> None:
     for page, other in (("deploy.md", "deploy-site.md"), ("deploy-site.md", "deploy.md")):
         assert f"({other})" in (ROOT / "docs" / page).read_text(encoding="utf-8")

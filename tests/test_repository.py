@@ -1,4 +1,4 @@
-"""What must be true of the repository itself."""
+"""Rules of the repository: which room imports which, pinned dependencies, nothing generated in git."""
 
 from __future__ import annotations
 
@@ -28,10 +28,33 @@ def _imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_rooms_know_only_the_core(room: str) -> None:
+def test_core_client_and_server_import_nothing_but_the_core(room: str) -> None:
     forbidden = {*ROOMS, *UPPER_ROOMS, "tests"} - {room, "semisam_core"}
     for path in (ROOT / room).rglob("*.py"):
         assert not _imports(path) & forbidden, path
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "deployment", "engines", "experiments"])
+def test_nothing_imports_the_command_line(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        assert "cli" not in _imports(path), path
+
+
+def test_engines_and_deployment_do_not_know_experiments() -> None:
+    for room, forbidden in (("engines", {"experiments", "deployment"}), ("deployment", {"experiments"})):
+        for path in (ROOT / room).rglob("*.py"):
+            assert not _imports(path) & forbidden, path
+
+
+@pytest.mark.parametrize(("side", "other"), [("site", "lead"), ("lead", "site")])
+def test_the_two_sides_of_deployment_do_not_import_each_other(side: str, other: str) -> None:
+    for path in (ROOT / "deployment" / side).rglob("*.py"):
+        assert f"deployment.{other}" not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_command_line_only_parses_and_prints() -> None:
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "cli").rglob("*.py")}
+    assert sum(lines.values()) < 1000, lines
 
 
 def test_every_direct_dependency_has_an_exact_version_in_the_constraints() -> None:
@@ -45,16 +68,19 @@ def test_every_direct_dependency_has_an_exact_version_in_the_constraints() -> No
         assert name in pinned, name
 
 
-def test_every_package_that_is_imported_is_asked_for() -> None:
+def test_every_imported_package_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
-    declared = {_normal(re.split(r"[<>=\[; ]", requirement)[0]) for requirement in asked}
+    requested = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
+    declared = {_normal(re.split(r"[<>=\[; ]", requirement)[0]) for requirement in requested}
     shipped = importlib.metadata.packages_distributions()
     for room in (*ROOMS, *UPPER_ROOMS):
         for path in (ROOT / room).rglob("*.py"):
             for name in _imports(path) - set(sys.stdlib_module_names) - {*ROOMS, *UPPER_ROOMS}:
                 distributions = {_normal(each) for each in shipped.get(name, [name])}
-                assert distributions & declared, f"{path.name} imports {name}, of {sorted(distributions)}"
+                assert distributions & declared, f"{path.name} imports {name} from {sorted(distributions)}"
 
 
 def _normal(name: str) -> str:
@@ -75,14 +101,14 @@ def test_nothing_generated_is_tracked() -> None:
     assert not [name for name in tracked if name.startswith(("demo/", "runs/", ".venv/"))]
 
 
-def test_the_version_that_server_and_sites_compare_is_that_of_the_project() -> None:
+def test_the_version_that_server_and_sites_compare_is_the_projects() -> None:
     import semisam_core
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert semisam_core.__version__ == project["version"]
 
 
-def test_commands_that_only_read_a_plan_do_without_monai() -> None:
+def test_commands_that_only_read_a_plan_do_not_import_monai() -> None:
     site, lead = "deployment.site", "deployment.lead"
     modules = f"client.site_config, {site}.supervisor, {site}.status, {lead}.run, {lead}.status"
     code = f"import sys, {modules}; print('monai' in sys.modules)"

@@ -1,4 +1,4 @@
-"""The shipped plans: each explains every key, and each trains one round on tiny files of the form that it is for."""
+"""The shipped plans: each explains every key and trains one round on tiny files of its kind."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ KEY = re.compile(r"^ *([a-z_]+): *\S")
 
 @dataclass(frozen=True)
 class Form:
-    """What the files of a task look like.
+    """What a task's files look like.
 
     Attributes:
         shape: voxels (X, Y, Z).
         voxel_mm: voxel size, anisotropic where the modality is.
-        values: values in label files, each in a slab of its own within a box.
-        outside: intensity around the box, in the modality's units.
+        values: values in label files, one slab per value inside a box.
+        outside: intensity outside the box, in the modality's units.
         inside: intensity of the first and the last structure; the others lie between.
         noise: standard deviation.
     """
@@ -73,7 +73,7 @@ SMALL = (
 
 
 def _volume(form: Form, seed: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Return a scan and its label: slabs along the first axis, one a value, within a box."""
+    """Return a scan and its label: slabs along the first axis, one per value, inside a box."""
     label = np.zeros(form.shape, np.uint8)
     width = (form.shape[0] - 6) // len(form.values)
     image = np.full(form.shape, form.outside)
@@ -93,7 +93,7 @@ def _write_data(folder: Path, form: Form) -> None:
 
 
 def _required_keys(model: type[BaseModel]) -> dict[str, Any]:
-    """Return key -> the model below it, or None for a single value."""
+    """Return key -> the model of its section, or None for a single value."""
     keys: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         models = [each for each in (field.annotation, *get_args(field.annotation)) if _is_model(each)]
@@ -116,7 +116,7 @@ def _absent(model: type[BaseModel], content: dict[str, Any], where: str = "") ->
 
 
 def _unexplained(text: str) -> list[str]:
-    """Return the keys with a value that no comment stands above, nor above the run of lines that they end."""
+    """Return the keys whose block of lines has no comment above them."""
     lines, found = text.splitlines(), []
     for number, line in enumerate(lines):
         key = KEY.match(line)
@@ -140,12 +140,12 @@ def test_every_key_of_a_plan_is_there_and_explained(name: str) -> None:
 @pytest.mark.parametrize(
     "path", sorted(FOLDER.glob("*/plan*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
 )
-def test_what_a_class_may_be_called_connected_for_is_explained_above_the_classes(path: Path) -> None:
+def test_the_key_connected_is_explained_above_the_classes(path: Path) -> None:
     above = path.read_text(encoding="utf-8").partition("  classes:")[0]
-    assert re.search(r"# connected: true where .*only the largest connected\n *# component is scored", above)
+    assert re.search(r"# connected: true if .*only the largest connected\n *# component is scored", above)
 
 
-def test_only_structures_of_one_piece_are_connected() -> None:
+def test_only_structures_in_one_piece_are_connected() -> None:
     connected = {
         name: {target.name for target in load_plan(path).task.classes if target.connected}
         for name, path in PLANS.items()
@@ -162,7 +162,7 @@ def test_only_structures_of_one_piece_are_connected() -> None:
     }
 
 
-def test_a_key_without_explanation_is_noticed() -> None:
+def test_a_key_without_explanation_is_caught() -> None:
     assert _unexplained("a:\n  # Why.\n  b: 1\n  c: 2\n\nd: 3\n") == ["6: d"]
     assert _unexplained("a:\n  b: 1\n") == ["2: b"]
     assert _absent(Plan, {"version": 1})[:3] == ["task", "data", "specialist"]
@@ -182,7 +182,7 @@ def test_a_plans_hash_does_not_depend_on_the_order_of_keys(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_labels_of_the_tasks_form_arrive_as_the_plans_classes(name: str, tmp_path: Path) -> None:
+def test_label_values_become_the_plans_classes(name: str, tmp_path: Path) -> None:
     plan, form = load_plan(PLANS[name]), FORMS[name]
     _write_data(tmp_path, form)
     paths = [tmp_path / kind / "case-0.nii.gz" for kind in ("images", "labels")]
@@ -195,7 +195,7 @@ def test_labels_of_the_tasks_form_arrive_as_the_plans_classes(name: str, tmp_pat
     assert millilitres == pytest.approx(written, rel=0.15)
 
 
-def test_the_union_of_the_tumours_parts_is_one_class(tmp_path: Path) -> None:
+def test_the_parts_of_the_tumour_become_one_class(tmp_path: Path) -> None:
     plan = load_plan(PLANS["whole-tumour"])
     _write_data(tmp_path, FORMS["whole-tumour"])
     paths = [tmp_path / kind / "case-0.nii.gz" for kind in ("images", "labels")]
@@ -205,7 +205,7 @@ def test_the_union_of_the_tumours_parts_is_one_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "lower", "upper"), [("pet-heart", 0, 20), ("abdominal-organs", -175, 250)])
-def test_intensities_in_the_modalitys_units_are_windowed(name: str, lower: float, upper: float, tmp_path: Path) -> None:
+def test_intensities_are_windowed_in_the_modalitys_units(name: str, lower: float, upper: float, tmp_path: Path) -> None:
     plan, form = load_plan(PLANS[name]), FORMS[name]
     _write_data(tmp_path, form)
     scan = load_scan(Case("case-0", (tmp_path / "images" / "case-0.nii.gz",), None, Role.UNLABELED), plan)
@@ -215,7 +215,7 @@ def test_intensities_in_the_modalitys_units_are_windowed(name: str, lower: float
     assert float(scan.image.median()) == pytest.approx(expected, abs=0.03)
 
 
-def test_organs_that_come_in_pairs_are_not_flipped_into_each_other() -> None:
+def test_paired_organs_are_not_flipped_into_each_other() -> None:
     plan = load_plan(PLANS["abdominal-organs"])
     sides = {name.partition("-")[2] for name in plan.class_names if name.startswith(("left-", "right-"))}
     assert sides == {"kidney", "adrenal", "femoral-head"}

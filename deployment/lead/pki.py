@@ -1,4 +1,4 @@
-"""A study's own certificate authority and the server's certificate, so that sites know whom they talk to."""
+"""A study's own certificate authority and the server's certificate, by which sites authenticate the server."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from semisam_core.files import write_atomically
 
 CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 SERVER_CERTIFICATE, SERVER_KEY = "server.crt", "server.key"
-ALWAYS = ("localhost", "127.0.0.1", "::1")  # the lead's own commands reach the server so
-CLOCKS_DIFFER = datetime.timedelta(hours=1)
+ALWAYS = ("localhost", "127.0.0.1", "::1")  # for the lead's own commands
+CLOCK_SKEW = datetime.timedelta(hours=1)
 PRIVATE = 0o600
 HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]{0,62})?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,62})?)*")
 
@@ -48,13 +48,13 @@ def check_host(host: str) -> None:
 
 
 def write_certificates(folder: Path, study: str, hosts: Sequence[str], valid_days: int) -> None:
-    """Make a certificate authority and sign a server certificate with it.
+    """Make a certificate authority, and a server certificate signed by it.
 
     Args:
-        folder: gets ca.crt, ca.key, server.crt, server.key; keys are readable by their owner only.
-        study: the study's name, which both certificates show.
-        hosts: names and addresses by which sites reach the server; this machine's own are added.
-        valid_days: how long both are good for, in days.
+        folder: where ca.crt, ca.key, server.crt and server.key go; keys are readable by their owner only.
+        study: the study's name, which both certificates carry.
+        hosts: names and addresses under which sites reach the server; the loopback ones are added.
+        valid_days: the validity of both, in days.
 
     Raises:
         ConfigError: a host is neither a name nor an address.
@@ -113,7 +113,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCKS_DIFFER)
+        .not_valid_before(now - CLOCK_SKEW)
         .not_valid_after(now + datetime.timedelta(days=valid_days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
@@ -144,4 +144,4 @@ def _general_name(host: str) -> x509.GeneralName:
         try:
             return x509.DNSName(host)
         except ValueError:
-            raise ConfigError(f"{host!r} is no host name; write international names in their xn-- form.") from None
+            raise ConfigError(f"{host!r} is not a host name; write international names in their xn-- form.") from None

@@ -1,4 +1,4 @@
-"""Which sites may connect: the public keys in the study folder, and the SuperLink's list brought in line with them."""
+"""Which sites may connect: the public keys in the study folder, which the SuperLink's registrations follow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engines.flower_control import FlowerControl
 from semisam_core.files import write_atomically
 
 CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
-REMEDY = 'the site makes one by: ssh-keygen -t ecdsa -b 384 -N "" -f site-key, and sends site-key.pub'
+REMEDY = 'the site makes one with: ssh-keygen -t ecdsa -b 384 -N "" -f site-key, and sends site-key.pub'
 MAXIMUM_BYTES = 2**16
 
 
@@ -24,10 +24,10 @@ def read_public_key(path: Path) -> bytes:
         path: OpenSSH format, one line.
 
     Returns:
-        The key as PEM, as Flower keeps it.
+        The key as PEM, the format that Flower stores.
 
     Raises:
-        LeadError: it is no EC public key; the message says what makes one.
+        LeadError: it is not an EC public key; the message says how to make one.
     """
     try:
         with path.open("rb") as file:
@@ -35,40 +35,40 @@ def read_public_key(path: Path) -> bytes:
     except OSError as error:
         raise LeadError(f"{path}: the key cannot be read ({error.strerror}).") from None
     if b"PRIVATE KEY" in content:
-        raise LeadError(f"{path}: this is a private key, which must never leave its site; expected is the .pub file.")
+        raise LeadError(f"{path}: this is a private key, which must never leave its site; the .pub file is expected.")
     try:
         key = load_ssh_public_key(content)
     except (ValueError, UnsupportedAlgorithm):
-        raise LeadError(f"{path}: this is no OpenSSH public key; {REMEDY}.") from None
+        raise LeadError(f"{path}: this is not an OpenSSH public key; {REMEDY}.") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, CURVES):
         kind = content.split(maxsplit=1)[0].decode("ascii", "replace")
-        raise LeadError(f"{path}: {kind} keys are not accepted, Flower takes EC keys only; {REMEDY}.")
+        raise LeadError(f"{path}: {kind} keys are not accepted, Flower takes only EC keys; {REMEDY}.")
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def admitted_keys(study: StudyFolder) -> dict[str, bytes]:
-    """Return site -> public key (PEM) of every site that is admitted."""
+    """Return site -> public key (PEM) for every admitted site."""
     return {path.stem: read_public_key(path) for path in sorted(study.keys.glob("*.pub"))}
 
 
 def admit(study: StudyFolder, site: str, path: Path) -> None:
-    """Keep a site's public key.
+    """Store a site's public key.
 
     Raises:
-        ConfigError: the name is wrong.
-        LeadError: the key is wrong, or the site or the key is admitted already in another way.
+        ConfigError: the name is invalid.
+        LeadError: the key is invalid, the site already has another key, or the key belongs to another site.
     """
     check_site_name(site)
     key, keys = read_public_key(path), admitted_keys(study)
     if keys.get(site, key) != key:
-        raise LeadError(f"{site} is admitted with another key; `semisam lead remove {site}` first, if this is meant.")
+        raise LeadError(f"{site} is admitted with another key; to replace it, first `semisam lead remove {site}`.")
     if others := [name for name, other in keys.items() if other == key and name != site]:
         raise LeadError(f"{path}: this is the key of {others[0]}; every site needs its own.")
     write_atomically(study.keys / f"{site}.pub", path.read_bytes())
 
 
 def remove(study: StudyFolder, site: str) -> None:
-    """Forget a site's key.
+    """Delete a site's key.
 
     Raises:
         LeadError: the site is not admitted.
@@ -77,16 +77,18 @@ def remove(study: StudyFolder, site: str) -> None:
     try:
         (study.keys / f"{site}.pub").unlink()
     except FileNotFoundError:
-        raise LeadError(f"{site} is not admitted; admitted are: {', '.join(admitted_keys(study)) or 'none'}.") from None
+        raise LeadError(
+            f"{site} is not admitted; admitted sites: {', '.join(admitted_keys(study)) or 'none'}."
+        ) from None
 
 
-def bring_in_line(study: StudyFolder, control: FlowerControl) -> None:
-    """Register the keys of the study folder at the SuperLink, and unregister all others.
+def sync_registrations(study: StudyFolder, control: FlowerControl) -> None:
+    """Register the study folder's keys with the SuperLink, and unregister all others.
 
     Raises:
-        FlowerError: the SuperLink cannot be asked.
+        FlowerError: the SuperLink cannot be reached.
     """
-    wanted = {(site, key) for site, key in admitted_keys(study).items()}
+    wanted = set(admitted_keys(study).items())
     for node in control.nodes():
         if (node.name, node.public_key) in wanted:
             wanted.remove((node.name, node.public_key))

@@ -1,4 +1,4 @@
-"""Submit a run of the study, follow it, and say the truth about its end; go on with one that was cut short."""
+"""Submit a run of the study, follow it and report truthfully how it ended; resume one that was interrupted."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ RECORD = "lead.json"
 
 
 class RunRecord(StrictModel):
-    """What the lead keeps of a run beside what the server keeps.
+    """What the lead records about a run, beside the server's own record.
 
     Attributes:
-        created: when it was submitted first, in seconds since 1970.
+        created: when it was first submitted, in seconds since 1970.
         sites: how many sites it waits for.
-        code_hash: SHA-256 of the code that was submitted last.
+        code_hash: SHA-256 of the code that was last submitted.
     """
 
     created: float
@@ -50,24 +50,24 @@ class RunRecord(StrictModel):
         """Read a run folder's record.
 
         Raises:
-            ConfigError: it has none.
+            ConfigError: the folder has none.
         """
         return parse(cls, read_yaml(folder / RECORD), str(folder / RECORD))
 
     def write(self, folder: Path) -> None:
-        """Keep it."""
+        """Write the record into a run folder."""
         write_json(folder / RECORD, self.model_dump())
 
 
 @dataclass(frozen=True)
 class LeadRun:
-    """A run that Flower works at.
+    """A run that was submitted to Flower.
 
     Attributes:
-        study: whose run it is.
+        study: the study it belongs to.
         folder: its run folder.
-        run_id: Flower's number of it.
-        plan: the plan that it was begun with.
+        run_id: Flower's number for it.
+        plan: the plan that it was started with.
     """
 
     study: StudyFolder
@@ -76,10 +76,11 @@ class LeadRun:
     plan: Plan
 
     def follow(self, control: FlowerControl, console: Console) -> bool:
-        """Show the run until it ends, write its report; return whether it completed.
+        """Show the run until it ends and write its report; return whether it completed.
 
         Raises:
-            LeadError: the SuperLink ended before the run did, or cannot be asked any more.
+            LeadError: the SuperLink ended before the run did, or the run took longer than all its deadlines.
+            FlowerError: the SuperLink can no longer be reached.
         """
         console.print(f"Run folder: {self.folder}", highlight=False, markup=False, soft_wrap=True)
         with RunMonitor(self.study.settings.name, self.folder, {}, console) as monitor:
@@ -100,7 +101,7 @@ class LeadRun:
             if find(self.study) is None:
                 raise LeadError(
                     f"the SuperLink ended before the run did; its log is {log_file(self.study)}. Finished rounds are "
-                    "kept: `semisam lead start`, then `semisam lead run --resume` go on."
+                    "kept: `semisam lead start`, then `semisam lead run --resume` continues."
                 )
             if settled(self.folder) or time.monotonic() - asked > ASK_EVERY_S:
                 try:
@@ -113,7 +114,7 @@ class LeadRun:
                 asked = time.monotonic()
             time.sleep(TICK_S)
         control.stop(self.run_id)
-        raise LeadError("the run took longer than all its deadlines together and was stopped.")
+        raise LeadError("the run took longer than all its deadlines together, and was stopped.")
 
     def _report(self, console: Console) -> None:
         lines = read_json_lines(self.folder / "metrics.jsonl")
@@ -129,9 +130,9 @@ def new_run(study: StudyFolder, control: FlowerControl, sites: int | None) -> Le
     """Submit a new run of the study's plan.
 
     Raises:
-        ConfigError: the plan is wrong.
-        LeadError: a run is in progress, or is being submitted.
-        FlowerError: it was not taken.
+        ConfigError: the plan is invalid.
+        LeadError: a run is in progress or being submitted.
+        FlowerError: the SuperLink did not accept it.
     """
     with _submitting(study):
         return _new_run(study, control, sites)
@@ -154,11 +155,11 @@ def _new_run(study: StudyFolder, control: FlowerControl, sites: int | None) -> L
 
 
 def resumed_run(study: StudyFolder, control: FlowerControl, sites: int | None, console: Console) -> LeadRun:
-    """Return the run that is in progress, or submit the last one that did not complete once more.
+    """Return the run in progress, or resubmit the last run if it did not complete.
 
     Raises:
-        LeadError: there is none, or a run is being submitted.
-        FlowerError: Flower cannot be asked, or did not take it.
+        LeadError: there is no such run, or a run is being submitted.
+        FlowerError: the SuperLink cannot be reached, or did not accept it.
     """
     with _submitting(study):
         return _resumed_run(study, control, sites, console)
@@ -169,37 +170,35 @@ def _resumed_run(study: StudyFolder, control: FlowerControl, sites: int | None, 
         run = active[-1]
         folder = Path(str(run.config.get("run-folder", "")))
         if folder.parent != study.runs or not (folder / "plan.yaml").exists():
-            raise LeadError(
-                f"a run that is not of this study is in progress: {folder}. `semisam lead stop --run` ends it."
-            )
-        console.print("The run is still in progress; following it.")
+            raise LeadError(f"a run of another study is in progress: {folder}. `semisam lead stop --run` stops it.")
+        console.print("The run is in progress; following it.")
         return LeadRun(study, folder, run.run_id, load_plan(folder / "plan.yaml"))
     last = last_run(study)
     if last is None or run_state(last) == COMPLETED:
-        raise LeadError("no run was cut short; `semisam lead run` begins a new one.")
+        raise LeadError("no run was interrupted; `semisam lead run` starts a new one.")
     kept, code_hash = RunRecord.of(last), sha256(study.code())
     if kept.code_hash != code_hash:
-        console.print("The study's code was changed since this run began; it goes on with the new code.")
+        console.print("The study's code has changed since this run started; it resumes with the new code.")
     record = RunRecord(created=kept.created, sites=sites or kept.sites, code_hash=code_hash)
     return _submit(study, control, last, load_plan(last / "plan.yaml"), record)
 
 
 def last_run(study: StudyFolder) -> Path | None:
-    """Return the folder of the run that was begun last."""
-    begun: list[tuple[float, Path]] = []
+    """Return the folder of the run that was started last."""
+    started: list[tuple[float, Path]] = []
     for path in study.runs.glob(f"*/{RECORD}"):
         try:
-            begun.append((RunRecord.of(path.parent).created, path.parent))
+            started.append((RunRecord.of(path.parent).created, path.parent))
         except ConfigError:
             continue
-    return max(begun)[1] if begun else None
+    return max(started)[1] if started else None
 
 
 def stop_runs(study: StudyFolder) -> list[Path]:
-    """Stop whatever run is in progress; return the folders. Returns when no process works at them any more.
+    """Stop all runs in progress and wait until their ServerApps have ended; return their folders.
 
     Raises:
-        LeadError: the SuperLink does not run, or the server's program could not be ended.
+        LeadError: the SuperLink is not running, or a ServerApp could not be stopped.
     """
     with control_of(study) as control:
         active = control.unfinished_runs()
@@ -209,19 +208,19 @@ def stop_runs(study: StudyFolder) -> list[Path]:
     folders = [Path(str(run.config.get("run-folder", ""))) for run in active]
     for folder in folders:
         if folder.is_dir():
-            record_end(folder, "stopped", "`semisam lead stop --run` was given.")
+            record_end(folder, "stopped", "by `semisam lead stop --run`.")
     return folders
 
 
 def _submitting(study: StudyFolder) -> contextlib.AbstractContextManager[None]:
-    """Let one command at a time look for a run in progress and submit one: two must never write one run folder."""
+    """Let only one command at a time look for a run in progress and submit one: a run folder has a single writer."""
     return alone(study, "submitting", "submitting a run")
 
 
 def _submit(study: StudyFolder, control: FlowerControl, folder: Path, plan: Plan, record: RunRecord) -> LeadRun:
-    _wait_for_server_app(study)  # two programs must never write one run folder
+    _wait_for_server_app(study)  # a run folder has a single writer
     record.write(folder)
-    (folder / "status.json").unlink(missing_ok=True)  # how it ended last time is not how it will end
+    (folder / "status.json").unlink(missing_ok=True)  # it says how the run ended last time
     config: dict[str, str | int] = {
         "plan": str(folder / "plan.yaml"),
         "num-sites": record.sites,
@@ -231,32 +230,32 @@ def _submit(study: StudyFolder, control: FlowerControl, folder: Path, plan: Plan
 
 
 def _wait_for_server_app(study: StudyFolder) -> None:
-    """Wait for the program of an earlier run to end, and end it if it does not.
+    """Wait for an earlier run's ServerApp to end; kill it if it does not.
 
     Raises:
-        LeadError: it cannot be ended.
+        LeadError: it cannot be killed, or the SuperLink is not running.
     """
     service = find(study)
     if service is None:
-        raise LeadError("the SuperLink ended meanwhile; `semisam lead start` starts it.")
+        raise LeadError("the SuperLink has ended; `semisam lead start` starts it.")
     tree = ProcessTree(service.mark)
-    for wait_s, end in ((SERVER_APP_GONE_S, False), (KILLED_S, True)):
+    for wait_s, kill in ((SERVER_APP_GONE_S, False), (KILLED_S, True)):
         deadline = time.monotonic() + wait_s
         while working := [process for process in tree.alive() if _is_server_app(process)]:
             if time.monotonic() > deadline:
                 break
-            if end:
+            if kill:
                 for process in working:
                     with contextlib.suppress(psutil.Error):
                         process.kill()
             time.sleep(TICK_S)
         else:
             return
-    raise LeadError("the program of an earlier run still works and cannot be ended; `semisam lead stop` and start.")
+    raise LeadError("an earlier run's ServerApp does not end; `semisam lead stop`, then `semisam lead start`.")
 
 
 def _is_server_app(process: psutil.Process) -> bool:
-    """Return whether this is a run's program at work; one that has ended and was not waited for is not."""
+    """Return whether this is a live ServerApp process (not a zombie)."""
     try:
         named = any("flwr-serverapp" in part for part in process.cmdline())
         return named and process.status() != psutil.STATUS_ZOMBIE

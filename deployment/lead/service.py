@@ -1,4 +1,4 @@
-"""The SuperLink as a service: started in the background or the foreground, found again, stopped with all it started."""
+"""The SuperLink as a service: start it in the background or foreground, find it again, stop it and its children."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import IO
 
 import psutil
 
-from deployment.lead.registration import bring_in_line
+from deployment.lead.registration import sync_registrations
 from deployment.lead.study_folder import LeadError, StudyFolder
 from engines.flower_control import FlowerControl, flower_environment, wait_until_healthy
 from engines.processes import ProcessTree, birth
@@ -65,15 +65,15 @@ def control_of(study: StudyFolder) -> FlowerControl:
         LeadError: it does not run.
     """
     if find(study) is None:
-        raise LeadError(f"the SuperLink of {study.settings.name} does not run; `semisam lead start` starts it.")
+        raise LeadError(f"the SuperLink of {study.settings.name} is not running; `semisam lead start` starts it.")
     return FlowerControl(study.settings.control_address, study.ca)
 
 
 def start(study: StudyFolder) -> Service:
-    """Start the SuperLink in the background; return when it serves.
+    """Start the SuperLink in the background; return once it serves.
 
     Raises:
-        LeadError: it runs already.
+        LeadError: it is already running.
         FlowerError: it did not come up; the log says why.
     """
     with alone(study), log_file(study).open("ab") as log:
@@ -88,14 +88,14 @@ def start(study: StudyFolder) -> Service:
 
 
 def serve(study: StudyFolder, ready: contextlib.AbstractContextManager[None]) -> None:
-    """Run the SuperLink until it ends or this process is told to end; nothing stays behind.
+    """Run the SuperLink until it ends or this process is asked to end; no process is left behind.
 
     Args:
         study: the study.
-        ready: entered once it serves.
+        ready: entered once the SuperLink serves.
 
     Raises:
-        LeadError: it runs already, or it ended by itself.
+        LeadError: it is already running, or it ended unasked.
         FlowerError: it did not come up.
     """
     with ProcessTree() as tree, os.fdopen(os.dup(1), "wb") as out:
@@ -108,14 +108,14 @@ def serve(study: StudyFolder, ready: contextlib.AbstractContextManager[None]) ->
                     time.sleep(FOREGROUND_TICK_S)
         finally:
             _record(study).unlink(missing_ok=True)
-    raise LeadError("the SuperLink ended; what it said stands above.")
+    raise LeadError("the SuperLink ended; its output is above.")
 
 
 def stop(study: StudyFolder) -> bool:
-    """End the SuperLink and every process that came of it; return whether there was any.
+    """Stop the SuperLink and all its descendants; return whether any was running.
 
     Raises:
-        LeadError: a process could not be ended.
+        LeadError: a process could not be stopped.
     """
     with alone(study):
         service = _recorded(study)
@@ -125,7 +125,7 @@ def stop(study: StudyFolder) -> bool:
         found = bool(tree.alive())
         tree.end()
         if left := tree.alive():
-            raise LeadError(f"these processes could not be ended: {', '.join(str(process.pid) for process in left)}.")
+            raise LeadError(f"these processes could not be stopped: {', '.join(str(process.pid) for process in left)}.")
         _record(study).unlink(missing_ok=True)
         return found
 
@@ -147,15 +147,15 @@ def alone(study: StudyFolder, lock: str = "lock", doing: str = "starting or stop
 
 
 def log_file(study: StudyFolder) -> Path:
-    """Return where the SuperLink in the background writes its log."""
+    """Return the log file of a SuperLink in the background."""
     return study.server / "superlink.log"
 
 
 def _prepare(study: StudyFolder) -> None:
     if (service := _recorded(study)) is not None:
         if service.alive:
-            raise LeadError(f"the SuperLink of {study.settings.name} runs already (process {service.pid}).")
-        ProcessTree(service.mark).end()  # it was killed; what it had started must not meet the next one
+            raise LeadError(f"the SuperLink of {study.settings.name} is already running (process {service.pid}).")
+        ProcessTree(service.mark).end()  # it was killed; its children must not meet the next one
     log = log_file(study)
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(log.with_suffix(".log.1"))
@@ -168,6 +168,7 @@ def _begin(study: StudyFolder, tree: ProcessTree, out: IO[bytes]) -> Service:
     command = [sys.executable, "-P", str(PROGRAM), "--host", settings.bind, "--port", str(settings.port)]
     command += ["--control-port", str(settings.control_port), "--tls", str(study.tls)]
     command += ["--database", str(study.server / "superlink.db")]
+    command += [word for key, value in settings.connections for word in (f"--{key.replace('_', '-')}", str(value))]
     environment = flower_environment(study.server / "flwr-home") | {SUPERLINK: settings.control_address}
     process = tree.start(command, stdout=out, stderr=out, env=environment, cwd=study.server / "cwd")
     service = Service(process.pid, birth(psutil.Process(process.pid)), tree.mark)
@@ -175,8 +176,8 @@ def _begin(study: StudyFolder, tree: ProcessTree, out: IO[bytes]) -> Service:
     _wait(study, process)
     with FlowerControl(settings.control_address, study.ca) as control:
         for run in control.unfinished_runs():
-            control.stop(run.run_id)  # of an earlier SuperLink's life: no process works at it any more
-        bring_in_line(study, control)
+            control.stop(run.run_id)  # left by an earlier SuperLink: no process works on it any more
+        sync_registrations(study, control)
     return service
 
 
@@ -186,7 +187,7 @@ def _wait(study: StudyFolder, process: subprocess.Popen[bytes]) -> None:
 
     wait_until_healthy(study.settings.control_address, study.ca, alive, lambda: None, log_file(study))
     if not alive():
-        raise LeadError(f"another program answers at {study.settings.control_address}; see {log_file(study)}.")
+        raise LeadError(f"another program answers on {study.settings.control_address}; see {log_file(study)}.")
 
 
 def _record(study: StudyFolder) -> Path:

@@ -1,4 +1,4 @@
-"""How the study stands: server, sites, run, what happened last."""
+"""The state of the study: server, sites, run, latest events."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXPIRES_SOON = datetime.timedelta(days=30)
 
 
 def status_of(study: StudyFolder) -> dict[str, Any]:
-    """Return how everything stands, as plain values for `--json`."""
+    """Return the state of everything as plain values, for `--json`."""
     service = find(study)
     nodes: list[FlowerNode] | None = None
     active: list[Path] = []
@@ -58,22 +58,22 @@ def status_of(study: StudyFolder) -> dict[str, Any]:
 
 
 def status_view(status: dict[str, Any]) -> RenderableType:
-    """Return what people read of a status."""
+    """Return a status as a terminal shows it."""
     link = status["superlink"]
-    up = f"runs (process {link['pid']})" if link["running"] else "does not run; `semisam lead start` starts it"
+    up = f"is running (process {link['pid']})" if link["running"] else "is not running; `semisam lead start` starts it"
     lines = [
-        f"Study {status['study']}: SuperLink {up}",
-        f"Sites connect to {link['address']}; the lead's commands to {link['control_address']}",
+        f"Study {status['study']}: the SuperLink {up}",
+        f"Sites connect to {link['address']}, the lead's commands to {link['control_address']}",
         f"plan hash {status['plan_hash']}",
         f"code hash {status['code_hash']}",
     ]
     if link["problem"]:
         lines.append(f"The SuperLink does not answer: {link['problem']}")
     if status["installed_code_differs"]:
-        lines.append("The code installed here is not the study's code, which is what runs; see `semisam lead code`.")
+        lines.append("The installed code differs from the study's code, which is what runs; see `semisam lead code`.")
     ends = datetime.datetime.fromisoformat(status["certificate_ends"])
     if ends - datetime.datetime.now(datetime.UTC) < EXPIRES_SOON:
-        lines.append(f"The certificates end on {ends:%Y-%m-%d}; sites cannot connect afterwards.")
+        lines.append(f"The certificates expire on {ends:%Y-%m-%d}; sites cannot connect afterwards.")
     run = status["run"]
     if run is not None:
         done = f", round {run['round']} of {run['rounds']}" if run["rounds"] else ""
@@ -83,13 +83,13 @@ def status_view(status: dict[str, Any]) -> RenderableType:
 
 
 def stale_invitations(study: StudyFolder) -> list[str]:
-    """Return the sites that were invited to another plan, code or address than the study has now."""
+    """Return the sites whose invitation names another plan, code or address than the study has now."""
     stale = []
     for path in sorted(study.invitations.glob("*.invitation.zip")):
         try:
             invitation = read_invitation(path)
         except InvitationError:
-            continue  # not something that this study wrote
+            continue  # not written by this study
         if invitation_differs(study, invitation):
             stale.append(invitation.site)
     return stale
@@ -120,7 +120,7 @@ def _sites_table(sites: Sequence[dict[str, Any]]) -> Table:
     for column in ("site", "invited", "admitted", "connection"):
         table.add_column(column)
     for site in sites:
-        invited = "to other plan, code or address" if site["invitation_is_stale"] else _yes(site["invited"])
+        invited = "to another plan, code or address" if site["invitation_is_stale"] else _yes(site["invited"])
         table.add_row(site["site"], invited, _yes(site["admitted"]), site["connection"])
     return table
 
@@ -137,10 +137,10 @@ def _run(study: StudyFolder, active: Sequence[Path], served: bool, known: bool) 
     if folder in active:
         state = "starting" if state == "not started" else state
     elif state in ("running", "not started"):
-        # What the run wrote last is not the truth once no process works at it.
+        # No process works on the run any more, so what it last wrote no longer holds.
         state = "cut short" if known else "unknown"
-        go_on = "" if served else "`semisam lead start`, then "
-        reason = f"{go_on}{RESUME} goes on with it." if known else "The SuperLink does not answer."
+        first = "" if served else "`semisam lead start`, then "
+        reason = f"{first}{RESUME} continues it." if known else "The SuperLink does not answer."
     if state == "failed":
         reason = run_reason(folder)
     lines = read_json_lines(folder / "metrics.jsonl")

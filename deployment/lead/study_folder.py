@@ -1,4 +1,4 @@
-"""The study folder: what the collaboration's lead keeps, and the file that says where sites find the server."""
+"""The study folder: everything the lead keeps about a study, and study.yaml, its settings."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
 from deployment.invitation import Invitation, check_address, installed_versions, sha256, write_invitation
+from deployment.lead.doors import Bounds
 from deployment.lead.pki import CA_CERTIFICATE, check_host, write_certificates
 from engines.bundle import build_bundle
 from semisam_core.configuration import Name, StrictModel, parse, read_yaml
@@ -26,35 +27,50 @@ LOCAL_ONLY = "127.0.0.1"
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 TEMPLATE = """\
-# A federated study, at its lead. Sites never see this file; what they get is in sites/*.invitation.zip.
+# A federated study, as its lead sees it. Sites never see this file; they get sites/*.invitation.zip.
 version: 1
 
 # Lowercase letters, digits and dashes. Appears in invitations and certificates.
 name: {name}
 
-# Host names or IP addresses by which sites reach this server. Invitations tell the first; the server's certificate
-# names them all. Certificates are made once, by `semisam lead init`: a name that is added here is not in them.
+# Host names or IP addresses under which sites reach this server. Invitations name the first, the server's certificate
+# all of them. Certificates are made once, by `semisam lead init`: a name added here later is not in them.
 hosts: {hosts}
 
-# The address that the server listens at, and the one port that sites connect to. 0.0.0.0 is every network of this
+# The address the server listens on, and the one port that sites connect to. 0.0.0.0 means all networks of this
 # machine, 127.0.0.1 this machine only.
 bind: {bind}
 port: {port}
 
-# Everything but the sites: submitting, stopping, registering. This machine's loopback only, never the network. Flower
-# asks nobody who they are there, so whoever can log in to this machine can use it.
+# For submitting, stopping and registering: loopback only, never the network. Flower does not authenticate callers
+# there, so anyone who can log in to this machine can use it.
 control_port: {control_port}
 
 # How many sites a run waits for.
 sites: {sites}
 
-# How long the certificates were made to be good for, in days.
+# How long the certificates were made to be valid, in days.
 valid_days: {valid_days}
+
+# Bounds on connections to the public port: how many, and for how many seconds each step may take. A site holds a
+# handful; raise per_address where more than about 30 sites reach this server from one address (NAT).
+# connections: {connections}
 """
 
 
 class LeadError(SemiSAMError):
-    """Something that the lead asked for cannot be done as things stand; the message says why and what can."""
+    """What the lead asked for cannot be done now; the message says why, and what can be done instead."""
+
+
+class Connections(StrictModel):
+    """Bounds on connections to the public port; see `Bounds`."""
+
+    per_address: int = Field(default=Bounds.per_address, ge=8, le=100_000)
+    total: int = Field(default=Bounds.total, ge=8, le=100_000)
+    handshake_s: float = Field(default=Bounds.handshake_s, ge=1, le=3600)
+    headers_s: float = Field(default=Bounds.headers_s, ge=1, le=3600)
+    stall_s: float = Field(default=Bounds.stall_s, ge=1, le=3600)
+    request_s: float = Field(default=Bounds.request_s, ge=1, le=86_400)
 
 
 class Settings(StrictModel):
@@ -68,6 +84,7 @@ class Settings(StrictModel):
     control_port: int = Field(ge=1, le=65535)
     sites: int = Field(ge=1, le=10_000)
     valid_days: int = Field(ge=1, le=3650)
+    connections: Connections = Connections()
 
     @field_validator("hosts")
     @classmethod
@@ -94,19 +111,19 @@ class Settings(StrictModel):
 
     @property
     def address(self) -> str:
-        """Where sites find the server, as host:port."""
+        """The server's address for sites, as host:port."""
         host = self.hosts[0]
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     @property
     def control_address(self) -> str:
-        """Where the lead's own commands find it, as host:port."""
+        """The server's address for the lead's own commands, as host:port."""
         return f"{LOCAL_ONLY}:{self.control_port}"
 
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """A study folder that has been read.
+    """A study folder.
 
     Attributes:
         folder: its absolute path.
@@ -121,11 +138,11 @@ class StudyFolder:
         """Read a study folder.
 
         Raises:
-            ConfigError: it is none, or its study.yaml is wrong.
+            ConfigError: it is not a study folder, or its study.yaml is invalid.
         """
         path = folder / FILE
         if not path.exists():
-            raise ConfigError(f"{folder}: this is no study folder (it has no {FILE}); make one: semisam lead init.")
+            raise ConfigError(f"{folder}: not a study folder (no {FILE}); `semisam lead init` makes one.")
         return cls(folder.resolve(), parse(Settings, read_yaml(path), str(path)))
 
     @property
@@ -135,32 +152,32 @@ class StudyFolder:
 
     @property
     def code_path(self) -> Path:
-        """The bundle of code that sites are asked to approve and that runs."""
+        """The code bundle that sites approve and that runs."""
         return self.folder / "code.fab"
 
     @property
     def tls(self) -> Path:
-        """Certificates and their keys."""
+        """Certificates and their private keys."""
         return self.folder / "tls"
 
     @property
     def ca(self) -> Path:
-        """The certificate of the study's own authority."""
+        """The certificate of the study's own certificate authority."""
         return self.tls / CA_CERTIFICATE
 
     @property
     def keys(self) -> Path:
-        """Public keys of the sites that are admitted, <site>.pub."""
+        """Public keys of admitted sites, <site>.pub."""
         return self.folder / "keys"
 
     @property
     def invitations(self) -> Path:
-        """What sites are sent, <site>.invitation.zip."""
+        """Invitations for sites, <site>.invitation.zip."""
         return self.folder / "sites"
 
     @property
     def runs(self) -> Path:
-        """One run folder a run."""
+        """One folder per run."""
         return self.folder / "runs"
 
     @property
@@ -172,15 +189,15 @@ class StudyFolder:
         """Read the plan.
 
         Raises:
-            ConfigError: it is missing or wrong.
+            ConfigError: it is missing or invalid.
         """
         return load_plan(self.plan_path)
 
     def code(self) -> bytes:
-        """Return the bundle of code.
+        """Return the code bundle.
 
         Raises:
-            LeadError: it is not there.
+            LeadError: it cannot be read.
         """
         try:
             return self.code_path.read_bytes()
@@ -190,19 +207,19 @@ class StudyFolder:
             ) from None
 
     def installed_code_differs(self) -> bool:
-        """Return whether the code that is installed here is not the code that is kept."""
+        """Return whether the installed code differs from the study's bundle."""
         return build_bundle() != self.code()
 
     def update_code(self) -> None:
-        """Keep the code that is installed here."""
+        """Make the installed code the study's bundle."""
         write_atomically(self.code_path, build_bundle())
 
     def invite(self, site: str) -> Path:
-        """Write a site's invitation; return where.
+        """Write a site's invitation; return its path.
 
         Raises:
-            ConfigError: the plan or the name is wrong.
-            InvitationError: a site would refuse it.
+            ConfigError: the plan or the name is invalid.
+            InvitationError: a site would reject it.
         """
         check_site_name(site)
         plan, text = self.plan(), self.plan_path.read_bytes()
@@ -223,14 +240,14 @@ class StudyFolder:
 
 @dataclass(frozen=True)
 class NewStudy:
-    """What a new study folder is made of.
+    """A study folder to be made.
 
     Attributes:
-        folder: where; must be empty or missing.
+        folder: its path; must be empty or missing.
         plan: a plan to copy, or None for the commented template.
-        hosts: names or addresses by which sites reach the server; none for this machine only.
+        hosts: names or addresses under which sites reach the server; empty for this machine only.
         port: the port that sites connect to.
-        sites: how many a run waits for.
+        sites: how many sites a run waits for.
     """
 
     folder: Path
@@ -240,13 +257,13 @@ class NewStudy:
     sites: int
 
     def write(self) -> StudyFolder:
-        """Make the folder: settings, plan, certificates, code.
+        """Write settings, plan, certificates and code.
 
         Raises:
-            ConfigError: the folder is taken, or plan, host or port are wrong.
+            ConfigError: the folder is not empty, or the plan, a host or the port is invalid.
         """
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ConfigError(f"{self.folder}: exists and is not empty; a study is made in a folder of its own.")
+            raise ConfigError(f"{self.folder}: exists and is not empty; a study needs a folder of its own.")
         for host in self.hosts:
             check_host(host)
         text = self._plan_text()
@@ -260,7 +277,7 @@ class NewStudy:
             folder.mkdir(mode=0o700)
         write_atomically(study.plan_path, text)
         study.update_code()
-        write_atomically(self.folder / FILE, settings_text.encode())  # last: a folder without it is no study yet
+        write_atomically(self.folder / FILE, settings_text.encode())  # last: a folder without it is not a study
         return study
 
     def _plan_text(self) -> bytes:
@@ -277,36 +294,37 @@ class NewStudy:
             "control_port": self.port + 1 if self.port < 65535 else self.port - 1,
             "sites": self.sites,
             "valid_days": VALID_DAYS,
+            "connections": "{" + ", ".join(f"{key}: {value:g}" for key, value in Connections()) + "}",
         }
         return TEMPLATE.format(**values)
 
 
 def template_plan() -> Path:
-    """Return the commented plan that new studies begin with.
+    """Return the commented plan that new studies start from.
 
     Raises:
         ConfigError: this installation has none.
     """
     path = Path(__file__).resolve().parents[2] / "site_configs" / "left-atrium" / "plan.yaml"
     if not path.is_file():
-        raise ConfigError("this installation ships no plan to begin with; give one with --plan.")
+        raise ConfigError("this installation ships no template plan; give one with --plan.")
     return path
 
 
 def invitation_differs(study: StudyFolder, invitation: Invitation) -> bool:
-    """Return whether a site was invited to another plan, code or address than the study has now."""
+    """Return whether an invitation names another plan, code or address than the study has now."""
     now = (study.plan().hash, sha256(study.code()), study.settings.address)
     return (invitation.plan.hash, invitation.code_hash, invitation.address) != now
 
 
 def check_site_name(site: str) -> None:
-    """Check a site's name, which becomes a file's name here.
+    """Check a site's name, which becomes a file name here.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is invalid.
     """
     if not SITE_NAME.fullmatch(site):
-        raise ConfigError(f"{site!r}: a site's name is made of lowercase letters, digits and dashes.")
+        raise ConfigError(f"{site!r}: a site's name consists of lowercase letters, digits and dashes.")
 
 
 def _study_name(folder: Path) -> str:

@@ -1,127 +1,44 @@
-"""Flower's SuperLink behind two doors: sites reach the fleet API at the public one, and nothing else.
+"""Flower's SuperLink behind two doors (see doors.py), with Flower's SuperExec beside it.
 
-Flower serves three APIs at one port. Two of them, control and runtime, ask for no proof of who calls: whoever holds
-the study's CA certificate could submit code to every site. Here the public port serves the few paths that SuperNodes
-call, and all else is served at a second port of this machine's loopback address only.
-
-This file is run as a program, with Python's `-P`, and imports nothing of this project: a SuperLink must not find code
-of ours beside the code that was submitted to it.
+This file runs as a program, with Python's `-P`, and imports nothing of this project but doors.py: a SuperLink must not
+find our code next to the code that was submitted to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import resource
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+import uvicorn
 
-LOOPBACK = "127.0.0.1"
-FLEET = "/v1/fleet/"
-# What an authenticated SuperNode calls. Registering is not among it: only the lead does that.
-FLEET_CALLS = (
-    "activate-node",
-    "deactivate-node",
-    "send-node-heartbeat",
-    "pull-messages",
-    "push-messages",
-    "get-run",
-    "get-fab",
-    "push-object",
-    "pull-object",
-    "confirm-message-received",
-)
-PUBLIC = frozenset({("GET", "/health"), *(("POST", FLEET + call) for call in FLEET_CALLS)})
-# Tensors travel in pieces of 5 MiB; without a bound, a caller who proved nothing could fill the memory.
-MAXIMUM_BODY = 32 * 2**20
+ROOT = str(Path(__file__).resolve().parents[2])
+if ROOT not in sys.path:  # run as a program; last, so that it hides nothing
+    sys.path.append(ROOT)
+from deployment.lead.doors import LOOPBACK, Application, Bounds, PublicDoor, TwoDoors  # noqa: E402
+
 GRACE_S = 3
+SUPEREXEC = Path(__file__).with_name("superexec.py")
+SUPEREXEC_RESTART_S = 2.0
+OWN_FILES = 256  # descriptors kept free for the database, the log and the loopback port
 
-
-class _BodyTooLargeError(Exception):
-    """A caller sent more than any SuperNode does."""
-
-
-class TwoDoors:
-    """An ASGI app that lets a request through by the port it came in at.
-
-    Args:
-        app: Flower's SuperLink.
-        control_port: requests that arrived here, at the loopback address, may call anything.
-        on_refused: told the client's address and what it asked for.
-    """
-
-    def __init__(self, app: Application, control_port: int, on_refused: Callable[[str, str], None]) -> None:
-        self._app, self._control, self._on_refused = app, (LOOPBACK, control_port), on_refused
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve what may be served at this door, answer 404 to the rest."""
-        if scope["type"] == "lifespan" or _door(scope) == self._control:
-            await self._app(scope, receive, send)
-        elif scope["type"] != "http" or (scope["method"], scope["path"]) not in PUBLIC:
-            self._on_refused(str((scope.get("client") or ("?",))[0]), f"{scope.get('method', '')} {scope['path']!r}")
-            await _answer(scope, receive, send, 404)
-        else:
-            await self._serve(scope, receive, send)
-
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on an allowed request, with a bounded body and a host name of our own.
-
-        Flower's checks read the path out of an address that is put together with the caller's Host header.
-        """
-        headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
-        inner = {**scope, "headers": [*headers, (b"host", b"superlink")], "root_path": ""}
-        started, whole, taken = False, scope["method"] == "GET", 0
-
-        async def bounded() -> Message:
-            nonlocal taken, whole
-            message = await receive()
-            taken += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if taken > MAXIMUM_BODY:
-                raise _BodyTooLargeError
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                if not whole:  # answered before the caller was done: what it goes on sending is not waited for
-                    message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
-            await send(message)
-
-        try:
-            await self._app(inner, bounded, noted)
-        except _BodyTooLargeError:
-            if not started:
-                await _answer(scope, receive, send, 413)
-
-
-def _door(scope: Scope) -> tuple[str, int] | None:
-    server = scope.get("server")
-    return None if server is None else (server[0], server[1])
-
-
-async def _answer(scope: Scope, receive: Receive, send: Send, status: int) -> None:
-    if scope["type"] == "websocket":
-        await receive()
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    headers = [(b"content-length", b"0"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
+logger = logging.getLogger("flwr")
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; an IPv6 address in brackets or not.
+    """Return a listening socket; `host` may be an IPv6 address, with or without brackets.
 
     Raises:
-        OSError: the port is taken or the address is not of this machine.
+        OSError: the port is taken, or this machine does not have the address.
     """
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -133,8 +50,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 def superlink(control_port: int, database: Path, tls: Path) -> Application:
-    """Return Flower's SuperLink, which believes that it serves the loopback port only."""
-    from flwr.common.constant import ISOLATION_MODE_SUBPROCESS, TRANSPORT_TYPE_GRPC_RERE
+    """Return Flower's SuperLink, configured as if it served the loopback port only."""
+    from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
     from flwr.superlink.main import create_app
@@ -162,27 +79,70 @@ def superlink(control_port: int, database: Path, tls: Path) -> Application:
         ssl_certfile=str(files[1]),
         ssl_keyfile=str(files[2]),
         database=str(database),
-        isolation=ISOLATION_MODE_SUBPROCESS,
+        isolation=ISOLATION_MODE_PROCESS,  # `_Server` starts the SuperExec, and starts it again if it dies
         runtime_dependency_install=False,
     )
     return create_app(config, SuperLinkLifespan)
 
 
+class _Server(uvicorn.Server):
+    """uvicorn, with a guarded public port and Flower's SuperExec beside it."""
+
+    def __init__(self, config: uvicorn.Config, public: socket.socket, bounds: Bounds, superexec: list[str]) -> None:
+        super().__init__(config)
+        self._public, self._bounds, self._superexec = public, bounds, superexec
+        self._work: list[asyncio.Task[None]] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve the loopback port as uvicorn does, then the public one."""
+
+        def protocol() -> asyncio.Protocol:
+            make = cast(Callable[..., asyncio.Protocol], config.http_protocol_class)
+            return make(config=config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        config = self.config
+        assert config.ssl is not None
+        door = PublicDoor(self._public, self._bounds, config.ssl, protocol)
+        config.loaded_app = door.watched(config.loaded_app)
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._work = [asyncio.create_task(work) for work in (door.accept(), self._keep_superexec())]
+            for task in self._work:
+                task.add_done_callback(self._ended)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more connections, end the SuperExec, then shut down as uvicorn does."""
+        for task in self._work:
+            task.cancel()
+        await asyncio.wait(self._work, timeout=2 * GRACE_S)
+        self._public.close()
+        await super().shutdown(sockets)
+
+    async def _keep_superexec(self) -> None:
+        """Keep a SuperExec running, which starts the runs' programs; a dead one is reaped and replaced."""
+        while True:
+            process = await asyncio.create_subprocess_exec(*self._superexec, stdin=asyncio.subprocess.DEVNULL)
+            try:
+                status = await process.wait()
+            except asyncio.CancelledError:
+                with contextlib.suppress(ProcessLookupError, asyncio.TimeoutError):
+                    process.terminate()
+                    await asyncio.wait_for(process.wait(), GRACE_S)
+                raise
+            logger.error("The SuperExec ended with status %s; starting another.", status)
+            await asyncio.sleep(SUPEREXEC_RESTART_S)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            logger.error("The SuperLink stops: it can accept no sites or start no runs.", exc_info=task.exception())
+            self.should_exit = True
+
+
 def main() -> None:
     """Serve until told to stop."""
-    import logging
-
-    import uvicorn
     from flwr.supercore.http_logging import get_uvicorn_log_config
 
-    parser = argparse.ArgumentParser(description="A SuperLink whose control API is not public.")
-    parser.add_argument("--host", required=True, help="address that sites reach")
-    parser.add_argument("--port", type=int, required=True, help="port that sites reach")
-    parser.add_argument("--control-port", type=int, required=True, help="loopback port of everything else")
-    parser.add_argument("--database", type=Path, required=True)
-    parser.add_argument("--tls", type=Path, required=True, help="folder of ca.crt, server.crt, server.key")
-    given = parser.parse_args()
-    logger = logging.getLogger("flwr")
+    given = _arguments()
     seen: set[str] = set()
 
     def on_refused(client: str, asked: str) -> None:
@@ -191,19 +151,46 @@ def main() -> None:
             logger.warning("%s asked at the public port for what is not served there: %.200s", client, asked)
 
     # Bound before anything else: a taken port must not touch the database of the SuperLink that has it.
-    sockets = [listening_socket(given.host, given.port), listening_socket(LOOPBACK, given.control_port)]
+    public, control = listening_socket(given.host, given.port), listening_socket(LOOPBACK, given.control_port)
     app = TwoDoors(superlink(given.control_port, given.database, given.tls), given.control_port, on_refused)
     config = uvicorn.Config(
         app,
         lifespan="on",
-        proxy_headers=False,  # who calls, and at which door, is what the connection says
+        ws="none",  # Flower serves no WebSockets
+        proxy_headers=False,  # who calls, and on which port, is what the connection says
         access_log=False,
         log_config=get_uvicorn_log_config(logging.INFO),
         ssl_certfile=str(given.tls / "server.crt"),
         ssl_keyfile=str(given.tls / "server.key"),
         timeout_graceful_shutdown=GRACE_S,
     )
-    uvicorn.Server(config).run(sockets=sockets)
+    superexec = [sys.executable, "-P", str(SUPEREXEC), "--root-certificates", str(given.tls / "ca.crt")]
+    superexec += ["--runtime-api-address", f"{LOOPBACK}:{given.control_port}", "--parent-pid", str(os.getpid())]
+    bounds = Bounds(**{bound.name: getattr(given, bound.name) for bound in fields(Bounds)})
+    _Server(config, public, _within_descriptors(bounds), superexec).run(sockets=[control])
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="A SuperLink whose control API is not public.")
+    parser.add_argument("--host", required=True, help="address that sites reach")
+    parser.add_argument("--port", type=int, required=True, help="port that sites reach")
+    parser.add_argument("--control-port", type=int, required=True, help="loopback port of everything else")
+    parser.add_argument("--database", type=Path, required=True)
+    parser.add_argument("--tls", type=Path, required=True, help="folder of ca.crt, server.crt, server.key")
+    for bound in fields(Bounds):
+        parser.add_argument(f"--{bound.name.replace('_', '-')}", type=type(bound.default), default=bound.default)
+    return parser.parse_args()
+
+
+def _within_descriptors(bounds: Bounds) -> Bounds:
+    """Raise this process's limit on open files as far as allowed, and keep the connections below it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = bounds.total + OWN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        wanted = soft
+    return replace(bounds, total=min(bounds.total, max(1, wanted - OWN_FILES)))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def check_data(config: SiteConfig, plan: Plan, read: bool, progress: ProgressCal
         findings.append(warning("data", "no case is labeled; name them under data.labeled, if experts drew any."))
     if not read:
         return [*findings, warning("data", "no scan was read (--no-data), so nothing is known of their content.")]
-    seen = _read_all(found, plan, progress)
+    seen = _read_all(found, plan, config.storage.memory_gb, progress)
     if not seen.usable:
         findings.append(problem("data", "no case can be used; the reasons are below."))
     return [*findings, *seen.findings, *_check_classes(config, plan, found, seen), *_check_disk(config, plan, seen)]
@@ -120,12 +120,12 @@ def check_storage(folder: Path) -> Finding:
     return fine("storage", f"only its owner can look into {folder}.")
 
 
-def _read_all(found: Inventory, plan: Plan, progress: ProgressCallback) -> _Seen:
+def _read_all(found: Inventory, plan: Plan, memory_gb: float, progress: ProgressCallback) -> _Seen:
     seen = _Seen()
     for done, case in enumerate(found.cases):
         progress(done, len(found.cases))
         try:
-            scan = load_scan(case, plan)
+            scan = load_scan(case, plan, memory_gb=memory_gb)
         except CaseError as error:
             seen.findings.append(warning(f"case {case.id}", f"{error} It is left out until that is corrected."))
             continue
@@ -141,7 +141,7 @@ def _read_all(found: Inventory, plan: Plan, progress: ProgressCallback) -> _Seen
 
 def _check_case(case: Case, scan: Scan) -> list[Finding]:
     subject = f"case {case.id}"
-    findings = []
+    findings = [fine(subject, f"{note}.") for note in scan.notes]
     header = nib.load(case.images[0]).header
     if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
         findings.append(warning(subject, "its file says nothing of orientation; export it with its geometry."))

@@ -12,9 +12,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from cli.init_sites import TEMPLATE
 from deployment.invitation import Invitation
 from deployment.site.site_folder import SiteFolder
+from deployment.site_template import TEMPLATE
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically
 from semisam_core.generalists import generalist_spec

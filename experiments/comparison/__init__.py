@@ -1,1 +1,1 @@
-"""The parts of `semisam compare`: arms, their sites, their runs, their scores, the report."""
+"""`semisam compare`: arms, their sites, their runs, their scores, the report."""

@@ -1,4 +1,4 @@
-"""The arms of a comparison: who trains on what, which plan each follows, and which are references only."""
+"""The arms of a comparison: who trains on what, which plan each follows, and how its figures may be read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CLICKED = frozenset({PromptKind.POINTS_2D, PromptKind.POINTS_3D})
 
 
 class Who(StrEnum):
-    """Whose data train one model: each site's for itself, all sites' by federation, all sites' in one place."""
+    """Whose data train one model: each site its own, all sites by federation, or all data in one place."""
 
     ALONE = "alone"
     FEDERATED = "federated"
@@ -23,7 +23,7 @@ class Who(StrEnum):
 
 
 class What(StrEnum):
-    """Which terms of the plan's loss are used: labels only, with the regularizer, with generalists as well."""
+    """Which terms of the plan's loss are used: labels only, plus the regularizer, plus the generalists."""
 
     SUPERVISED = "supervised"
     REGULARIZER = "regularizer"
@@ -41,7 +41,7 @@ class Standing(StrEnum):
 MEANING = {
     Standing.RESULT: "",
     Standing.REFERENCE: "reference only: all sites' data in one place",
-    Standing.ORACLE: "oracle: uses the truth, not a result one can have",
+    Standing.ORACLE: "oracle: prompted with the truth, an upper bound",
 }
 
 
@@ -54,7 +54,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """As options, folders and tables call it."""
+        """The name in options, folders and tables."""
         return f"{self.who.value}-{self.what.value}"
 
     @property
@@ -63,7 +63,7 @@ class Arm:
         return Standing.REFERENCE if self.who is Who.POOLED else Standing.RESULT
 
     def plan(self, plan: Plan, seed: int) -> Plan:
-        """Return the plan that this arm follows: the study's with terms left out, steps and rounds as they are."""
+        """Return the plan this arm follows: the study's without some terms, with the same steps and rounds."""
         changes: dict[str, object] = {"seed": seed}
         if self.what is not What.SEMISAM:
             changes["pseudo_labels"] = None
@@ -75,11 +75,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class OracleArm:
-    """A generalist by itself, prompted with the truth of the very cases it is scored on.
+    """A generalist alone, prompted with the true masks of the cases it is scored on.
 
     Attributes:
         generalist: its name.
-        clicks: how many clicks, in the volume or on each slice that is asked about; None prompts with boxes.
+        clicks: number of clicks per volume, or per slice for slice-wise models; None prompts with boxes.
     """
 
     generalist: str
@@ -87,7 +87,7 @@ class OracleArm:
 
     @property
     def name(self) -> str:
-        """As folders and tables call it."""
+        """The name in folders and tables."""
         prompts = "boxes" if self.clicks is None else f"{self.clicks}-point{'s' if self.clicks > 1 else ''}"
         return f"oracle-{self.generalist}-{prompts}"
 
@@ -101,7 +101,7 @@ AnyArm = Arm | OracleArm
 
 
 def arm_names(plan: Plan) -> tuple[str, ...]:
-    """Return the names of all arms that a plan allows, federated first, pooled last."""
+    """Return the names of all arms that the plan allows, federated first, pooled last."""
     everyone = (Who.FEDERATED, Who.ALONE, Who.POOLED)
     return tuple(Arm(who, what).name for who in everyone for what in What if _reason_against(what, plan) is None)
 
@@ -110,18 +110,18 @@ def arm_of(name: str, plan: Plan) -> Arm:
     """Return the arm of this name.
 
     Raises:
-        ConfigError: no arm is called so, or the plan lacks what it would train with.
+        ConfigError: there is no such arm, or the plan lacks what it would train with.
     """
     known = {Arm(who, what).name: Arm(who, what) for who in Who for what in What}
     if name not in known:
-        raise ConfigError(f"arms: {name!r}: no arm is called so; accepted: {', '.join(arm_names(plan))}.")
+        raise ConfigError(f"arms: {name!r}: there is no such arm; accepted: {', '.join(arm_names(plan))}.")
     if reason := _reason_against(known[name].what, plan):
         raise ConfigError(f"arms: {name!r}: {reason}; accepted: {', '.join(arm_names(plan))}.")
     return known[name]
 
 
 def oracle_arms(plan: Plan, available: frozenset[str]) -> tuple[OracleArm, ...]:
-    """Return the oracle arms of the plan's generalists that are available: clicks, or boxes where none are taken.
+    """Return the oracle arms of the plan's available generalists: clicks, or boxes for models that take no clicks.
 
     Args:
         plan: the study plan.
@@ -140,7 +140,7 @@ def oracle_arms(plan: Plan, available: frozenset[str]) -> tuple[OracleArm, ...]:
 
 
 def oracle_omissions(plan: Plan, available: frozenset[str]) -> tuple[str, ...]:
-    """Return a sentence for each generalist of the plan that is not clicked on, saying why.
+    """Return, for each generalist of the plan without a click oracle, a sentence that says why.
 
     Args:
         plan: the study plan.
@@ -153,7 +153,7 @@ def oracle_omissions(plan: Plan, available: frozenset[str]) -> tuple[str, ...]:
         if name not in available:
             reasons.append(f"{name} has no oracle: no site with validation cases has it.")
         elif PromptKind.BOX_2D in kinds and not kinds & _CLICKED:
-            reasons.append(f"{name} has no oracle with {clicks}, since it takes no points; it is given boxes.")
+            reasons.append(f"{name} has no oracle with {clicks}, since it takes no points; it gets boxes.")
         elif not kinds & _CLICKED:
             reasons.append(f"{name} has no oracle, since it takes neither points nor boxes.")
     return tuple(reasons)

@@ -1,4 +1,4 @@
-"""The site files of a comparison: each site with its first k labels, and all sites' data in one place."""
+"""The site files of a comparison: each site with its first k labels, and one pooled site with all data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import yaml
 
 from client.site_config import SiteConfig, SiteData, Storage, inventory
 from experiments.comparison.definition import ALL, label_counts
-from semisam_core.data.cases import SUFFIXES, Case, Inventory, Role
+from semisam_core.data.cases import Case, Inventory, Role
+from semisam_core.data.names import nifti_suffix
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically
 from semisam_core.plan import Plan
 from semisam_core.reporting.bootstrap import CaseKey
 
 POOLED = "pooled"
-SHARED = ("prepared", "embeddings")  # both keyed by content, so that a link serves as well as a copy
+SHARED = ("prepared", "embeddings")  # both keyed by content, so a link is as good as a copy
 
 Sites = Sequence[tuple[SiteConfig, Inventory]]
 
@@ -34,9 +35,9 @@ class Cohort:
         labeled: site -> the cases whose labels are trained on.
         sites: folder of the site files.
         storages: site -> its storage folder.
-        pooled_sites: folder of the one site file that has all sites' data, where an arm needs it.
-        pooled_storage: that site's storage folder.
-        origin: case of the pooled site -> (site, case); empty where no arm needs it.
+        pooled_sites: folder of the pooled site's file; exists only if an arm needs it.
+        pooled_storage: the pooled site's storage folder.
+        origin: case of the pooled site -> (site, case); empty if no arm needs it.
     """
 
     setting: str
@@ -49,8 +50,8 @@ class Cohort:
 
 
 @dataclass(frozen=True)
-class _Virtual:
-    """One case of the pooled site: where it is from, what it may be used for."""
+class _PooledCase:
+    """One case of the pooled site: its name there, where it comes from, and the case itself."""
 
     id: str
     key: CaseKey
@@ -58,7 +59,7 @@ class _Virtual:
 
 
 def fingerprint(sites: Sites) -> str:
-    """Return a hash of the site files and of which cases they find: names, roles and sizes of files."""
+    """Return a hash of the site files and the cases they find: names, roles and file sizes."""
     content = [
         [
             config.model_dump(mode="json"),
@@ -70,15 +71,15 @@ def fingerprint(sites: Sites) -> str:
 
 
 def narrowed(sites: Sites, setting: str, plan: Plan) -> list[tuple[SiteConfig, Inventory]]:
-    """Return the sites with the first labeled cases of each site's list; the others become unlabeled.
+    """Keep the first labeled cases of each site's list; the others become unlabeled.
 
     Raises:
-        ConfigError: a site has too few labeled cases, none is left anywhere, or nothing could teach at a site.
+        ConfigError: a site has too few labeled cases, none is left at any site, or a site could learn from nothing.
     """
     listed = {config.site: _listed(config, found) for config, found in sites}
     counts = label_counts(setting, listed)
     if not any(counts.values()):
-        raise ConfigError(f"labeled: {setting}: no site has a labeled case then, and nothing could begin to learn.")
+        raise ConfigError(f"labeled: {setting}: no site would have a labeled case to learn from.")
     if setting == ALL:
         return list(sites)
     result = []
@@ -90,25 +91,26 @@ def narrowed(sites: Sites, setting: str, plan: Plan) -> list[tuple[SiteConfig, I
 
 
 def write_cohort(folder: Path, setting: str, sites: Sites, pooled: bool) -> Cohort:
-    """Write the site files of one label count, and where it is needed the pooled site's with links to all sites' files.
+    """Write the site files of one label count and, if needed, the pooled site with links to all sites' files.
 
-    Labels of unlabeled cases are not linked: nothing at the pooled site could read them.
+    Labels of unlabeled cases are not linked, so nothing at the pooled site can read them.
 
     Args:
         folder: the comparison's folder.
         setting: the label count.
         sites: as `narrowed` returned them.
-        pooled: whether an arm has all data in one place.
+        pooled: whether an arm trains on all data in one place.
 
     Raises:
-        ConfigError: sites disagree on a generalist's weights, or two cases would share a name. Nothing is written then.
+        ConfigError: sites differ in a generalist's weights or in labeled classes, or two cases would share a name.
+            Nothing is written then.
     """
     place, storage = folder / "sites" / f"labels-{setting.replace(',', '-')}", folder / "storage" / POOLED
-    cases = _virtual_cases(sites) if pooled else []
+    cases = _pooled_cases(sites) if pooled else []
     if pooled:
-        united = _united([config for config, _ in sites], cases, place / POOLED, storage)
+        pooled_site = _pooled_site([config for config, _ in sites], cases, place / POOLED, storage)
         _link_cases(cases, place / POOLED)
-        _write_site(place / POOLED / f"{POOLED}.yaml", united)
+        _write_site(place / POOLED / f"{POOLED}.yaml", pooled_site)
     for config, _ in sites:
         _write_site(place / "each" / f"{config.site}.yaml", config)
     return Cohort(
@@ -123,9 +125,9 @@ def write_cohort(folder: Path, setting: str, sites: Sites, pooled: bool) -> Coho
 
 
 def lend_storage(cohort: Cohort) -> None:
-    """Link what the sites have prepared and encoded into the pooled site's storage, so that it is not made again.
+    """Link the sites' prepared scans and embeddings into the pooled site's storage, so they are not computed again.
 
-    The pooled site writes by renaming over a link and evicts by removing one; the sites' own files stay as they are.
+    The pooled site writes by renaming over a link and evicts by removing it; the sites' own files are not changed.
     """
     for storage in cohort.storages.values():
         for kind in SHARED:
@@ -139,25 +141,25 @@ def lend_storage(cohort: Cohort) -> None:
 
 
 def _listed(config: SiteConfig, found: Inventory) -> tuple[str, ...]:
-    """Return a site's usable labeled cases in the order of its own list, or by name where it says `all`."""
+    """Return a site's usable labeled cases in the order of its own list, or by name if it says `all`."""
     usable = [case.id for case in found.of(Role.LABELED)]
     if config.data.labeled == "all":
         return tuple(usable)
     return tuple(case for case in config.data.labeled if case in set(usable))
 
 
-def _virtual_cases(sites: Sites) -> list[_Virtual]:
-    cases: dict[str, _Virtual] = {}
+def _pooled_cases(sites: Sites) -> list[_PooledCase]:
+    cases: dict[str, _PooledCase] = {}
     for config, found in sites:
         for case in found.cases:
             name = f"{config.site}--{case.id}"
             if name in cases:
-                raise ConfigError(f"pooled: two cases would be called {name}; rename the site or a case.")
-            cases[name] = _Virtual(name, (config.site, case.id), case)
+                raise ConfigError(f"pooled: two cases would both be called {name}; rename a site or a case.")
+            cases[name] = _PooledCase(name, (config.site, case.id), case)
     return list(cases.values())
 
 
-def _link_cases(cases: Sequence[_Virtual], folder: Path) -> None:
+def _link_cases(cases: Sequence[_PooledCase], folder: Path) -> None:
     for kind in ("images", "labels"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     wanted: dict[Path, Path] = {}
@@ -174,20 +176,22 @@ def _link_cases(cases: Sequence[_Virtual], folder: Path) -> None:
             link.symlink_to(target)
 
 
-def _united(configs: Sequence[SiteConfig], cases: Sequence[_Virtual], folder: Path, storage: Path) -> SiteConfig:
-    """Return the pooled site: the sites' generalists, the first one's device, all their limits together."""
+def _pooled_site(
+    configs: Sequence[SiteConfig], cases: Sequence[_PooledCase], folder: Path, storage: Path
+) -> SiteConfig:
+    """Return the site that has all cases, with all generalists, the first site's device and all limits added up."""
     generalists, annotated = dict(configs[0].generalists), configs[0].data.labeled_classes
     for config in configs[1:]:
         if config.data.labeled_classes != annotated:
             raise ConfigError(
-                f"pooled: data.labeled_classes: site {config.site} has drawn other classes than site "
-                f"{configs[0].site}; one pooled site cannot say so case by case. Leave the pooled arms out with --arms."
+                f"pooled: data.labeled_classes: site {config.site} has labels of other classes than site "
+                f"{configs[0].site}, and one pooled site cannot differ by case. Leave the pooled arms out with --arms."
             )
         for name, entry in config.generalists.items():
             if generalists.setdefault(name, entry) != entry:
                 raise ConfigError(
-                    f"pooled: generalists.{name}: site {config.site} has other weights than another site; a pooled arm "
-                    "needs one file for all. Leave the pooled arms out with --arms."
+                    f"pooled: generalists.{name}: site {config.site} has other weights than another site, and a pooled "
+                    "arm needs one file for all. Leave the pooled arms out with --arms."
                 )
     data = SiteData(
         images=folder / "images",
@@ -220,4 +224,4 @@ def _files(case: Case) -> tuple[Path, ...]:
 
 
 def _suffix(path: Path) -> str:
-    return next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
+    return nifti_suffix(path.name) or ".nii.gz"

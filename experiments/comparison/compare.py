@@ -1,4 +1,4 @@
-"""Compare ways of training by one plan: every arm run, scored case by case, with intervals and paired differences."""
+"""Compare ways to train with one plan: run every arm, score it case by case, report means with intervals."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ from experiments.comparison.report import Report
 from experiments.comparison.results import gather
 from experiments.comparison.runner import Runner
 from experiments.comparison.scores import collect_scores
-from experiments.simulate import write_plan
 from semisam_core.configuration import read_yaml
 from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically, write_json
+from semisam_core.paths import absolute_path, new_folder
+from semisam_core.plan import write_plan
 
 RECORD, DEFINITION = "comparison.json", "comparison.yaml"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line.
+    """The options of the command line.
 
     Attributes:
         plan: the study plan.
         sites: folder of site files.
         out: the comparison's folder.
-        assignments: changes of the plan.
-        file: a definition; where it is None, a resumed comparison's own, else what follows from the plan.
-        changes: keys of the definition given as options; they replace those of the file.
-        resume: whether the folder holds a comparison to go on with.
+        assignments: overrides of the plan.
+        file: the definition; None takes that of the resumed comparison, or the plan's defaults for a new one.
+        changes: keys of the definition given as options; they override those of the file.
+        resume: whether the folder holds a comparison to resume.
     """
 
     plan: Path
@@ -62,9 +63,9 @@ class Comparison:
         study: the checked plan and sites.
         definition: what is compared.
         jobs: its runs, in order.
-        omissions: why oracles are left out.
-        out: the folder that everything is in.
-        console: where to show.
+        omissions: why generalists have no oracle.
+        out: the comparison's folder.
+        console: where progress and the report are printed.
     """
 
     study: CheckedStudy
@@ -76,22 +77,22 @@ class Comparison:
 
     @classmethod
     def prepare(cls, request: Request, console: Console) -> Comparison:
-        """Check everything that can be checked before any work, and make or reopen the folder.
+        """Check everything that can be checked without reading a scan, and create or reopen the folder.
 
         Raises:
-            ConfigError: what is wrong and what is accepted.
+            ConfigError: option or key, value and what is accepted.
         """
         study = check_study(request.plan, request.sites, request.assignments)
-        out = request.out.resolve()
+        out = absolute_path(request.out, "--out")
         identity = {"plan_hash": study.plan.hash, "sites": fingerprint(study.sites)}
         if request.resume:
             _check_same(out, identity)
-        elif out.exists() and any(out.iterdir()):
-            raise ConfigError(f"--out {out}: the folder is not empty; choose another, or go on with it: --resume.")
         definition = _definition(request, study, out)
         arms = [arm_of(name, study.plan) for name in definition.arms]
         settings = [(each, narrowed(study.sites, each, study.plan)) for each in definition.labeled]
         pooled = any(arm.who is Who.POOLED for arm in arms)
+        if not request.resume:
+            new_folder(out, "--out", "choose another, or add --resume to resume the comparison in it")
         cohorts = [write_cohort(out, each, sites, pooled) for each, sites in settings]
         available = frozenset(
             name
@@ -109,12 +110,12 @@ class Comparison:
         return cls(study, definition, jobs, omissions, out, console)
 
     def execute(self, runner: Runner) -> bool:
-        """Run what is not finished, then write and show the report; return whether every run completed.
+        """Run whatever has not finished, write and print the report; return whether every run completed.
 
-        A run that fails is said so and left out of the figures; the others go on.
+        A run that fails is reported and left out of the figures; the others still run.
 
         Args:
-            runner: runs one run to its end, whatever that is.
+            runner: runs one job until it completes or fails.
         """
         self.console.print(study_table(self.study))
         self._say(f"Comparison folder: {self.out}")
@@ -154,21 +155,21 @@ def definition_changes(
     oracles: bool | None,
     engine: str,
 ) -> dict[str, Any]:
-    """Return the keys of a definition that were given as options.
+    """Return the keys of the definition that were given as options.
 
     Raises:
-        ConfigError: a seed is no number, or the engine cannot be had.
+        ConfigError: a seed is not a number, or the engine is not available here.
     """
     if engine != "in-process":
         raise ConfigError(
-            f"--engine {engine}: accepted: in-process. A study by flwr run gives the same weights, and takes longer."
+            f"--engine {engine}: accepted: in-process. Flower's simulation gives the same weights and takes longer."
         )
     changes: dict[str, Any] = {"baseline": baseline, "labeled": labeled or None, "oracles": oracles}
     changes["arms"] = None if arms is None else [name.strip() for name in arms.split(",")]
     if seeds is not None:
         parts = [part.strip() for part in seeds.split(",")]
         if not all(part.isdecimal() for part in parts):
-            raise ConfigError(f"--seeds {seeds}: expected are numbers by commas, for example 0,1,2.")
+            raise ConfigError(f"--seeds {seeds}: expected numbers separated by commas, for example 0,1,2.")
         changes["seeds"] = [int(part) for part in parts]
     return {key: value for key, value in changes.items() if value is not None}
 
@@ -185,19 +186,19 @@ def _check_same(out: Path, identity: dict[str, str]) -> None:
     try:
         kept = json.loads((out / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ConfigError(f"--resume: {out} is no folder of `semisam compare`.") from None
+        raise ConfigError(f"--resume: {out} is not a folder of `semisam compare`.") from None
     if kept.get("plan_hash") != identity["plan_hash"]:
         raise ConfigError(
-            f"--resume: {out} compares by another plan (hash {str(kept.get('plan_hash'))[:12]}, now "
+            f"--resume: {out} compares with another plan (hash {str(kept.get('plan_hash'))[:12]}, now "
             f"{identity['plan_hash'][:12]}). Give the same plan and --set, or a new --out."
         )
     if kept.get("sites") != identity["sites"]:
         raise ConfigError(
-            f"--resume: the site files or the cases they find have changed since {out} was begun, and its "
-            "finished arms would not compare with new ones. Bring them back, or give a new --out."
+            f"--resume: the site files or the cases they find have changed since {out} was created, so its finished "
+            "arms could not be compared with new ones. Restore them, or give a new --out."
         )
 
 
 def _time_left(jobs: list[Job]) -> str:
     seconds = seconds_left(jobs)
-    return "time left unknown as yet" if seconds is None else f"about {seconds / 60:.1f} min left"
+    return "time left not known yet" if seconds is None else f"about {seconds / 60:.1f} min left"

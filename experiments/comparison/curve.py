@@ -1,4 +1,4 @@
-"""A picture of Dice against the number of labeled scans: one panel a class, one line an arm."""
+"""Plot Dice against the number of labeled scans: one panel per class, one line per arm."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from semisam_core.plan import Plan
 from semisam_core.reporting.bootstrap import Estimate
 
 STYLES = {Standing.RESULT: "-", Standing.REFERENCE: "--", Standing.ORACLE: ":"}
-SUFFIX = {Standing.RESULT: "", Standing.REFERENCE: " (reference)", Standing.ORACLE: " (oracle, uses the truth)"}
+SUFFIX = {Standing.RESULT: "", Standing.REFERENCE: " (reference)", Standing.ORACLE: " (oracle, upper bound)"}
 
 
 def draw_curve(results: Sequence[ArmResult], plan: Plan, definition: Definition, path: Path) -> None:
-    """Draw mean Dice with 95% intervals by the number of labeled scans at all sites together; oracles are level lines.
+    """Draw mean Dice with 95% intervals against the number of labeled scans at all sites; oracles are level lines.
 
     Args:
-        results: the figures.
-        plan: names of task and classes.
-        definition: the arms.
-        path: the PNG.
+        results: figures of every arm and label count.
+        plan: for the names of the task and its classes.
+        definition: for the order of the arms.
+        path: the PNG file to write.
     """
     figure = Figure(figsize=(6.4 * len(plan.class_names), 5.4), layout="constrained")
     FigureCanvasAgg(figure)

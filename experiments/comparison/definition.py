@@ -1,4 +1,4 @@
-"""What is compared: arms, baseline, seeds, label counts. A file of its own, so that the plan and its hash stay."""
+"""What is compared: arms, baseline, seeds, label counts. Apart from the plan, whose hash must not depend on it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Definition(StrictModel):
     Attributes:
         arms: `<alone|federated|pooled>-<supervised|regularizer|semisam>`.
         baseline: the arm that the others are compared with.
-        seeds: each arm is run once with each.
-        labeled: label counts: `all` takes each site's list of labeled cases as it is, a number the first ones of it,
-            and several numbers (1,1,0) one a site in name order.
+        seeds: each arm is run once with each seed.
+        labeled: label counts: `all` uses each site's whole list of labeled cases, a number the first of the list, and
+            several numbers (1,1,0) one count per site in name order.
         oracles: whether generalists are also scored with true prompts.
     """
 
@@ -38,7 +38,7 @@ class Definition(StrictModel):
     @field_validator("labeled", mode="before")
     @classmethod
     def _numbers_are_settings(cls, value: Any) -> Any:
-        """Let a file say 4 as well as "4"."""
+        """Accept 4 as well as "4"."""
         if not isinstance(value, list | tuple):
             return value
         return tuple(str(each) if type(each) is int else each for each in value)
@@ -48,14 +48,14 @@ class Definition(StrictModel):
     def _settings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for each in value:
             if not SETTING.fullmatch(each):
-                raise ValueError(f"{each!r} is no label count; accepted: all, a number, or one a site as in 1,1,0")
+                raise ValueError(f"{each!r} is not a label count; accepted: all, a number, or one per site as in 1,1,0")
         return _distinct(value)
 
     @field_validator("seeds")
     @classmethod
     def _seeds(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if not all(0 <= each < 2**31 for each in value):
-            raise ValueError("seeds lie between 0 and 2147483647")
+            raise ValueError("seeds are between 0 and 2147483647")
         return _distinct(value)
 
     @field_validator("arms")
@@ -65,10 +65,10 @@ class Definition(StrictModel):
 
 
 def define(content: Mapping[str, Any], plan: Plan, origin: str) -> Definition:
-    """Return a checked definition; what `content` leaves out follows from the plan.
+    """Validate a definition; keys that `content` omits get defaults from the plan.
 
-    Arms are then all that the plan allows, the only seed is the plan's, and the baseline is `federated-supervised`
-    where that is an arm, else the first arm.
+    By default the arms are all that the plan allows, the only seed is the plan's, and the baseline is
+    `federated-supervised` if that is an arm, else the first arm.
 
     Raises:
         ConfigError: key, value and what is accepted.
@@ -84,38 +84,38 @@ def define(content: Mapping[str, Any], plan: Plan, origin: str) -> Definition:
         arm_of(name, plan)
     if definition.baseline not in definition.arms:
         raise ConfigError(
-            f"{origin}: baseline = {definition.baseline!r}: it is none of the arms {', '.join(definition.arms)}."
+            f"{origin}: baseline = {definition.baseline!r}: not one of the arms {', '.join(definition.arms)}."
         )
     return definition
 
 
 def label_counts(setting: str, listed: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Return how many labeled cases each site uses under a setting.
+    """Return how many labeled cases each site uses under a label count.
 
     Args:
-        setting: `all`, a number, or one a site in name order.
+        setting: `all`, a number, or one number per site in name order.
         listed: site -> its labeled cases.
 
     Raises:
-        ConfigError: the setting has another number of sites, or a site has too few labeled cases.
+        ConfigError: the count is for another number of sites, or a site has too few labeled cases.
     """
     sites = sorted(listed)
     if setting == ALL:
         return {site: len(listed[site]) for site in sites}
     numbers = [int(part) for part in setting.split(",")]
     if len(numbers) not in (1, len(sites)):
-        raise ConfigError(f"labeled: {setting}: expected is one number, or {len(sites)}, for {', '.join(sites)}.")
+        raise ConfigError(f"labeled: {setting}: expected one number, or {len(sites)}: one each for {', '.join(sites)}.")
     counts = dict(zip(sites, numbers * len(sites) if len(numbers) == 1 else numbers, strict=True))
     for site, count in counts.items():
         if count > len(listed[site]):
             raise ConfigError(
-                f"labeled: {setting}: {site} lists only {len(listed[site])} labeled cases; give one number a site, "
-                f"for {', '.join(sites)}."
+                f"labeled: {setting}: {site} lists only {len(listed[site])} labeled cases; give one number per site: "
+                f"{', '.join(sites)}."
             )
     return counts
 
 
 def _distinct(value: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(value)) < len(value):
-        raise ValueError("each is named once")
+        raise ValueError("name each only once")
     return value

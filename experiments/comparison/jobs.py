@@ -1,4 +1,4 @@
-"""A comparison's runs, one after another: what each is, how far it is, how long it took."""
+"""The runs of a comparison: what each one is, its state and how long it took."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from pathlib import Path
 from engines.run_state import run_state
 from experiments.comparison.arms import AnyArm, Arm, OracleArm, Who
 from experiments.comparison.cohorts import Cohort
-from experiments.simulate import write_plan
 from semisam_core.files import write_json
-from semisam_core.plan import Plan
+from semisam_core.plan import Plan, write_plan
 from semisam_core.reporting.bootstrap import CaseKey
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run of one arm: with one label count and seed, and for an arm that is alone, at one site.
+    """One run of one arm with one label count and seed; for an `alone` arm, at one site.
 
     Attributes:
-        arm: what is run.
+        arm: the arm.
         cohort: the sites; an oracle takes those of the first label count, since it trains on none.
-        seed: the plan's seed, None for an oracle.
-        site: the only site, None where all take part.
+        seed: the seed, None for an oracle.
+        site: the only site that takes part, None for all.
         folder: the run folder.
     """
 
@@ -36,7 +35,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """The name in progress and reports."""
         parts = [self.arm.name]
         if isinstance(self.arm, Arm):
             parts += [f"labels {self.cohort.setting}", f"seed {self.seed}"]
@@ -44,29 +43,29 @@ class Job:
 
     @property
     def plan_path(self) -> Path:
-        """The plan that it follows."""
+        """The file of the plan it follows."""
         return self.folder / "plan.yaml"
 
     @property
     def pooled(self) -> bool:
-        """Whether all sites' data are in one place."""
+        """Whether it trains on all sites' data in one place."""
         return isinstance(self.arm, Arm) and self.arm.who is Who.POOLED
 
     @property
     def sites(self) -> Path:
-        """Folder of site files."""
+        """The folder of its site files."""
         return self.cohort.pooled_sites if self.pooled else self.cohort.sites
 
     @property
     def storages(self) -> Mapping[str, Path]:
-        """Site -> storage folder, of the sites that take part."""
+        """Storage folder of each site that takes part."""
         if self.pooled:
             return {"pooled": self.cohort.pooled_storage}
         return {site: path for site, path in self.cohort.storages.items() if self.site in (None, site)}
 
     @property
     def training_labels(self) -> dict[str, tuple[str, ...]]:
-        """Site -> the cases whose labels this run trains on."""
+        """The cases whose labels this run trains on, by site."""
         if isinstance(self.arm, OracleArm):
             return {}
         return {site: cases for site, cases in self.cohort.labeled.items() if self.site in (None, site)}
@@ -77,31 +76,31 @@ class Job:
         return run_state(self.folder)
 
     def origin(self, site: str, case: str) -> CaseKey:
-        """Return the hospital and case behind what the run calls a site and a case."""
+        """Return the original site and case of a site and case of this run."""
         return self.cohort.origin[case] if self.pooled else (site, case)
 
     def write_plan(self, plan: Plan) -> None:
-        """Write the plan that this run follows."""
+        """Write the plan this run follows."""
         write_plan(self.plan_path, self.arm.plan(plan, self.seed or 0) if isinstance(self.arm, Arm) else plan)
 
     def seconds(self) -> float:
-        """Return how long it has worked so far, over all attempts."""
+        """Return how long it has run so far, over all attempts."""
         try:
             return float(json.loads((self.folder / "seconds.json").read_text(encoding="utf-8"))["seconds"])
         except (OSError, ValueError, KeyError):
             return 0.0
 
     def add_seconds(self, seconds: float) -> None:
-        """Note that it has worked so much longer."""
+        """Add the duration of an attempt."""
         write_json(self.folder / "seconds.json", {"seconds": self.seconds() + seconds})
 
 
 def list_jobs(
     out: Path, arms: Sequence[Arm], oracles: Sequence[OracleArm], cohorts: Sequence[Cohort], seeds: Sequence[int]
 ) -> list[Job]:
-    """Return all runs: by label count, arm, seed and site; oracles first, since they are short.
+    """Return all runs by label count, arm, seed and site; oracles first, since they are short.
 
-    An arm that is alone has a run for each site with a labeled case: without any, nothing could begin to learn there.
+    An `alone` arm has one run per site with a labeled case; without any, a site alone has nothing to learn from.
     """
     jobs = [Job(arm, cohorts[0], None, None, out / "arms" / arm.name) for arm in oracles]
     for cohort in cohorts:
@@ -117,10 +116,10 @@ def list_jobs(
 
 
 def seconds_left(jobs: Iterable[Job]) -> float | None:
-    """Estimate how long unfinished runs will take, from finished ones of the same arm, else of any that trains.
+    """Estimate how long unfinished runs will take, from finished runs of the same arm, or else of any arm that trains.
 
     Returns:
-        Seconds, or None while nothing of a kind has finished.
+        Seconds, or None until a similar run has finished.
     """
     jobs = list(jobs)
     finished = [(job, job.seconds()) for job in jobs if job.state == "completed"]

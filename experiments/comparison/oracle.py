@@ -1,7 +1,7 @@
-"""A generalist by itself, prompted with the truth: how good its answers are when its prompts are perfect.
+"""A generalist alone, prompted with the true masks: how good its answers are when its prompts are perfect.
 
-This uses the labels of the very cases that are scored. It bounds what prompts can get out of a model; it is no result
-that one can have.
+This uses the labels of the cases that are scored. It is an upper bound on what prompts can get out of a model, not a
+result that can be had in practice.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from semisam_core.plan import Plan, load_plan
 from semisam_core.plan_sections.pseudo_labels import Strategy
 from semisam_core.prompting import Region
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble
-from semisam_core.pseudo_labels.fusion import policy_of, settle_overlaps
+from semisam_core.pseudo_labels.fusion import settle_overlaps
+from semisam_core.pseudo_labels.policy import policy_of
 
 logger = logging.getLogger(__name__)
 SELECTED_BY = "nothing is trained or selected; prompts come from the labels of the scored cases"
 
 
 class OracleFailedError(SemiSAMError):
-    """A generalist that could not answer though its prompts are perfect, or had nothing to answer about."""
+    """A generalist that could not answer perfect prompts, or no case to prompt it on."""
 
 
 def execute(plan_path: Path, sites: Path, folder: Path, generalist: str, clicks: int | None) -> None:
-    """Score a generalist on the validation cases of every site that has it, and leave a record as a run does.
+    """Score a generalist on the validation cases of every site that has it, and leave a record like any run.
 
     Args:
-        plan_path: planes, slice step, classes and the grid on which generalists look are this plan's.
+        plan_path: the plan whose planes, slice step, classes and generalists' grid are used.
         sites: folder of site files.
-        folder: the run folder. A run that was killed goes on with the cases that are not scored yet.
-        generalist: its name.
-        clicks: clicks in the volume or on each slice; None prompts with tight boxes.
+        folder: the run folder. A killed run resumes with the cases that have no score yet.
+        generalist: the generalist's name.
+        clicks: number of clicks per volume or per slice; None prompts with tight boxes.
 
     Raises:
-        SemiSAMError: a file or the weights cannot be used, the generalist fails, or no case could be scored; also in
-            status.json.
+        SemiSAMError: a file or the weights cannot be used, the generalist fails, or no case could be scored. The
+            reason is also in status.json.
     """
     plan = load_plan(plan_path)
     name = _name(folder, plan, generalist)
@@ -58,8 +59,8 @@ def execute(plan_path: Path, sites: Path, folder: Path, generalist: str, clicks:
         scored = [_Oracle(config, plan.as_generalists_see, name, generalist, clicks).score() for config in configs]
         if not any(scored):
             raise OracleFailedError(
-                f"{generalist}: no validation case could be scored in {sites}. Needed is a site that has it, and "
-                "readable validation cases there whose labels have a class of the plan."
+                f"{generalist}: no validation case could be scored in {sites}. A site needs this generalist and "
+                "readable validation cases whose labels show a class of the plan."
             )
     except BaseException as error:
         reason = str(error) if isinstance(error, SemiSAMError) else f"{type(error).__name__}: {error}"
@@ -90,7 +91,7 @@ class _Oracle:
         self._policy = policy.model_copy(update={"prompting": policy.prompting.model_copy(update=changes)})
 
     def score(self) -> bool:
-        """Score every validation case that has no score yet; return whether any case has one now."""
+        """Score every validation case without a score; return whether any case has one now."""
         scores = self._folder / "scores.jsonl"
         done = {(line["case"], line["class"]) for line in read_json_lines(scores)}
         cases = inventory(self._config, self._plan).of(Role.VALIDATION)
@@ -103,10 +104,10 @@ class _Oracle:
 
     def _score(self, case: Case) -> None:
         try:
-            scan = load_scan(case, self._plan, self._config.storage.folder / "prepared")
+            scan = load_scan(case, self._plan, self._config.storage.folder / "prepared", self._config.storage.memory_gb)
             label, geometry = load_original_label(case, self._plan)
         except CaseError as error:
-            logger.warning("A case is left out: %s", error)
+            logger.warning("Case left out: %s", error)
             return
         answered = to_original(self._answer(scan), scan)
         prediction = torch.cat([torch.full_like(answered[:1], 0.5), answered]).argmax(0)
@@ -119,9 +120,9 @@ class _Oracle:
             append_json_line(self._folder / "scores.jsonl", line | (vars(score) if score else {}))
 
     def _answer(self, scan: Scan) -> Tensor:
-        """Return the generalist's probability of each class (K, H, W, D), 0 of classes without truth to prompt with."""
+        """Return the probability of each class (K, H, W, D); 0 for classes that the true mask does not have."""
         if scan.label is None:
-            raise OracleFailedError(f"{scan.id}: a validation case without a label cannot be prompted with the truth.")
+            raise OracleFailedError(f"{scan.id}: a validation case without a label has no true mask to prompt with.")
         ensemble = GeneralistEnsemble(
             scan.image[0],
             self._plan.data.spacing_mm,
@@ -136,13 +137,12 @@ class _Oracle:
             if k not in self._annotated or not bool(mask.any()):
                 answers.append(torch.zeros(mask.shape))
                 continue
-            others = torch.zeros_like(mask)  # clicks in other classes would come on top of those that are counted
+            others = torch.zeros_like(mask)  # clicks in other classes would add to the number of clicks
             region = Region(mask.numpy(), others.numpy(), self._plan.data.spacing_mm)
             outputs = ensemble.ask(region, mask.float())
             if not outputs:
                 raise OracleFailedError(
-                    f"{self._generalist.card.name} could not answer about a scan of {self._config.site}; "
-                    "the log says why."
+                    f"{self._generalist.card.name} could not segment a scan of {self._config.site}; the log says why."
                 )
             answers.append(outputs[self._generalist.card.name].maps.mean(0))
         return settle_overlaps(torch.stack(answers))

@@ -1,4 +1,4 @@
-"""What people read of a comparison: tables in the terminal, the same as Markdown and JSON, and a picture."""
+"""The report of a comparison: tables in the terminal, the same as Markdown and JSON, and a plot."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from engines.tables import FittingTable
 from experiments.comparison.arms import MEANING, Standing
 from experiments.comparison.curve import draw_curve
 from experiments.comparison.definition import Definition
@@ -20,21 +20,19 @@ from semisam_core.reporting.bootstrap import DRAWS, Estimate
 COLUMNS = ("arm", "labels", "class", "site", "cases", "Dice", "HD95 mm", "Dice - baseline", "HD95 mm - baseline")
 FIRST_NUMBER = 4
 STEPS = (
-    "Optimizer steps: a federated arm takes the plan's steps per round at every site, an arm that is alone as "
-    "many at its one site, and a pooled arm as many at the one place where all data are: as many as one site, not "
-    "as all together."
+    "Optimizer steps: a federated arm takes the plan's steps per round at every site, an `alone` arm as many at its "
+    "one site, and a pooled arm as many in total: as many as one site, not as all sites together."
 )
 INTERVALS = (
     f"Figures: mean [95% interval] over cases and seeds, by a bootstrap of {DRAWS} draws that resamples cases and, "
-    "within each, seeds. With fewer than about ten cases the intervals are too narrow. Differences are paired by "
-    "case and seed, over what arm and baseline both scored. Distances: means over the scores that have one; the "
-    "others are counted as missing. Arms that are alone are scored only at sites with a labeled case, each site's "
-    "model on its own cases; all others at every site."
+    "within each case, seeds. With fewer than about ten cases the intervals are too narrow. Differences are paired by "
+    "case and seed, over the cases that both arm and baseline scored. Distances: means over the scores that have one; "
+    "the others are counted as missing. An `alone` arm is scored only at sites with a labeled case, each site's model "
+    "on its own cases; all other arms are scored at every site."
 )
 ORACLES = (
-    "Oracles: a generalist by itself, prompted with the true masks of the very cases that are scored (clicks in "
-    "the volume for 3D models, on each slice asked about for slice-wise ones; tight boxes where it takes no "
-    "clicks)."
+    "Oracles: a generalist alone, prompted with the true masks of the cases that are scored (clicks in the volume for "
+    "3D models, on each slice for slice-wise models; tight boxes for models that take no clicks)."
 )
 
 
@@ -45,8 +43,8 @@ class Report:
     Attributes:
         plan: the study plan.
         definition: what is compared.
-        results: the figures.
-        omissions: why oracles are left out.
+        results: figures of every arm and label count.
+        omissions: why generalists have no oracle.
     """
 
     plan: Plan
@@ -55,7 +53,7 @@ class Report:
     omissions: Sequence[str] = ()
 
     def write(self, folder: Path) -> None:
-        """Write report.md, results.json and, where label counts are compared, dice-by-labels.png."""
+        """Write report.md, results.json and, for several label counts, dice-by-labels.png."""
         write_json(
             folder / "results.json",
             {
@@ -70,14 +68,13 @@ class Report:
             draw_curve(self.results, self.plan, self.definition, folder / "dice-by-labels.png")
 
     def show(self, console: Console) -> None:
-        """Print the tables."""
-        title = f"{self.plan.task.name}: against {self.definition.baseline}, plan {self.plan.hash[:12]}"
-        table = Table(title=title, caption="Mean [95% interval] over cases and seeds. Sites: the worst first.")
-        for position, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if position >= FIRST_NUMBER else "left")
+        """Print the table and the notes."""
+        title = f"{self.plan.task.name}: compared with {self.definition.baseline}, plan {self.plan.hash[:12]}"
+        caption = "Mean [95% interval] over cases and seeds. Sites: worst first."
+        table = FittingTable(*COLUMNS, title=title, caption=caption, numbers_from=FIRST_NUMBER)
         for result in self.results:
             for row in _rows(result, self.definition.baseline):
-                table.add_row(*row)
+                table.add(*row)
             table.add_section()
         console.print(table)
         for note in self._notes():
@@ -95,7 +92,7 @@ class Report:
             lines += [f"| {' | '.join(row)} |" for row in _rows(result, self.definition.baseline)]
         for note in self._notes():
             lines += ["", note]
-        lines += ["", "## Which labels were used", ""]
+        lines += ["", "## Labels used", ""]
         lines += [f"- {_name(result)}: {_labels_used(result)}" for result in self.results]
         if len(self.definition.labeled) > 1:
             lines += ["", "![Dice by number of labeled scans](dice-by-labels.png)"]
@@ -110,12 +107,12 @@ class Report:
             notes.append(ORACLES)
         notes += self.omissions
         if unfinished := [title for result in self.results for title in result.unfinished]:
-            notes.append(f"Without scores, and left out above: {'; '.join(unfinished)}.")
+            notes.append(f"Left out, since they have no scores: {'; '.join(unfinished)}.")
         return notes
 
 
 def _rows(result: ArmResult, baseline: str) -> list[tuple[str, ...]]:
-    """Return one row over all sites and one a site, the worst first, for each class."""
+    """Return for each class one row over all sites, then one per site, the worst first."""
     rows: list[tuple[str, ...]] = []
     for each in result.classes:
         name = _name(result) + (" (baseline)" if result.arm == baseline else "")

@@ -1,4 +1,4 @@
-"""The figures of a comparison: each arm's means with intervals, against the baseline, by site with the worst first."""
+"""Figures of a comparison: each arm's means with intervals, differences from the baseline, sites worst first."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from semisam_core.reporting.bootstrap import Estimate, estimate, paired_differen
 
 @dataclass(frozen=True)
 class Figures:
-    """Scores of one class over some cases. Distances are means over the scores that have one.
+    """Scores of one class over a set of cases. Distances are means over the scores that have one.
 
     Attributes:
         dice: mean Dice.
-        hd95_mm: mean 95th percentile of the surface distance, None where no score has one.
-        missing_distances: scores without a distance, since prediction or label is empty.
+        hd95_mm: mean 95th percentile of the surface distance, None if no score has one.
+        missing_distances: number of scores without a distance because prediction or label is empty.
     """
 
     dice: Estimate
@@ -33,11 +33,11 @@ class ClassResult:
 
     Attributes:
         target: the class.
-        overall: over all cases of all sites.
-        dice_difference: arm minus baseline, paired by case and seed; None for the baseline, for oracles, and where
-            nothing is common.
-        hd95_difference_mm: likewise, over pairs of which both have a distance.
-        sites: (site, figures), the lowest Dice first.
+        overall: figures over all cases of all sites.
+        dice_difference: arm minus baseline, paired by case and seed; None for the baseline, for oracles, and if the two
+            have no case and seed in common.
+        hd95_difference_mm: likewise, over pairs in which both have a distance.
+        sites: (site, figures), lowest Dice first.
     """
 
     target: str
@@ -56,9 +56,9 @@ class ArmResult:
         standing: result, reference or oracle.
         labeled: the label count, None for an oracle.
         training_labels: site -> the cases whose labels it trained on.
-        selected_by: what its published specialists were selected by.
-        unfinished: runs of it that have no scores.
-        classes: one for each class that was scored.
+        selected_by: how the published specialists were selected.
+        unfinished: titles of its runs without scores.
+        classes: one entry per class that was scored.
     """
 
     arm: str
@@ -71,20 +71,20 @@ class ArmResult:
 
     @property
     def label_total(self) -> int:
-        """How many labeled scans there are to train on, over all sites."""
+        """Number of labeled training scans over all sites."""
         return sum(len(cases) for cases in self.training_labels.values())
 
 
 def gather(
     jobs: Sequence[Job], finished: Mapping[Job, RunScores], classes: Sequence[str], baseline: str
 ) -> list[ArmResult]:
-    """Return the figures of every arm under every label count, in the order of the runs, oracles last.
+    """Return the figures of every arm under every label count, in the order of the jobs, oracles last.
 
     Args:
         jobs: all runs.
-        finished: the scores of those that finished.
+        finished: the scores of the runs that completed.
         classes: names of the foreground classes.
-        baseline: the arm that the others are compared with, under the same label count.
+        baseline: the arm to compare with, under the same label count.
     """
     groups: dict[tuple[str | None, str], list[Job]] = {}
     for job in jobs:

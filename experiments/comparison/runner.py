@@ -1,4 +1,4 @@
-"""Runs one run of a comparison as a child process, and shows how it stands."""
+"""Run one job of a comparison in a child process and show its progress."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Runner = Callable[[Job], None]
 
 
 class ChildRunner:
-    """Starts `semisam run-in-process` or `run-oracle` for a run and waits for its end; status.json says which it was.
+    """Runs a job as `semisam run-in-process` or `run-oracle` and waits for its end; status.json has the outcome.
 
     Args:
-        console: where to show.
+        console: where progress is printed.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def __call__(self, job: Job) -> None:
-        """Run it, or go on with it. Whatever ends this process, the child ends too."""
+        """Run or resume a job. The child dies with this process, however that ends."""
         log = job.folder / "log" / "child.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -44,7 +44,7 @@ class ChildRunner:
 
 
 def child_command(job: Job) -> list[str]:
-    """Return the command line of a run's process."""
+    """Return the command line of a job's process."""
     oracle = isinstance(job.arm, OracleArm)
     command = [sys.executable, "-m", "cli.main", "run-oracle" if oracle else "run-in-process"]
     command += ["--plan", str(job.plan_path), "--sites", str(job.sites), "--run-folder", str(job.folder)]

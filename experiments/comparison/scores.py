@@ -1,4 +1,4 @@
-"""What each case scored in a run, read where it stays: in the storage of the sites."""
+"""Per-case scores of a run, read from the sites' storage, which they never leave."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from semisam_core.reporting.bootstrap import CaseKey, Scores
 
 
 class ScoresMissingError(SemiSAMError):
-    """A finished run whose scores are nowhere."""
+    """A completed run whose scores cannot be found."""
 
 
 @dataclass(frozen=True)
 class CaseScore:
-    """One class of one validation case, scored in one run. `hd95_mm` is None where there is no distance."""
+    """One class of one validation case, scored in one run. `hd95_mm` is None if there is no distance."""
 
     site: str
     case: str
@@ -32,23 +32,23 @@ class CaseScore:
 
     @property
     def key(self) -> CaseKey:
-        """The case among all sites' cases."""
+        """The case, unique over all sites."""
         return (self.site, self.case)
 
 
 @dataclass(frozen=True)
 class RunScores:
-    """All scores of one run, in the round that its plan's selection picked, and what it was picked by."""
+    """All scores of one run in its selected round, and how that round was selected."""
 
     scores: tuple[CaseScore, ...]
     selected_by: str
 
 
 def collect_scores(job: Job) -> RunScores:
-    """Return a finished run's scores; they are copied to its folder the first time.
+    """Return a completed run's scores; the first call copies them to the run's folder.
 
-    Scores of cases never leave a hospital. Here all storages are on the researcher's own machine, so they may be read
-    in place; a study across hospitals has the means over cases only.
+    Per-case scores never leave a hospital. In a comparison all storages are on the researcher's own machine, so they
+    can be read in place; a study across hospitals has only means over cases.
 
     Raises:
         ScoresMissingError: no site's storage has any.
@@ -65,7 +65,7 @@ def collect_scores(job: Job) -> RunScores:
         scores += _of_site(job, site, chosen)
     if not scores:
         raise ScoresMissingError(
-            f"{job.title}: the run is complete, but no site's storage has scores of it (runs/{name}/scores.jsonl). "
+            f"{job.title}: the run completed, but no site's storage has its scores (runs/{name}/scores.jsonl). "
             f"Remove {job.folder} and resume to run it again."
         )
     result = RunScores(tuple(scores), str(selected[-1]["by"]))
@@ -74,7 +74,7 @@ def collect_scores(job: Job) -> RunScores:
 
 
 def by_case(scores: Iterable[CaseScore], measure: str, target: str, site: str | None = None) -> Scores:
-    """Return (site, case) -> seed -> value of one class, of one site or all; values that are missing are left out."""
+    """Return (site, case) -> seed -> value of one class, at one site or all; missing values are left out."""
     found: dict[CaseKey, dict[int, float]] = {}
     for score in scores:
         value = getattr(score, measure)
@@ -84,12 +84,12 @@ def by_case(scores: Iterable[CaseScore], measure: str, target: str, site: str | 
 
 
 def missing_distances(scores: Sequence[CaseScore], target: str, site: str | None = None) -> int:
-    """Return how many scores have no distance, since prediction or label is empty."""
+    """Return how many scores have no distance because prediction or label is empty."""
     return sum(s.hd95_mm is None for s in scores if s.target == target and site in (None, s.site))
 
 
 def _of_site(job: Job, site: str, lines: Iterable[dict[str, Any]]) -> list[CaseScore]:
-    last: dict[tuple[str, str], dict[str, Any]] = {}  # a round that was asked for again is written again
+    last: dict[tuple[str, str], dict[str, Any]] = {}  # a repeated round is appended again; its last line counts
     for line in lines:
         last[line["case"], line["class"]] = line
     scores = []

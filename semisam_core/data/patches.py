@@ -1,4 +1,4 @@
-"""Draw training patches: one endless, seeded stream each for labeled and unlabeled scans."""
+"""Draw training patches in endless, seeded streams: one of labeled scans, one of unlabeled scans."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ CARRIED = ("image", "label", "target", "uncertainty")
 
 @dataclass(frozen=True)
 class TrainingScan:
-    """One scan as training sees it.
+    """One scan, as training uses it.
 
     Attributes:
         image: (C, H, W, D) float32.
-        label: (H, W, D) uint8, labeled scans only.
-        target: pseudo-label y (K, H, W, D) in [0, 1], where one was accepted.
-        uncertainty: U (K, H, W, D), with the target.
+        label: (H, W, D) uint8 of class indices; labeled scans only.
+        target: pseudo-label y (K, H, W, D) in [0, 1]; None if none was accepted.
+        uncertainty: U (K, H, W, D), together with `target`.
         valid: (K,) bool, which classes of `target` were accepted.
     """
 
@@ -58,19 +58,21 @@ class Batch:
 
 
 class PatchStream:
-    """Endless batches: every scan once in random order, then again; crop, flip, deform, change intensities.
+    """Endless batches of augmented patches: crop, flip, deform, change intensities.
 
-    A patch around foreground is around a class drawn at random from those that the scan has, so that a small structure
-    is seen as often as a large one.
-
-    The n-th batch depends on the seed and n alone.
+    Each pass visits every scan once, in random order. A foreground patch is centred on a class drawn at random from
+    those present in the scan, so that small structures are sampled as often as large ones. The n-th batch depends on
+    the seed and n alone.
 
     Args:
-        scans: loads the k-th scan when asked.
-        count: how many scans there are; at least one.
+        scans: loads the k-th scan.
+        count: number of scans; at least one.
         plan: patch size, augmentation, classes.
-        batch_size: patches a batch.
+        batch_size: patches per batch.
         seed: seed of order and augmentation.
+
+    Raises:
+        ValueError: there is no scan.
     """
 
     def __init__(
@@ -110,9 +112,9 @@ class PatchStream:
         sample["where"] = foreground
         transforms = self._around_foreground if bool(foreground.any()) else self._anywhere
         transforms.set_random_state(seed=int(self._random.randint(2**31 - 1)))
-        cut = transforms({name: MetaTensor(value) for name, value in sample.items()})
-        cut = cut[0] if isinstance(cut, list) else cut
-        plain = {name: cut[name].as_tensor() for name in CARRIED}
+        patch = transforms({name: MetaTensor(value) for name, value in sample.items()})
+        patch = patch[0] if isinstance(patch, list) else patch
+        plain = {name: patch[name].as_tensor() for name in CARRIED}
         return TrainingScan(
             image=plain["image"].float(),
             label=None if scan.label is None else plain["label"][0].round().to(torch.uint8),
@@ -122,7 +124,7 @@ class PatchStream:
         )
 
     def _foreground(self, scan: TrainingScan, classes: int) -> Tensor:
-        """Return where one class of the scan is, (1, H, W, D) bool; nowhere if it has none."""
+        """Return the mask of one randomly drawn class of the scan, (1, H, W, D) bool; empty if it has no class."""
         shape = scan.image.shape[1:]
         if scan.label is not None:
             masks = [scan.label == k for k in range(1, 1 + classes)]
@@ -143,12 +145,12 @@ def _transforms(plan: Plan, crop: object) -> Compose:
         *(RandFlipd(CARRIED, prob=augment.flip, spatial_axis=axis) for axis in range(3)),
     ]
     if augment.affine_probability > 0:
-        turn = float(np.deg2rad(augment.rotation_degrees))
+        angle = float(np.deg2rad(augment.rotation_degrees))
         steps.append(
             RandAffined(
                 CARRIED,
                 prob=augment.affine_probability,
-                rotate_range=(turn / 3, turn / 3, turn),
+                rotate_range=(angle / 3, angle / 3, angle),
                 scale_range=(augment.scale,) * 3,
                 mode=("bilinear", "nearest", "bilinear", "bilinear"),
                 padding_mode="border",

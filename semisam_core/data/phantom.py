@@ -1,8 +1,8 @@
-"""Phantom hospitals: procedural 3D abdomens, seen by scanners that differ, written as ordinary NIfTI files.
+"""Phantom hospitals: procedural 3D abdomens, imaged by different scanners, written as ordinary NIfTI files.
 
-An organ is an ellipsoid whose surface is bent by a few random waves. Organs differ between patients in place, size,
-turn, shape and signal; their signals overlap, neighbours touch, voxels at borders mix both sides, and the scanner adds
-its bias field, noise, gain, contrast, voxel size and axes. All lengths are millimetres, all coordinates RAS+.
+An organ is an ellipsoid whose surface is deformed by a few random waves. Organs vary between patients in position,
+size, rotation, shape and signal. Signals overlap, neighbours touch, border voxels show partial volume, and the scanner
+adds its bias field, noise, gain, contrast, voxel size and axes. All lengths are in millimetres, all coordinates RAS+.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _EXTENT_MM = (206.0, 206.0, 128.0)
 
 @dataclass(frozen=True)
 class Scanner:
-    """How one hospital's scanner sees.
+    """How one hospital's scanner images a patient.
 
     Attributes:
         spacing_mm: voxel size along right, anterior, superior.
         axes: the axes of its files, such as "RAS" or "PIL".
-        gain: factor of every signal.
+        gain: factor applied to every signal.
         offset: added to every signal.
-        gamma: exponent of the contrast, 1 is linear.
+        gamma: contrast exponent; 1 is linear.
         bias: relative amplitude of the slow inhomogeneity.
-        noise: standard deviation of the noise, where organs are 0.3 to 0.9.
+        noise: standard deviation of the noise; organs have signals of 0.3 to 0.9.
     """
 
     spacing_mm: tuple[float, float, float]
@@ -51,7 +51,7 @@ class Scanner:
 
 @dataclass(frozen=True)
 class _Organ:
-    """Population mean of one organ. Later ones in the list lie over earlier ones."""
+    """Population mean of one organ. Later organs in `ORGANS` overwrite earlier ones."""
 
     name: str
     centre: tuple[float, float, float]
@@ -85,11 +85,11 @@ def make_phantom(scanner: Scanner, seed: int) -> tuple[Volume, NDArray[np.uint8]
     """Return one patient's scan and organ map, both (H, W, D) in RAS+ order.
 
     Args:
-        scanner: what sees the patient.
-        seed: the patient; the same seed and scanner give the same voxels.
+        scanner: the scanner.
+        seed: selects the patient; the same seed and scanner give the same voxels.
 
     Returns:
-        The scan, float32, and the organ map: 0, or 1 + the organ's place in `ORGAN_NAMES`.
+        The scan, float32, and the organ map: 0, or 1 + the organ's index in `ORGAN_NAMES`.
     """
     random = np.random.default_rng(seed)
     grid = _grid(scanner.spacing_mm)
@@ -99,15 +99,15 @@ def make_phantom(scanner: Scanner, seed: int) -> tuple[Volume, NDArray[np.uint8]
     signal = np.zeros(grid.shape[1:], np.float32)
     organs = np.zeros(grid.shape[1:], np.uint8)
     body: Volume | None = None
-    for place, organ in enumerate((_BODY, *ORGANS)):
+    for index, organ in enumerate((_BODY, *ORGANS)):
         inside = _depth_mm(organ, patient, random)
         body = inside if body is None else body
         inside = np.minimum(inside, body)
         share = np.clip(0.5 + inside / softness, 0.0, 1.0)  # partial volume at the border
         level = organ.signal * (1.0 + random.normal(0.0, 0.06))
         signal += share * (level + _texture(random, signal.shape, 0.05) - signal)
-        organs[inside > 0] = place
-    signal = _see(signal, scanner, random)
+        organs[inside > 0] = index
+    signal = _acquire(signal, scanner, random)
     return signal.astype(np.float32), organs
 
 
@@ -120,16 +120,16 @@ def write_phantom_site(
     target_organs: Sequence[str] = ("liver",),
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Write a hospital's scans and labels: images/<prefix>-00.nii.gz and labels/<prefix>-00.nii.gz and so on.
+    """Write a hospital's scans and labels: images/<prefix>-00.nii.gz, labels/<prefix>-00.nii.gz and so on.
 
     Args:
-        folder: made if absent; files of the same name are replaced.
+        folder: created if missing; files of the same name are replaced.
         scanner: the hospital's scanner.
-        cases: how many patients.
-        seed: of the hospital; patients differ by it and by their number.
+        cases: number of patients.
+        seed: the hospital's seed; a patient depends on it and on the patient's number.
         prefix: start of the case names.
-        target_organs: the organs to label, 1 for the first and so on.
-        progress: told (patients done, patients).
+        target_organs: organs to label: the first with 1, the second with 2, and so on.
+        progress: called with (patients done, patients).
 
     Raises:
         ValueError: an organ is unknown.
@@ -152,7 +152,7 @@ def write_phantom_site(
 
 
 def _grid(spacing: tuple[float, float, float]) -> Volume:
-    """Return the RAS coordinates of voxel centres, (3, H, W, D), with the isocentre in the middle."""
+    """Return the RAS coordinates of voxel centres, (3, H, W, D), centred on the isocentre."""
     axes = []
     for extent, step in zip(_EXTENT_MM, spacing, strict=True):
         count = round(extent / step)
@@ -161,12 +161,12 @@ def _grid(spacing: tuple[float, float, float]) -> Volume:
 
 
 def _depth_mm(organ: _Organ, patient: Volume, random: np.random.Generator) -> Volume:
-    """Return how deep each point lies inside one patient's organ (H, W, D); negative outside. Near the border only."""
+    """Return each point's depth in mm inside an organ (H, W, D), negative outside; exact near the border only."""
     radii = np.asarray(organ.radii, np.float32) * random.normal(1.0, 0.12) * random.normal(1.0, 0.08, 3)
     radii = np.maximum(radii, 0.6 * np.asarray(organ.radii))
     centre = np.asarray(organ.centre, np.float32) + random.normal(0.0, 4.0, 3)
-    turn = Rotation.from_euler("xyz", random.normal(0.0, 12.0 if organ.radii[2] < 100 else 2.0, 3), degrees=True)
-    local = np.tensordot(turn.as_matrix(), patient - centre[:, None, None, None], axes=1)
+    rotation = Rotation.from_euler("xyz", random.normal(0.0, 12.0 if organ.radii[2] < 100 else 2.0, 3), degrees=True)
+    local = np.tensordot(rotation.as_matrix(), patient - centre[:, None, None, None], axes=1)
     scaled = local / radii[:, None, None, None]
     radius = np.sqrt((scaled**2).sum(0))
     wave = np.zeros_like(radius)
@@ -186,13 +186,13 @@ def _texture(random: np.random.Generator, shape: tuple[int, ...], amplitude: flo
     return texture
 
 
-def _see(signal: Volume, scanner: Scanner, random: np.random.Generator) -> NDArray[Any]:
+def _acquire(signal: Volume, scanner: Scanner, random: np.random.Generator) -> NDArray[Any]:
     slow = gaussian_filter(random.normal(0.0, 1.0, signal.shape), [side / 4 for side in signal.shape])
     bias = np.exp(scanner.bias * slow / np.abs(slow).max())
     contrast = np.clip(signal * bias, 0.0, None) ** scanner.gamma
     noisy = contrast + random.normal(0.0, scanner.noise, signal.shape)
-    seen: NDArray[Any] = noisy * scanner.gain * random.normal(1.0, 0.08) + scanner.offset
-    return seen
+    acquired: NDArray[Any] = noisy * scanner.gain * random.normal(1.0, 0.08) + scanner.offset
+    return acquired
 
 
 def _write(path: Path, volume: NDArray[Any], scanner: Scanner) -> None:

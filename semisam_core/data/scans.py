@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -21,32 +22,21 @@ from monai.transforms import (
     SpatialResample,
 )
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from semisam_core.data.cases import Case
+from semisam_core.data.geometry import Geometry, axis_change, check_same_grid
+from semisam_core.data.labels import class_indices
+from semisam_core.data.nifti import NiftiVolume, by_axis, open_nifti
 from semisam_core.errors import CaseError
 from semisam_core.files import save_tensors
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.task import Data
 
-AFFINE_TOLERANCE_MM = 1e-2
-PREPARED_VERSION = "1"
+PREPARED_VERSION = "2"
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where a voxel array lies: its shape (X, Y, Z) and the 4x4 affine from voxels to millimetres (RAS+)."""
-
-    shape: tuple[int, int, int]
-    affine: Tensor
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Length of a voxel along each array axis."""
-        lengths = torch.linalg.norm(self.affine[:3, :3], dim=0)
-        return (float(lengths[0]), float(lengths[1]), float(lengths[2]))
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,8 @@ class Scan:
         image: (C, H, W, D) float32, normalised as the plan says; H, W, D run along R, A, S.
         label: (H, W, D) uint8 of class indices (0 background, k the plan's k-th class), or None.
         grid: geometry of `image`.
-        original: geometry of the file.
+        original: geometry of the image file.
+        notes: sentences on conversions and rounding.
     """
 
     id: str
@@ -66,38 +57,52 @@ class Scan:
     label: Tensor | None
     grid: Geometry
     original: Geometry
+    notes: tuple[str, ...] = ()
 
 
-def load_scan(case: Case, plan: Plan, prepared: Path | None = None) -> Scan:
+def load_scan(case: Case, plan: Plan, prepared: Path | None = None, memory_gb: float | None = None) -> Scan:
     """Read, check and prepare one case.
+
+    Conversions and rounding are logged when the scan is prepared, and kept in `Scan.notes`.
 
     Args:
         case: which files. An unlabeled case has no label path, so its label cannot be read.
-        plan: spacing, intensity and classes.
-        prepared: folder in which prepared scans are kept, keyed by content of the files and the plan's grid.
+        plan: spacing, intensity, classes, and what to do with NaN.
+        prepared: folder of prepared scans, keyed by the content of the files and the plan's grid.
+        memory_gb: largest image to load, on its own or on the plan's grid; None for no limit. Judged by headers alone.
 
     Raises:
-        CaseError: the file is truncated, not 3D, not finite, or its label does not fit.
+        CaseError: a file is unreadable, no 3D volume of a plausible size, too large, or not finite; or channels or
+            label do not fit the image.
     """
-    key = _prepared_key(case, plan)
-    if prepared is not None and (kept := _read_prepared(prepared / f"{key}.safetensors", case.id)):
+    channels = [open_nifti(path, case.id, "image") for path in case.images]
+    if memory_gb is not None:
+        _check_memory(case.id, channels, plan.data, memory_gb)
+    path = prepared / f"{_prepared_key(case, plan)}.safetensors" if prepared is not None else None
+    if path is not None and (kept := _read_prepared(path, case.id)):
         return kept
-    scan = _prepare(case, plan)
-    if prepared is not None:
-        _write_prepared(prepared / f"{key}.safetensors", scan)
+    scan = _prepare(case, channels, plan)
+    for note in scan.notes:
+        logger.warning("%s: %s.", case.id, note)
+    if path is not None:
+        _write_prepared(path, scan)
     return scan
 
 
 def load_original_label(case: Case, plan: Plan) -> tuple[Tensor, Geometry]:
-    """Return a case's label in the file's own geometry: (X, Y, Z) uint8 of class indices.
+    """Return a case's label on the grid of its image file: (X, Y, Z) uint8 of class indices, and that grid.
+
+    A label stored along other axes than the image is permuted and flipped into the image's order.
 
     Raises:
-        CaseError: the case has no readable label, or it has values outside the plan's classes.
+        CaseError: the case has no readable label, the label does not lie on the image, or it has values outside the
+            plan's classes.
     """
     if case.label is None:
         raise CaseError(f"{case.id}: an {case.role.value} case has no label to read.")
-    array, affine = _read_nifti(case.label, case.id, "label")
-    return _class_indices(array, plan, case.id), Geometry(_shape(array), affine)
+    image = open_nifti(case.images[0], case.id, "image").geometry
+    array = _read_onto(image, open_nifti(case.label, case.id, "label"), "label")
+    return class_indices(array, plan.task, case.id)[0], image
 
 
 def keep_classes(label: Tensor, classes: Collection[int]) -> Tensor:
@@ -111,74 +116,77 @@ def to_original(probability: Tensor, scan: Scan) -> Tensor:
 
 
 def resample(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
-    """Resample maps (K, ...) from one grid to another, linearly; beyond the source's edge they keep its values."""
+    """Resample maps (K, ...) linearly from one grid to another; outside the source, its edge values continue."""
     if source.shape == target.shape and torch.allclose(source.affine, target.affine):
         return maps
-    mover = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=torch.float32)
-    moved = mover(
+    resampler = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float32)
+    moved = resampler(
         MetaTensor(maps.float().cpu(), affine=source.affine), dst_affine=target.affine, spatial_size=target.shape
     )
     tensor: Tensor = moved.as_tensor()
     return tensor
 
 
-def _prepare(case: Case, plan: Plan) -> Scan:
-    arrays, affines = zip(*(_read_nifti(path, case.id, "image") for path in case.images), strict=True)
-    original = Geometry(_shape(arrays[0]), affines[0])
-    for array, affine in zip(arrays[1:], affines[1:], strict=True):
-        _check_same_grid(case.id, "channel", original, Geometry(_shape(array), affine))
-    stack = np.stack(arrays).astype(np.float32)
-    if not np.isfinite(stack).all():
-        raise CaseError(f"{case.id}: the image has {int((~np.isfinite(stack)).sum())} NaN or infinite voxels.")
-    image = _onto_grid(torch.from_numpy(stack), original.affine, plan.data, "bilinear")
-    label = None
+def _check_memory(case_id: str, channels: Sequence[NiftiVolume], data: Data, memory_gb: float) -> None:
+    original = channels[0].geometry
+    along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(original)
+    grid = [math.ceil(extent / step) for extent, step in zip(along_ras.extent_mm, data.spacing_mm, strict=True)]
+    voxels = max(math.prod(grid), *(math.prod(each.geometry.shape) for each in channels))
+    needed_gb = len(channels) * voxels * 4 / 1e9
+    if needed_gb > memory_gb:
+        raise CaseError(
+            f"{case_id}: the image would take {needed_gb:.3g} GB of memory, storage.memory_gb allows {memory_gb:g}. It "
+            f"has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm; on the plan's grid its shape "
+            f"would be about {tuple(grid)}. Correct the voxel size if it is wrong, or raise storage.memory_gb."
+        )
+
+
+def _prepare(case: Case, channels: Sequence[NiftiVolume], plan: Plan) -> Scan:
+    original = channels[0].geometry
+    stack = np.stack([_read_onto(original, channel, "channel") for channel in channels])  # (C, X, Y, Z)
+    notes = list(dict.fromkeys(note for channel in channels for note in channel.notes))
+    indices, label = None, None
     if case.label is not None:
-        indices, geometry = load_original_label(case, plan)
-        _check_same_grid(case.id, "label", original, geometry)
+        volume = open_nifti(case.label, case.id, "label")
+        indices, rounded = class_indices(_read_onto(original, volume, "label"), plan.task, case.id)
         moved = _onto_grid(indices[None].float(), original.affine, plan.data, "nearest")
         label = moved.as_tensor()[0].round().to(torch.uint8)
+        notes += [*volume.notes, *rounded]
+    notes += _make_finite(stack, indices, plan.data, case.id)
+    image = _onto_grid(torch.from_numpy(stack), original.affine, plan.data, "bilinear")
     grid = Geometry(_shape(image[0]), image.affine.double().cpu())
-    return Scan(case.id, _normalise(image.as_tensor(), plan.data), label, grid, original)
+    return Scan(case.id, _normalise(image.as_tensor(), plan.data), label, grid, original, tuple(notes))
 
 
-def _read_nifti(path: Path, case_id: str, what: str) -> tuple[NDArray[np.float32], Tensor]:
-    try:
-        file = nib.load(path)
-        array = np.asarray(file.dataobj, dtype=np.float32)
-        affine = np.asarray(file.affine, dtype=np.float64)
-    except Exception as error:  # noqa: BLE001 - nibabel, zlib and gzip raise many kinds for a bad file
-        raise CaseError(f"{case_id}: the {what} file cannot be read ({type(error).__name__}: {error}).") from None
-    if array.ndim != 3:
-        raise CaseError(f"{case_id}: the {what} is {array.ndim}D with shape {array.shape}; a 3D volume is expected.")
-    if min(array.shape) < 4:
-        raise CaseError(f"{case_id}: the {what} has shape {array.shape}; at least 4 voxels a side are needed.")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise CaseError(f"{case_id}: the {what} has no usable affine (voxel size and direction).")
-    return array, torch.from_numpy(affine)
+def _read_onto(image: Geometry, volume: NiftiVolume, what: str) -> NDArray[np.float32]:
+    """Read a volume and permute and flip its axes into the image's order, without interpolation: (X, Y, Z).
+
+    The grids are compared before any voxel is read.
+    """
+    change = axis_change(volume.geometry, image)
+    check_same_grid(volume.case_id, what, image, change.geometry(volume.geometry))
+    return change.array(volume.voxels())
 
 
-def _check_same_grid(case_id: str, what: str, expected: Geometry, found: Geometry) -> None:
-    if expected.shape != found.shape:
-        raise CaseError(f"{case_id}: the {what} has shape {found.shape}, the image has {expected.shape}.")
-    apart = float((expected.affine - found.affine).abs().max())
-    if apart > AFFINE_TOLERANCE_MM:
-        raise CaseError(f"{case_id}: the {what} lies elsewhere than the image: affines differ by up to {apart:.3g} mm.")
+def _make_finite(stack: NDArray[np.float32], label: Tensor | None, data: Data, case_id: str) -> list[str]:
+    """Set NaN to zero in place if the plan says `nan: zero`; return a note if there was any.
 
-
-def _class_indices(array: NDArray[np.float32], plan: Plan, case_id: str) -> Tensor:
-    classes = enumerate(plan.task.classes, start=1)
-    accepted = {0: 0} | {value: k for k, target in classes for value in target.label_values}
-    values = np.unique(array)
-    foreign = [float(value) for value in values if float(value) not in accepted]
-    if plan.task.ignore_other_values:
-        foreign = [value for value in foreign if not (value >= 1 and value.is_integer())]
-    if foreign:
-        shown = ", ".join(f"{value:g}" for value in foreign[:5]) + (", ..." if len(foreign) > 5 else "")
-        raise CaseError(f"{case_id}: the label has the values {shown}; the plan's classes accept {sorted(accepted)}.")
-    indices = np.zeros(array.shape, np.uint8)
-    for value, index in accepted.items():
-        indices[array == value] = index
-    return torch.from_numpy(indices)
+    NaN must be background, as registration or masking leaves it: it may neither fill a channel nor lie where the label
+    marks a structure.
+    """
+    missing = np.isnan(stack)
+    count, bad = int(missing.sum()), int((~np.isfinite(stack)).sum())
+    if bad > count or (bad and data.nan == "refuse"):
+        hint = "" if bad > count else " If NaN marks background only, the plan may say data.nan: zero."
+        raise CaseError(f"{case_id}: the image has {bad} NaN or infinite voxels.{hint}")
+    if missing.all(axis=(1, 2, 3)).any():
+        raise CaseError(f"{case_id}: every voxel of a channel is NaN.")
+    if label is not None and bool((missing.any(0) & (label.numpy() > 0)).any()):
+        raise CaseError(
+            f"{case_id}: the image is NaN where the label marks a structure; data.nan: zero is for background."
+        )
+    stack[missing] = 0.0
+    return [f"{count} NaN voxels were set to 0, as the plan's data.nan says"] if count else []
 
 
 def _onto_grid(channels: Tensor, affine: Tensor, data: Data, mode: str) -> MetaTensor:
@@ -210,10 +218,11 @@ def _prepared_key(case: Case, plan: Plan) -> str:
     digest = hashlib.sha256()
     grid = plan.data.model_dump_json(include={"spacing_mm", "intensity"})
     classes = ([c.label_values for c in plan.task.classes], plan.task.ignore_other_values)
-    digest.update(f"{PREPARED_VERSION}|{grid}|{classes}|{len(plan.task.channels)}".encode())
+    digest.update(f"{PREPARED_VERSION}|{grid}|{plan.data.nan}|{classes}|{len(plan.task.channels)}".encode())
     for path in (*case.images, *((case.label,) if case.label is not None else ())):
         try:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise CaseError(f"{case.id}: a file cannot be read ({error.strerror}).") from None
     return digest.hexdigest()
@@ -229,17 +238,19 @@ def _write_prepared(path: Path, scan: Scan) -> None:
     if scan.label is not None:
         tensors["label"] = scan.label
     try:
-        save_tensors(path, tensors)
+        save_tensors(path, tensors, {"notes": json.dumps(scan.notes)})
     except OSError as error:
-        logging.getLogger(__name__).warning("A prepared scan could not be kept on disk: %s", error.strerror)
+        logger.warning("A prepared scan could not be kept on disk: %s", error.strerror)
 
 
 def _read_prepared(path: Path, case_id: str) -> Scan | None:
     try:
-        kept = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            notes = tuple(json.loads((file.metadata() or {}).get("notes", "[]")))
     except (OSError, SafetensorError):
         return None
     image, label = kept["image"], kept.get("label")
-    shape = kept["original_shape"].tolist()
-    original = Geometry((shape[0], shape[1], shape[2]), kept["original_affine"])
-    return Scan(case_id, image, label, Geometry(_shape(image[0]), kept["grid_affine"]), original)
+    x, y, z = kept["original_shape"].tolist()
+    original = Geometry((x, y, z), kept["original_affine"])
+    return Scan(case_id, image, label, Geometry(_shape(image[0]), kept["grid_affine"]), original, notes)

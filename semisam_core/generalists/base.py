@@ -1,4 +1,4 @@
-"""The generalist seam: what a frozen promptable foundation model must offer, and the prompts it may be given."""
+"""The interface of generalists: frozen promptable foundation models, and the prompts they take."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 class PromptKind(StrEnum):
     """The kinds of prompt that a generalist may declare.
 
-    `PROPAGATED`: prompts on a few slices, carried to the others by the model itself. Text would be one more kind here
-    and one more field of `Prompts`; no generalist takes it yet.
+    `PROPAGATED`: prompts on a few slices, which the model carries to the others. Text would be another kind here and
+    another field of `Prompts`; no generalist takes it yet.
     """
 
     BOX_2D = "box-2d"
@@ -59,9 +59,9 @@ class Point:
     """One click.
 
     Attributes:
-        position: (h, w, d) in voxels of the scan; whole numbers are voxel centres. For a slice-wise model, d is the
-            number of the slice and whole.
-        positive: whether the target is there (a negative click says that it is not).
+        position: (h, w, d) in voxels of the scan; whole numbers are voxel centres. For a slice-wise model, d is a slice
+            number and must be whole.
+        positive: whether the click is on the target; a negative one is on something else.
     """
 
     position: tuple[float, float, float]
@@ -70,15 +70,15 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """One prompt set for one target class of one scan. A further kind of prompt is a further field.
+    """One prompt set for one target class of one scan. A new kind of prompt is a new field.
 
     Attributes:
         boxes: boxes on slices.
         points: clicks, on slices or in the volume.
-        mask: foreground probability of the class (H, W, D) in [0, 1]: the specialist's, or the model's own last answer.
+        mask: foreground probability of the class (H, W, D) in [0, 1]: the specialist's, or the model's previous answer.
             A slice-wise model uses it on each slice that has a voxel above 0.5 or another prompt.
-        span: first and last slice to answer, for a model that carries prompts from slice to slice; None answers the
-            prompted slices only.
+        span: first and last slice to answer, for a model that carries prompts from slice to slice; with None only the
+            prompted slices are answered.
     """
 
     boxes: tuple[SliceBox, ...] = ()
@@ -87,10 +87,10 @@ class Prompts:
     span: tuple[int, int] | None = None
 
     def refuse_kinds_beyond(self, card: GeneralistCard) -> None:
-        """Check that a model takes everything that is given here.
+        """Check that a model takes all kinds of prompt that are given.
 
         Raises:
-            ValueError: it does not.
+            ValueError: a prompt is of a kind that the card does not declare.
         """
         flat = bool(card.prompt_kinds & SLICE_KINDS)
         given = {
@@ -104,7 +104,7 @@ class Prompts:
             raise ValueError(f"{card.name} takes no prompts of kind {', '.join(refused)}; accepted: {accepted}")
 
     def slices(self) -> tuple[int, ...]:
-        """Return the slices along the last axis that have a box, a point or mask foreground; ascending, each once."""
+        """Return the slices along the last axis that have a box, a point or mask foreground, in ascending order."""
         found = {box.index for box in self.boxes} | {round(point.position[2]) for point in self.points}
         if self.mask is not None:
             found |= {int(index) for index in (self.mask > 0.5).any(0).any(0).nonzero()[:, 0]}
@@ -113,12 +113,12 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What a generalist answers to one prompt set.
+    """A generalist's answer to one prompt set.
 
     Attributes:
         probability: foreground probability of the prompted class, (H, W, D) float32 in [0, 1]; 0 where not prompted.
-        quality: the model's own estimate of its overlap with the truth for each embedding unit that answered (slice
-            or crop -> predicted IoU in [0, 1]).
+        quality: embedding unit (slice or crop) -> the model's own estimate of its overlap with the truth there
+            (predicted IoU in [0, 1]).
     """
 
     probability: Tensor
@@ -127,18 +127,18 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class GeneralistCard:
-    """What a person must know of a generalist before letting it label scans.
+    """What a person should know about a generalist before letting it label scans.
 
     Attributes:
         name: as plans and site files call it.
         prompt_kinds: the prompts that it was trained for.
-        preprocessing: what is done to a scan before the encoder, versioned; part of the key of stored embeddings.
-        licence: of the weights.
-        source: where the weights are published, by name.
-        training_data: what it was trained on, as far as published.
-        overlaps: common benchmarks whose scans its training data names or may hold.
-        feature_maps: whether its embeddings are maps of features over a slice, from which prototypes of a class can be
-            taken: the model is a `slices.FeatureMaps`.
+        preprocessing: how scans are prepared for the encoder, versioned; part of the key of stored embeddings.
+        licence: licence of the weights.
+        source: the name of the weights and where they are published.
+        training_data: what it was trained on, to the extent that this is published.
+        overlaps: common benchmarks whose scans are, or may be, in its training data.
+        feature_maps: whether its embeddings are feature maps of slices, so that prototypes of a class can be computed;
+            the model then implements `slices.FeatureMaps`.
     """
 
     name: str
@@ -154,8 +154,8 @@ class GeneralistCard:
 class Generalist(Protocol):
     """A frozen promptable model. Its parameters are never trained and never leave the site.
 
-    A scan is encoded in *units* (slices for a 2D model, crops for a 3D one), so that only those which a prompt
-    needs are ever encoded, each once. An embedding is one float tensor, of whatever shape the model likes.
+    A scan is encoded in *units*: slices for a 2D model, crops for a 3D one. Only units that a prompt needs are encoded,
+    each once. An embedding is a single float tensor whose shape is up to the model.
     """
 
     @property
@@ -167,10 +167,10 @@ class Generalist(Protocol):
         """SHA-256 of the weights file, part of the key of every stored embedding."""
 
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
-        """Return the embedding units which these prompts need, ascending, each once."""
+        """Return the embedding units that these prompts need, in ascending order."""
 
     def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
-        """Encode the given units of a scan (H, W, D); returns unit -> embedding, float32 on the CPU."""
+        """Encode units of a scan (H, W, D); return unit -> embedding, float32 on the CPU."""
 
     def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
-        """Answer one prompt set from embeddings of all its units."""
+        """Answer one prompt set from the embeddings of all its units."""

@@ -1,4 +1,7 @@
-"""What a person must know of each generalist before letting it label scans; read without loading any."""
+"""What a person should know about each generalist before letting it label scans. Reading a card loads no model.
+
+The texts under `preprocessing` are part of the keys of stored embeddings: sites encode all scans again if one changes.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ LITE_MEDSAM = GeneralistCard(
     training_data=(
         "Training set of the CVPR 2024 challenge 'Segment Anything in Medical Images on Laptop' "
         "(codabench.org/competitions/1847), distilled from MedSAM (Ma et al., Nature Communications 2024): CT, "
-        "MR, X-ray, ultrasound, endoscopy, dermoscopy, fundus and other images of public collections. No list by "
-        "scan is published.",
+        "MR, X-ray, ultrasound, endoscopy, dermoscopy, fundus and other images from public collections. No list of "
+        "scans is published.",
     ),
-    overlaps=("any public challenge scan may be among them",),
+    overlaps=("any public challenge scan may be in the training data",),
     feature_maps=True,
 )
 
@@ -40,7 +43,7 @@ SAM = GeneralistCard(
     ),
     training_data=(
         "SA-1B: 11 million licensed photographs with 1.1 billion masks (Kirillov et al., ICCV 2023). No medical "
-        "collection is named.",
+        "collection is listed.",
     ),
     feature_maps=True,
 )
@@ -58,10 +61,10 @@ MEDSAM = GeneralistCard(
         "github.com/bowang-lab/MedSAM"
     ),
     training_data=(
-        "SAM ViT-B, its image encoder and mask decoder trained further on over a million (1,570,263 in the paper) "
-        "image-mask pairs of public collections (Ma et al., Nature Communications 2024): CT, MR, PET-CT, X-ray, "
-        "mammography, OCT, ultrasound, dermoscopy, endoscopy, fundus, pathology; of each, 80 % for training.",
-        "Named in its supplementary tables as kept out of training: ACDC, CHAOS, HaN-Seg, QUBIQ, WORD, LNQ2023, "
+        "SAM ViT-B with image encoder and mask decoder fine-tuned on over a million (1,570,263 in the paper) pairs of "
+        "images and masks from public collections (Ma et al., Nature Communications 2024): CT, MR, PET-CT, X-ray, "
+        "mammography, OCT, ultrasound, dermoscopy, endoscopy, fundus, pathology; 80 % of each for training.",
+        "Held out from training, by its supplementary tables: ACDC, CHAOS, HaN-Seg, QUBIQ, WORD, LNQ2023, "
         "StructSeg, HCC-TACE-Seg, Kvasir, IDRiD, PAPILA, GlaS.",
     ),
     overlaps=(
@@ -81,7 +84,7 @@ MEDSAM = GeneralistCard(
         "KiPA",
         "KiTS",
         "M&Ms",
-        "Medical Segmentation Decathlon (heart, that is left atrium; prostate, colon, hepatic vessel, lung, pancreas, "
+        "Medical Segmentation Decathlon (heart, i.e. left atrium; prostate, colon, hepatic vessel, lung, pancreas, "
         "spleen)",
         "NCI-ISBI prostate",
         "PI-CAI",
@@ -100,9 +103,9 @@ _CUBES = (
 )
 _CLICKS_AND_MASK = frozenset({PromptKind.POINTS_3D, PromptKind.MASK_3D})
 _SA_MED3D = (
-    "SA-Med3D-140K: 21,729 scans with 143,518 masks, of 70 public collections and, 8,128 of them, of 24 hospitals "
+    "SA-Med3D-140K: 21,729 scans with 143,518 masks, from 70 public collections and (8,128 scans) from 24 hospitals "
     "(Wang et al., IEEE TNNLS 2025). Its masks are published.",
-    "Named in the list of training folders of the published code: AbdomenCT-1K, AMOS 2022, ATLAS 2, ATM 2022, BrainPTM "
+    "Training folders listed in the published code: AbdomenCT-1K, AMOS 2022, ATLAS 2, ATM 2022, BrainPTM "
     "2021, BraTS 2021, BTCV (abdomen, cervix), CAUSE07, COVID-19-20, COVID-19 CT scans, CT-ORG, CTPelvic1K, CTSpine1K, "
     "FeTA 2022, FLARE 2021, Head and Neck Auto-Segmentation Challenge, Heart Seg MRI, ISLES 2022, iSeg 2017, 2019 and "
     "cSeg 2022, KiPA 2022, LAScarQS 2022, LiTS, LNDb, Longitudinal MS Lesion, LUNA16, MM-WHS, MRBrainS 2013 and 2018, "
@@ -113,13 +116,13 @@ _SAM_MED3D_OVERLAPS = (
     "AbdomenCT-1K",
     "AMOS",
     "ATLAS",
-    "BraTS 2021 and, held in it or in the Decathlon, earlier years",
+    "BraTS 2021 and earlier years, which it or the Decathlon includes",
     "BTCV",
     "FeTA",
     "FLARE 2021",
     "ISLES 2022",
     "KiPA",
-    "Left Atrium 2018 (ASC, LA): not named, but LAScarQS 2022 is, with scans of the same source, University of Utah",
+    "Left Atrium 2018 (ASC, LA): not listed, but LAScarQS 2022 is, whose scans are also from the University of Utah",
     "LiTS",
     "Medical Segmentation Decathlon",
     "MM-WHS",
@@ -151,7 +154,7 @@ SAM_MED3D_TURBO = GeneralistCard(
     ),
     training_data=(
         *_SA_MED3D,
-        "Then trained further on 44 collections, as its authors list: AbdomenCT-1K, AMOS 2022, ATM 2022, BrainPTM, "
+        "Then fine-tuned on 44 collections listed by its authors: AbdomenCT-1K, AMOS 2022, ATM 2022, BrainPTM, "
         "BrainTumour (Decathlon), BraTS 2020 and 2021, BTCV cervix, CAUSE07, CHAOS task 4, COSMOS 2022, COVID-19 CT "
         "scans, CT-ORG, CTPelvic1K, FLARE 2021 and 2022, Heart Seg MRI, ISLES 2015 (SISS, SPES), KiPA 2022, KiTS and "
         "KiTS 2021, LAScarQS 2022 (tasks 1 and 2), LiTS, MM-WHS, Decathlon (colon, hepatic vessel, liver, pancreas, "
@@ -172,8 +175,8 @@ SEGANYPET = GeneralistCard(
     ),
     training_data=(
         "v1: PETS-5k, 5,731 whole-body PET scans (Zhang et al., ICCV 2025).",
-        "v2: 11,041 whole-body PET scans with 59,831 masks, of AutoPET, UDPET and three private cohorts (Zhang et al., "
-        "arXiv 2603.11627); lesion: v2 trained further on lesions. Adapted from SAM-Med3D; no list by scan is "
+        "v2: 11,041 whole-body PET scans with 59,831 masks, from AutoPET, UDPET and three private cohorts (Zhang et "
+        "al., arXiv 2603.11627); lesion: v2 fine-tuned on lesions. Adapted from SAM-Med3D. No list of scans is "
         "published.",
     ),
     overlaps=("autoPET", "UDPET"),
@@ -189,19 +192,19 @@ VISTA3D = GeneralistCard(
     ),
     licence=(
         "NVIDIA License (NCLS v1): research or evaluation only, not commercial. The copy named NV-Segment-CT is "
-        "published under the NVIDIA Open Model License instead; the licence that came with the file holds"
+        "published under the NVIDIA Open Model License instead; the licence that came with the file applies"
     ),
     source=(
         "models/model.pt of the MONAI bundle vista3d (0.4.2 and later, MONAI 1.4 layout; github.com/Project-MONAI/"
         "model-zoo), or vista3d_pretrained_model/model.pt of nvidia/NV-Segment-CT. Not model_monai1.3.pt, whose "
-        "layers are named otherwise, and not NV-Segment-CTMR, whose point branch was not trained with the rest"
+        "layers have other names, and not NV-Segment-CTMR, whose point branch was not trained with the rest"
     ),
     training_data=(
         "11,454 CT volumes (He et al., CVPR 2025) with expert labels, pseudo-labels and supervoxels. The training "
-        "code (github.com/Project-MONAI/VISTA) names AbdomenCT-1K, AeroPath, AMOS22, Bone-NIH, BTCV abdomen and "
+        "code (github.com/Project-MONAI/VISTA) lists AbdomenCT-1K, AeroPath, AMOS22, Bone-NIH, BTCV abdomen and "
         "cervix, COVID-19, CRLM-CT, CT-ORG, CTPelvic1K-CLINIC, FLARE22, LIDC, Medical Segmentation Decathlon tasks 3 "
         "and 6 to 10, Multi-organ Abdominal CT, NLST, Pancreas-CT, StonyBrook-CT, TCIA colon, TotalSegmentator v1 and "
-        "v2, VerSe. It lists C4KC-KiTS, WORD and murine micro-CT as external evaluation data. No MR.",
+        "v2, VerSe. C4KC-KiTS, WORD and murine micro-CT are listed as external evaluation data. No MR.",
     ),
     overlaps=(
         "AbdomenCT-1K",
@@ -232,8 +235,8 @@ SAM2 = GeneralistCard(
         "of SAM 2 (sam2_hiera_tiny.pt and so on), of github.com/facebookresearch/sam2"
     ),
     training_data=(
-        "SA-V (videos), SA-1B (photographs) and further videos of Meta's own that are not published; for some models "
-        "also DAVIS, MOSE and YouTubeVOS (Ravi et al., ICLR 2025). No medical collection is named.",
+        "SA-V (videos), SA-1B (photographs) and unpublished videos of Meta's; for some models also DAVIS, MOSE and "
+        "YouTubeVOS (Ravi et al., ICLR 2025). No medical collection is listed.",
     ),
 )
 
@@ -245,18 +248,18 @@ MEDSAM2 = GeneralistCard(
         "(antialiased) to 512 x 512 whatever its proportions, three equal channels, less ImageNet's mean, over its "
         "standard deviation"
     ),
-    licence="research and education only, says its model card, which is also marked CC BY-SA 4.0; code Apache-2.0",
+    licence="research and education only by its model card, which is also marked CC BY-SA 4.0; code Apache-2.0",
     source=(
         "MedSAM2_latest.pt (or MedSAM2_2411.pt, MedSAM2_CTLesion.pt, MedSAM2_MRI_LiverLesion.pt, MedSAM2_US_Heart.pt) "
         "of github.com/bowang-lab/MedSAM2, at Hugging Face wanglab/MedSAM2"
     ),
     training_data=(
-        "SAM 2.1 tiny, all of it trained further on more than 455,000 3D image-mask pairs and 76,000 video frames of "
-        "public collections and of their authors' own annotations (Ma et al., arXiv 2504.03600): CT, MR, PET, "
-        "ultrasound, endoscopy. No list by scan is published.",
-        "Annotated with it by its authors: DeepLesion, LLD-MMRI, LUNA25, RVENet.",
+        "SAM 2.1 tiny, fine-tuned as a whole on more than 455,000 3D image-mask pairs and 76,000 video frames from "
+        "public collections, some annotated by its authors (Ma et al., arXiv 2504.03600): CT, MR, PET, ultrasound, "
+        "endoscopy. No list of scans is published.",
+        "Annotated by its authors with its help: DeepLesion, LLD-MMRI, LUNA25, RVENet.",
     ),
-    # Those that the dataset list of its authors (medsam-datasetlist.github.io) marks as in a training set.
+    # Those marked as training data in its authors' list of datasets (medsam-datasetlist.github.io).
     overlaps=(
         "AbdomenCT-1K",
         "AMOS",
@@ -275,6 +278,6 @@ MEDSAM2 = GeneralistCard(
         "PROMISE12",
         "TotalSegmentator",
         "WMH",
-        "any other public challenge scan may be among them",
+        "any other public challenge scan may be in the training data",
     ),
 )

@@ -1,8 +1,8 @@
-"""Where a scan lies in the cubes that a 3D encoder takes, for images, prompts and answers alike.
+"""How a scan maps to the cubes that a 3D encoder takes: one mapping for images, prompts and answers.
 
-A scan is resampled to isotropic voxels and cut in cubes on a fixed lattice, so that prompts which move a little find
-the cube that is already encoded. A voxel r covers the interval r to r + 1 and edges scale, so the centre of voxel r of
-the scan lies at (r + 0.5) * scale. Places are given in these edges; whole voxels of a cube are 0.5 less.
+A scan is resampled to isotropic voxels and cut into cubes on a fixed lattice, so that prompts that move a little still
+use a cube that is already encoded. Voxel r covers the interval from r to r + 1. Edges are scaled, so the centre of
+voxel r maps to (r + 0.5) * scale. Places are in these coordinates; subtract 0.5 for whole voxels of a cube.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _OVERLAP = 4  # neighbouring cubes start a quarter of a side apart
 
 @dataclass(frozen=True)
 class CropLattice:
-    """The cubes of one scan. They are numbered along the last axis first; the numbers follow from the grid alone.
+    """The cubes of one scan, numbered with the last axis fastest; the numbers depend on the grid alone.
 
-    Along an axis that is no longer than a cube there is one cube, centred, and the rest of it is padding. Along a
-    longer one, cubes start every quarter of a side, and the last ends with the scan.
+    Along an axis no longer than a cube there is one cube, centred and padded. Along a longer axis, cubes start every
+    quarter of a side, and the last ends with the scan.
 
     Attributes:
         grid: the scan's voxels.
         side: voxels along each edge of a cube.
-        spacing_mm: size of these voxels. The resampled scan keeps its borders and has a whole number of them, so they
-            may be larger or smaller by half a voxel over the scan's length.
+        spacing_mm: size of these voxels. The resampled scan has the same borders and a whole number of voxels, so over
+            its whole length it may differ from this size by half a voxel.
 
     Raises:
-        ValueError: the grid has no voxels, or a voxel no size.
+        ValueError: the grid has no voxels, or its voxels have no size.
     """
 
     grid: VolumeGrid
@@ -52,7 +52,7 @@ class CropLattice:
         if min(self.grid.shape) < 1 or not all(math.isfinite(mm) and mm > 0 for mm in self.grid.spacing_mm):
             raise ValueError(
                 f"a scan of shape {self.grid.shape} and voxel size {self.grid.spacing_mm} mm cannot be resampled; "
-                "accepted are at least one voxel along each axis and sizes above 0"
+                "it needs at least one voxel along each axis, and sizes above 0"
             )
 
     @cached_property
@@ -66,13 +66,13 @@ class CropLattice:
 
     @cached_property
     def scale(self) -> Place:
-        """Resampled voxels for each voxel of the scan, along each axis."""
+        """Resampled voxels per voxel of the scan, along each axis."""
         h, w, d = (new / old for new, old in zip(self.size, self.grid.shape, strict=True))
         return h, w, d
 
     @cached_property
     def starts(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """First resampled voxel of the cubes along each axis; negative where a cube begins with padding."""
+        """First resampled voxel of the cubes along each axis; negative if a cube begins with padding."""
         h, w, d = (axis_starts(length, self.side) for length in self.size)
         return h, w, d
 
@@ -106,18 +106,18 @@ class CropLattice:
         return h, w, d
 
     def resample(self, volume: Tensor) -> Tensor:
-        """Resample a scan (H, W, D), trilinear; without smoothing beforehand, as SAM-Med3D was trained."""
+        """Resample a scan (H, W, D), trilinear without prior smoothing, as in SAM-Med3D's training."""
         return _resize(volume.float(), self.size)
 
     def cut(self, resampled: Tensor, unit: int) -> Tensor:
-        """Cut one cube (side, side, side) out of a resampled scan; padding is 0."""
+        """Cut one cube (side, side, side) out of a resampled scan, padded with 0."""
         inside, within = self._overlap(unit)
         cube = resampled.new_zeros((self.side, self.side, self.side))
         cube[within] = resampled[inside]
         return cube
 
     def restore(self, cubes: Mapping[int, Tensor]) -> Tensor:
-        """Bring answers in cubes back to the scan (H, W, D): their mean where they overlap, 0 outside of them."""
+        """Map answers in cubes back to the scan (H, W, D): their mean where they overlap, 0 outside them."""
         total, count = torch.zeros(self.size), torch.zeros(self.size)
         for unit, cube in cubes.items():
             inside, within = self._overlap(unit)
@@ -126,7 +126,7 @@ class CropLattice:
         return _resize(total / count.clamp_min(1), self.grid.shape)
 
     def window(self, unit: int) -> Box:
-        """Return where the scan's voxels lie whose centres are in a cube."""
+        """Return the part of the scan whose voxel centres are in a cube."""
         first, middle, last = (
             slice(
                 max(0, math.ceil(start / scale - 0.5)),
@@ -137,13 +137,13 @@ class CropLattice:
         return first, middle, last
 
     def cover(self, low: Place, high: Place) -> tuple[int, ...]:
-        """Return the cubes that cover a box, ascending: one where one can, else few, evenly spread over the box."""
+        """Return the cubes that cover a box, in ascending order: one if possible, else a few, spread evenly."""
         along = [axis_cover(a, b, starts, self.side) for a, b, starts in zip(low, high, self.starts, strict=True)]
         _, width, depth = (len(starts) for starts in self.starts)
         return tuple((i * width + j) * depth + k for i, j, k in itertools.product(*along))
 
     def _overlap(self, unit: int) -> tuple[Box, Box]:
-        """Return the part of a cube that is scan: in voxels of the resampled scan, and of the cube."""
+        """Return the part of a cube that is not padding, in voxels of the resampled scan and of the cube."""
         inside, within = [], []
         for start, length in zip(self.origin(unit), self.size, strict=True):
             first, end = max(start, 0), min(start + self.side, length)
@@ -157,8 +157,8 @@ class CropPrompts:
     """The clicks in one cube.
 
     Attributes:
-        positions: in voxels of the cube, tensor axis order; whole numbers are voxel centres.
-        positive: for each, whether the target is there.
+        positions: in voxels of the cube, in tensor axis order; whole numbers are voxel centres.
+        positive: for each click, whether it is on the target.
     """
 
     positions: tuple[Place, ...] = ()
@@ -168,11 +168,12 @@ class CropPrompts:
 def crop_prompts(lattice: CropLattice, prompts: Prompts) -> dict[int, CropPrompts]:
     """Find the cubes that answer a prompt set, and the clicks in each.
 
-    The cubes cover the positive clicks and the mask's foreground (above 0.5), and the negative clicks too if that takes
-    no second cube: what is not the target is no reason to encode more. Cubes with nothing positive are left out.
+    The cubes cover the positive clicks and the mask's foreground (above 0.5). They also cover the negative clicks if a
+    single cube covers everything, since negative clicks do not justify encoding more. Cubes without a positive click or
+    mask foreground are left out.
 
     Returns:
-        unit -> its clicks, ascending; empty if nothing positive was asked.
+        unit -> its clicks, in ascending order; empty if there is neither a positive click nor mask foreground.
 
     Raises:
         ValueError: a click is outside the scan, or the mask has another shape.
@@ -180,13 +181,13 @@ def crop_prompts(lattice: CropLattice, prompts: Prompts) -> dict[int, CropPrompt
     places = [lattice.place(point) for point in prompts.points]
     positive = [point.positive for point in prompts.points]
     foreground = _foreground(prompts.mask, lattice.grid.shape)
-    asked = [place for place, sure in zip(places, positive, strict=True) if sure]
-    asked += _corners(foreground, lattice)
-    if not asked:
+    target = [place for place, on_target in zip(places, positive, strict=True) if on_target]
+    target += _corners(foreground, lattice)
+    if not target:
         return {}
-    cubes = lattice.cover(*_bounds(asked + places))
+    cubes = lattice.cover(*_bounds(target + places))
     if len(cubes) > 1:
-        cubes = lattice.cover(*_bounds(asked))
+        cubes = lattice.cover(*_bounds(target))
     found: dict[int, CropPrompts] = {}
     for unit in cubes:
         clicks = _clicks_in(lattice.origin(unit), lattice.side, places, positive)
@@ -196,7 +197,7 @@ def crop_prompts(lattice: CropLattice, prompts: Prompts) -> dict[int, CropPrompt
 
 
 def axis_starts(length: int, side: int) -> tuple[int, ...]:
-    """Return where cubes begin along an axis of so many voxels."""
+    """Return where cubes start along an axis of this many voxels."""
     if length <= side:
         return (-(side - length) // 2,)
     last = length - side
@@ -204,16 +205,16 @@ def axis_starts(length: int, side: int) -> tuple[int, ...]:
 
 
 def axis_cover(low: float, high: float, starts: Sequence[int], side: int) -> list[int]:
-    """Return the indices of the cubes along one axis that cover low to high.
+    """Return the indices of the cubes along one axis that cover the interval from low to high.
 
-    One whose centre is nearest to the middle, where one cube can; otherwise as few as lie on the lattice with margins
-    at both ends as wide as their overlaps.
+    If single cubes can, the one whose centre is nearest to the interval's. Otherwise the smallest number of cubes that
+    can, placed so that the margins at both ends are about as wide as the overlaps.
     """
     fitting = [index for index, start in enumerate(starts) if start <= low and high <= start + side]
     if fitting:
         return [min(fitting, key=lambda index: abs(starts[index] + side / 2 - (low + high) / 2))]
     pieces = 1
-    while True:  # ends: with enough pieces every cube between the two ends is chosen
+    while True:  # terminates: with enough pieces, every cube between the two ends is chosen
         pieces += 1
         margin = (pieces * side - (high - low)) / (pieces + 1)
         wished = [low - margin + piece * (side - margin) for piece in range(pieces)]
@@ -229,23 +230,23 @@ def _covers(low: float, high: float, starts: Sequence[int], side: int) -> bool:
 
 def _clicks_in(origin: Shape, side: int, places: Sequence[Place], positive: Sequence[bool]) -> CropPrompts:
     inside = [
-        ((place[0] - origin[0] - 0.5, place[1] - origin[1] - 0.5, place[2] - origin[2] - 0.5), sure)
-        for place, sure in zip(places, positive, strict=True)
+        ((place[0] - origin[0] - 0.5, place[1] - origin[1] - 0.5, place[2] - origin[2] - 0.5), on_target)
+        for place, on_target in zip(places, positive, strict=True)
         if all(start <= at <= start + side for at, start in zip(place, origin, strict=True))
     ]
-    return CropPrompts(tuple(position for position, _ in inside), tuple(sure for _, sure in inside))
+    return CropPrompts(tuple(position for position, _ in inside), tuple(on_target for _, on_target in inside))
 
 
 def _foreground(mask: Tensor | None, shape: Shape) -> Tensor | None:
     if mask is None:
         return None
     if tuple(mask.shape) != shape:
-        raise ValueError(f"the mask has shape {tuple(mask.shape)}, the scan {shape}")
+        raise ValueError(f"the mask has shape {tuple(mask.shape)}, but the scan has {shape}")
     return mask > 0.5
 
 
 def _corners(foreground: Tensor | None, lattice: CropLattice) -> list[Place]:
-    """Return the two outermost corners of the foreground's voxels in the resampled scan; none if it is empty."""
+    """Return two opposite corners of the foreground's bounding box in the resampled scan; none if it is empty."""
     if foreground is None or not bool(foreground.any()):
         return []
     low, high = [], []

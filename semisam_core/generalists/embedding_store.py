@@ -1,4 +1,4 @@
-"""Embeddings kept on the site's disk, so that a scan is encoded once, whatever is killed or full meanwhile."""
+"""A cache of embeddings on the site's disk, so that scans are encoded once; survives kills and full disks."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 _FORMAT = "2"
-_ABANDONED_SECONDS = 3600  # a temporary file this old belongs to a process that was killed
+_ABANDONED_SECONDS = 3600  # a temporary file of this age was left by a process that was killed
 
 
 def scan_key(volume: Tensor) -> str:
-    """Return the SHA-256, in hexadecimal, over a scan's shape, type and every voxel."""
+    """Return the SHA-256 of a scan's shape, data type and voxels, in hexadecimal."""
     digest = hashlib.sha256(json.dumps([list(volume.shape), str(volume.dtype)]).encode())
     digest.update(_bytes_of(volume))
     return digest.hexdigest()
@@ -39,23 +39,22 @@ def scan_key(volume: Tensor) -> str:
 class EmbeddingStore:
     """A bounded cache of embeddings, one file each, in half precision.
 
-    Losing any file only costs time: a damaged one is deleted and counts as absent, the least recently used go
-    first when room is needed, and a disk that refuses a write is reported once and then worked around. Several
-    processes may share the folder.
+    Losing a file costs only time. A damaged file is deleted and counts as absent, the least recently used files are
+    evicted first, and a failed write is reported once and otherwise ignored. Several processes may share the folder.
 
     Attributes:
         hits: embeddings that were read.
-        misses: embeddings that had to be made.
-        write_failures: embeddings that could not be kept.
+        misses: embeddings that had to be computed.
+        write_failures: embeddings that could not be written.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, chunk: int = 4) -> None:
-        """Use a folder, which is made when first written to.
+        """Use a folder, created on the first write.
 
         Args:
-            folder: for this store alone.
-            limit_bytes: disk space for all files; with 0, nothing is kept.
-            chunk: units encoded between two writes: what a kill can lose.
+            folder: used for nothing else.
+            limit_bytes: disk space for all files; 0 keeps nothing.
+            chunk: units encoded between writes, which is the most that a kill can lose.
         """
         if limit_bytes < 0 or chunk < 1:
             raise ValueError(f"limit_bytes must be at least 0 and chunk at least 1, not {limit_bytes}, {chunk}")
@@ -75,9 +74,9 @@ class EmbeddingStore:
         units: Sequence[int],
         progress: ProgressCallback | None = None,
     ) -> dict[int, Tensor]:
-        """Return the embeddings of a scan's units, encoding only those which are not kept yet.
+        """Return the embeddings of a scan's units; only those not yet stored are encoded.
 
-        An embedding has the same values, rounded to half precision, whether it was kept or has just been made.
+        Values are rounded to half precision whether an embedding was stored or has just been computed.
 
         Args:
             generalist: the model that encodes.
@@ -85,7 +84,7 @@ class EmbeddingStore:
             volume: the scan (H, W, D).
             grid: its voxels.
             units: embedding units, as from `generalist.units`.
-            progress: told (units there, units wanted), first at once and then after each chunk.
+            progress: called with (units ready, units needed), at the start and after each chunk.
 
         Returns:
             unit -> embedding, float32.
@@ -110,7 +109,7 @@ class EmbeddingStore:
             if progress:
                 progress(len(found), len(names))
         if absent:
-            self._make_room(0)  # another process may have written at the same moment
+            self._make_room(0)  # another process may have written meanwhile
         return {unit: found[unit] for unit in names}
 
     def _read(self, name: str) -> Tensor | None:
@@ -120,7 +119,7 @@ class EmbeddingStore:
                 metadata = file.metadata() or {}
                 half = file.get_tensor("embedding")
             if half.dtype != torch.float16 or metadata.get("checksum") != _checksum(name, half):
-                raise ValueError("not what was written")
+                raise ValueError("the file was altered")
             embedding: Tensor = half.float()
         except FileNotFoundError:
             return None
@@ -129,7 +128,7 @@ class EmbeddingStore:
                 path.unlink()
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # the time of last use, by which the least recently used is found
+            os.utime(path)  # marks the file as recently used
         return embedding
 
     def _keep(self, halves: Mapping[str, Tensor]) -> None:
@@ -146,8 +145,8 @@ class EmbeddingStore:
         self.write_failures += 1
         if self.write_failures == 1:
             logger.warning(
-                "An embedding could not be kept on disk (%s); work goes on, but such embeddings are made again "
-                "each time. Free some disk space or lower the site's limit for embeddings.",
+                "An embedding could not be written to disk (%s). Work continues, but such embeddings are computed "
+                "again each time. Free disk space, or lower the site's limit for embeddings.",
                 error.strerror or type(error).__name__,
             )
 
@@ -164,7 +163,7 @@ class EmbeddingStore:
 
 
 def entry_name(generalist: Generalist, scan_key: str, grid: VolumeGrid, unit: int) -> str:
-    """Return the name of an embedding: another for another scan, voxel size, model, weights or preprocessing."""
+    """Return the name of an embedding: unique to scan, voxel size, model, weights, preprocessing and unit."""
     card = generalist.card
     spacing = [round(side, 4) for side in grid.spacing_mm]
     parts = [_FORMAT, scan_key, spacing, card.name, generalist.weights_sha256, card.preprocessing, unit]
@@ -182,13 +181,13 @@ class _File:
 def _files(folder: Path) -> Iterable[_File]:
     try:
         entries = list(os.scandir(folder))
-    except OSError:  # not there yet, or not to be read: then nothing can be counted or evicted
+    except OSError:  # missing or unreadable: nothing to count or evict
         return
     for entry in entries:
         temporary = entry.name.startswith(".") and _SUFFIX in entry.name
         if not temporary and not entry.name.endswith(_SUFFIX):
             continue
-        with contextlib.suppress(OSError):  # another process took it away
+        with contextlib.suppress(OSError):  # another process removed it
             status = entry.stat(follow_symlinks=False)
             yield _File(Path(entry.path), status.st_size, status.st_mtime_ns, temporary)
 
@@ -199,7 +198,7 @@ def _serialised(name: str, half: Tensor) -> bytes:
 
 
 def _checksum(name: str, half: Tensor) -> str:
-    """Bind an embedding's values and shape to its name, so that no other file can stand in for it."""
+    """Return a checksum that binds an embedding's values and shape to its name."""
     digest = hashlib.sha256(json.dumps([name, list(half.shape), str(half.dtype)]).encode())
     digest.update(_bytes_of(half))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The same answer in fewer passes over memory: fold batch normalisation, fuse attention."""
+"""Faster inference with equal results: fold batch normalisation into convolutions, fuse attention."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fuse_batch_norm(module: nn.Module) -> int:
-    """Replace, in place and at any depth, each `Sequential(Conv2d, BatchNorm2d)` by one equal convolution.
+    """Replace each `Sequential(Conv2d, BatchNorm2d)`, in place and at any depth, by one equivalent convolution.
 
-    With running mean m and variance v, BN(conv(x)) = (W x - m) * g / sqrt(v + eps) + b is itself a convolution,
-    of weights W * g / sqrt(v + eps). It holds only where the statistics no longer move.
+    With running mean m and variance v, BN(conv(x)) = (W x - m) * g / sqrt(v + eps) + b is itself a convolution with
+    weights W * g / sqrt(v + eps), provided that the statistics no longer change.
 
     Args:
         module: a network in evaluation mode.
@@ -44,22 +44,22 @@ def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None
     children = list(module.children())
     if len(children) != 2 or type(children[0]) is not nn.Conv2d or type(children[1]) is not nn.BatchNorm2d:
         return None
-    if children[1].running_mean is None:  # statistics of each batch cannot be folded
+    if children[1].running_mean is None:  # batch statistics cannot be folded
         return None
     return children[0], children[1]
 
 
 class FusedAttention(nn.Module):
-    """TinyViT's windowed attention, with scores, bias, softmax and values in one kernel.
+    """TinyViT's windowed attention in one kernel.
 
-    softmax(scale q k^T + b) v is what `scaled_dot_product_attention` computes with b as its mask, without ever writing
-    the (windows, heads, N, N) scores to memory.
+    `scaled_dot_product_attention` with the bias b as its mask computes softmax(scale q k^T + b) v without writing the
+    (windows, heads, N, N) scores to memory.
     """
 
     bias: Tensor
 
     def __init__(self, attention: Any) -> None:
-        """Take over the layers of one of the package's attentions, in evaluation mode."""
+        """Take over the layers of one of the package's attention modules, which is in evaluation mode."""
         super().__init__()
         self.norm, self.qkv, self.proj = attention.norm, attention.qkv, attention.proj
         self.heads, self.scale = int(attention.num_heads), float(attention.scale)
@@ -78,7 +78,7 @@ class FusedAttention(nn.Module):
 
 
 def fuse_attention(module: nn.Module, kind: type[nn.Module]) -> int:
-    """Replace, in place and at any depth, each attention of the given class by a fused one.
+    """Replace each attention of the given class, in place and at any depth, by a fused one.
 
     Args:
         module: a network in evaluation mode.
@@ -88,7 +88,7 @@ def fuse_attention(module: nn.Module, kind: type[nn.Module]) -> int:
         How many were replaced.
 
     Raises:
-        ValueError: one is in training mode, or its values are of another width.
+        ValueError: one is in training mode, or its values and keys differ in width.
     """
     replaced = 0
     for name, child in list(module.named_children()):
@@ -99,7 +99,9 @@ def fuse_attention(module: nn.Module, kind: type[nn.Module]) -> int:
         if child.training:
             raise ValueError(f"{name} is in training mode; call eval() before fusing its attention")
         if attention.d != attention.key_dim:
-            raise ValueError(f"{name} has values of width {attention.d} and keys of {attention.key_dim}; equal is due")
+            raise ValueError(
+                f"{name} has values of width {attention.d} and keys of width {attention.key_dim}; they must be equal"
+            )
         module.register_module(name, FusedAttention(attention).eval())
         replaced += 1
     return replaced

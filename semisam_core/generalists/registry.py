@@ -1,4 +1,4 @@
-"""The generalists that a plan may name, what each takes, and their loading once per process."""
+"""The generalists that a plan may name, what prompts each takes, and loading, once per process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Loader = Callable[[torch.device, Path | None, str | None], Generalist]
 
 @dataclass(frozen=True)
 class GeneralistSpec:
-    """What can be known of a generalist before its weights are read.
+    """What is known about a generalist without loading its weights.
 
     Attributes:
         card: name, prompts, licence, training data.
         loader: (device, weights file or None for the packaged one, its SHA-256 or None) -> the model.
-        packaged: whether a Python package ships the weights; otherwise the site puts a file in place.
-        module: the Python package that has the architecture.
-        extra: the optional extra of this project that installs it, or None where it always is.
+        packaged: whether a Python package ships the weights; otherwise the site provides a file.
+        module: the Python package with the architecture, if it is not a regular dependency.
+        extra: the optional extra of this project that installs it, or None if it is always installed.
     """
 
     card: GeneralistCard
@@ -43,12 +43,12 @@ class GeneralistSpec:
 
     @property
     def installed(self) -> bool:
-        """Whether the package with the architecture is there."""
+        """Whether the package with the architecture is installed."""
         return self.module is None or importlib.util.find_spec(self.module) is not None
 
 
 def _loader(module: str, card: GeneralistCard) -> Loader:
-    """Return a loader that imports the model's module when it is first needed."""
+    """Return a loader that imports the model's module on first use."""
 
     def load(device: torch.device, weights: Path | None, sha256: str | None) -> Generalist:
         loaded: Generalist = importlib.import_module(f"semisam_core.generalists.{module}").load(
@@ -79,22 +79,22 @@ _lock = threading.Lock()
 
 
 def register(spec: GeneralistSpec) -> None:
-    """Make a further generalist known by name, in this process.
+    """Add a generalist to the registry of this process.
 
     Raises:
-        ValueError: the name is taken by another one.
+        ValueError: another generalist has the name.
     """
     if _SPECS.setdefault(spec.name, spec) is not spec:
         raise ValueError(f"a generalist named {spec.name} is already registered; choose another name")
 
 
 def generalist_names() -> tuple[str, ...]:
-    """Return the names that are accepted, in alphabetical order."""
+    """Return all registered names in alphabetical order."""
     return tuple(sorted(_SPECS))
 
 
 def accepted_prompts(name: str) -> frozenset[PromptKind]:
-    """Return the kinds of prompt that a generalist takes, without loading it.
+    """Return the kinds of prompt that a generalist takes; does not load it.
 
     Raises:
         ConfigError: no generalist has this name.
@@ -105,17 +105,17 @@ def accepted_prompts(name: str) -> frozenset[PromptKind]:
 def load_generalist(
     name: str, device: torch.device, weights: Path | None = None, sha256: str | None = None
 ) -> Generalist:
-    """Return a generalist, loaded at the first call and kept for the life of the process.
+    """Return a generalist, loaded on the first call and kept for the life of the process.
 
     Args:
         name: one of `generalist_names()`.
-        device: where it runs.
-        weights: its weights file; None takes the packaged one.
+        device: where to run it.
+        weights: its weights file; None for the packaged one.
         sha256: the hash that the weights file must have, in hexadecimal.
 
     Raises:
         ConfigError: no generalist has this name.
-        WeightsError: the weights are missing, altered or of another architecture, or the package with the
+        WeightsError: the weights are missing, altered or do not fit the architecture, or the package with the
             architecture is not installed.
     """
     spec = generalist_spec(name)
@@ -125,8 +125,8 @@ def load_generalist(
         )
     if weights is None and not spec.packaged:
         raise WeightsError(
-            f"the generalist {name} has no packaged weights: put its file in place and give its path (weights) and "
-            f"sha256 under generalists.{name} in the site file. Published as: {spec.card.source}. "
+            f"the generalist {name} has no packaged weights: download its file and set its path (weights) and sha256 "
+            f"under generalists.{name} in the site file. Published as: {spec.card.source}. "
             f"Licence: {spec.card.licence}."
         )
     path = None if weights is None else weights.resolve()
@@ -138,7 +138,7 @@ def load_generalist(
 
 
 def generalist_spec(name: str) -> GeneralistSpec:
-    """Return what can be known of a generalist before its weights are read.
+    """Return what is known about a generalist without loading its weights.
 
     Raises:
         ConfigError: no generalist has this name.

@@ -1,4 +1,4 @@
-"""SAM and MedSAM: one 2D promptable architecture (ViT encoder) under two sets of weights, fed in two ways."""
+"""SAM and MedSAM: one 2D promptable architecture (ViT encoder) with two sets of weights and two preprocessings."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from semisam_core.generalists.sam_queries import Query, answered_slices, make_qu
 from semisam_core.generalists.slices import Framing, chunks, encode_slices, stretch
 from semisam_core.generalists.weights import load_verified_state
 
-_PIXEL_MEAN = (123.675, 116.28, 103.53)  # of SAM's training pictures, red, green, blue, in 0..255
+_PIXEL_MEAN = (123.675, 116.28, 103.53)  # of SAM's training images, red, green, blue, in 0..255
 _PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a slice becomes a picture of the kind that the encoder was trained on.
+    """How a slice becomes an image of the kind that the encoder was trained on.
 
     Attributes:
-        stretched: whether the picture fills the encoder's square; otherwise the slice keeps its proportions.
-        picture: (slices (N, H, W), their place in the encoder's input) -> pictures (N, 3, rows, columns), not yet
+        stretched: whether the image fills the encoder's square; otherwise the slice keeps its proportions.
+        to_images: (slices (N, H, W), how they map to the encoder's input) -> images (N, 3, rows, columns), not yet
             padded.
     """
 
     stretched: bool
-    picture: Callable[[Tensor, Framing], Tensor]
+    to_images: Callable[[Tensor, Framing], Tensor]
 
 
-def sam_pictures(slices: Tensor, framing: Framing) -> Tensor:
-    """Return slices as SAM was trained: each scaled to 0..255, resized, three equal channels, normalised."""
+def sam_images(slices: Tensor, framing: Framing) -> Tensor:
+    """Prepare slices as in SAM's training: each scaled to 0..255, resized, three equal channels, normalised."""
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (_PIXEL_MEAN, _PIXEL_STD))
     return (framing.frames(255 * stretch(slices))[:, None] - mean) / std
 
 
-def medsam_pictures(slices: Tensor, framing: Framing) -> Tensor:
-    """Return slices as MedSAM was trained: resized, each scaled to 0..1, three equal channels."""
+def medsam_images(slices: Tensor, framing: Framing) -> Tensor:
+    """Prepare slices as in MedSAM's training: resized, each scaled to 0..1, three equal channels."""
     return stretch(framing.frames(slices))[:, None].expand(-1, 3, -1, -1)
 
 
 PREPARATIONS = {
-    SAM.name: Preparation(stretched=False, picture=sam_pictures),
-    MEDSAM.name: Preparation(stretched=True, picture=medsam_pictures),
+    SAM.name: Preparation(stretched=False, to_images=sam_images),
+    MEDSAM.name: Preparation(stretched=True, to_images=medsam_images),
 }
 
 
 class Sam:
     """A frozen SAM or MedSAM. Its embedding units are slices along the last axis.
 
-    An embedding is (256, 64, 64) in the published sizes. Slices and prompts never see each other: a batch, of several
-    slices or of prompts on several slices, is only a way to go faster.
+    An embedding is (256, 64, 64) in the published sizes. Slices do not influence each other, nor do prompts on
+    different slices; batches only make it faster.
     """
 
     def __init__(
@@ -68,20 +68,20 @@ class Sam:
         device: torch.device,
         batch_size: int,
     ) -> None:
-        """Take a network that is loaded, frozen and on its device; see `load`.
+        """Wrap a network that is loaded, frozen and on its device; see `load`.
 
         Args:
             card: SAM's or MedSAM's.
             network: SAM with `image_encoder`, `prompt_encoder` and `mask_decoder`.
-            weights_sha256: SHA-256 of the file that its weights came from.
-            device: where the network is.
-            batch_size: slices encoded, and prompts decoded, at a time.
+            weights_sha256: SHA-256 of its weights file.
+            device: the network's device.
+            batch_size: slices encoded, or prompts decoded, at a time.
 
         Raises:
-            ValueError: the card is another model's, or the batch size is below 1.
+            ValueError: the card is of another model, or the batch size is below 1.
         """
         if card.name not in PREPARATIONS:
-            raise ValueError(f"no slices can be prepared for {card.name}; accepted are {', '.join(PREPARATIONS)}")
+            raise ValueError(f"no preprocessing is known for {card.name}; accepted are {', '.join(PREPARATIONS)}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.network = network
@@ -101,17 +101,17 @@ class Sam:
         sha256: str | None = None,
         batch_size: int | None = None,
     ) -> Sam:
-        """Build the network that a checkpoint fits and read its verified weights.
+        """Build the network that fits a checkpoint and load its verified weights.
 
         Args:
             card: SAM's or MedSAM's.
-            device: where it runs: float32 on a CPU, the encoder in half precision on a GPU.
+            device: where to run: float32 on a CPU; on a GPU the encoder runs in half precision.
             weights: a checkpoint in the layout of SAM's published ones, of any size.
             sha256: the hash that the file must have; None accepts any.
-            batch_size: slices or prompts at a time; None takes 8 on a GPU, and 1 on a CPU.
+            batch_size: slices or prompts at a time; None for 8 on a GPU and 1 on a CPU.
 
         Raises:
-            WeightsError: the weights are missing, altered or of another architecture.
+            WeightsError: the weights are missing, altered or do not fit the architecture.
         """
         published = f"{card.source} ({card.licence})"
         if weights is None:
@@ -128,7 +128,7 @@ class Sam:
         return embedding
 
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
-        """Return the slices that have a box, a positive point or mask foreground; ascending, each once.
+        """Return the slices that have a box, a positive point or mask foreground, in ascending order.
 
         Raises:
             ValueError: as `segment`.
@@ -155,7 +155,7 @@ class Sam:
         )
 
     def frames(self, volume: Tensor, units: Sequence[int], limits: tuple[float, float]) -> Tensor:
-        """Prepare slices of a scan as the encoder was trained.
+        """Prepare slices of a scan as in the encoder's training.
 
         Args:
             volume: (H, W, D), in any intensity unit.
@@ -163,19 +163,19 @@ class Sam:
             limits: intensities to clip at, see `intensity_limits`.
 
         Returns:
-            (N, 3, side, side); zeros around what the slice fills.
+            (N, 3, side, side), padded with zeros.
         """
         slices = torch.stack([volume[:, :, unit] for unit in units]).float().cpu().clamp(*limits)  # (N, H, W)
-        return self.framing.pad(self._preparation.picture(slices, self.framing))
+        return self.framing.pad(self._preparation.to_images(slices, self.framing))
 
     def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
-        """Segment what the prompts point at; see `make_queries` for how prompts on one slice go together.
+        """Segment what the prompts point at; see `make_queries` for how prompts on one slice are combined.
 
-        One point alone is ambiguous: the network then gives several answers, and the one that it rates highest is
-        taken, as SAM's authors advise. Several boxes on one slice are joined by the higher probability.
+        A single point is ambiguous: the network then gives several answers and the one that it rates highest is used,
+        as SAM's authors advise. Each box on a slice is answered separately; the slice takes their highest probability.
 
         Args:
-            embeddings: slice -> (256, 64, 64), of every slice in `units(prompts, grid)`.
+            embeddings: slice -> (256, 64, 64), for every slice in `units(prompts, grid)`.
             prompts: in voxels of the scan, of the kinds that the card declares.
             grid: the scan's voxels.
 
@@ -183,8 +183,8 @@ class Sam:
             Probability (H, W, D) and predicted IoU of each slice (the mean over its boxes), both on the CPU.
 
         Raises:
-            ValueError: a prompt is of another kind, outside the scan, empty, not finite or not on a slice, the mask is
-                no probability of the scan's shape, or a prompted slice has no embedding.
+            ValueError: a prompt is of another kind, outside the scan, empty, not finite or not on a slice; the mask is
+                not a probability of the scan's shape; or a prompted slice has no embedding.
         """
         prompts.refuse_kinds_beyond(self.card)
         queries = make_queries(prompts, grid, self.framing, self.network.prompt_encoder.mask_input_size[0])
@@ -202,7 +202,7 @@ class Sam:
         return Segmentation(probability, quality)
 
     def _batches(self, queries: Sequence[Query]) -> list[list[Query]]:
-        """Split queries into batches, each of one structure."""
+        """Split queries into batches of equal structure."""
         groups: dict[tuple[bool, int, bool], list[Query]] = {}
         for query in queries:
             groups.setdefault(query.structure, []).append(query)
@@ -225,8 +225,8 @@ class Sam:
         embeddings = embeddings.to(self._device, torch.float32)
         sparse, dense = self._encode_prompts(queries)
         logits, overlap = self.network.mask_decoder(  # (B, M, 256, 256), (B, M)
-            # The decoder repeats one image for all prompts and adds their dense embedding to it. With the image in
-            # the dense embedding, each prompt of a batch has its own.
+            # The decoder repeats one image for all prompts and adds their dense embeddings to it. Adding the image to
+            # the dense embedding instead gives each prompt of a batch its own image.
             image_embeddings=torch.zeros_like(embeddings[:1]),
             image_pe=self.network.prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
@@ -241,7 +241,7 @@ class Sam:
         """Map B queries of one structure to sparse (B, tokens, 256) and dense (B, 256, 64, 64) embeddings."""
         has_box, point_count, _ = queries[0].structure
         points = boxes = None
-        # The prompt encoder adds half a pixel to coordinates: it expects pixel centres.
+        # The prompt encoder adds half a pixel to coordinates.
         if point_count:
             coordinates = torch.tensor([query.points for query in queries], device=self._device) - 0.5  # (B, P, 2)
             points = coordinates, torch.tensor([query.labels for query in queries], device=self._device)

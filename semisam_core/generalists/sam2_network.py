@@ -1,4 +1,4 @@
-"""SAM 2's network, built from the configuration that its package ships for what a weights file holds."""
+"""SAM 2's network, built from the configuration of its package that fits a weights file."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ STRIDE = 16  # pixels of the input along each side of a token of the memory
 _SIZES = {(96, 12): "t", (96, 16): "s", (112, 24): "b+", (144, 48): "l"}  # (width, blocks) of the Hiera encoder
 _WIDTH = "image_encoder.trunk.patch_embed.proj.weight"
 _BLOCK = re.compile(r"image_encoder\.trunk\.blocks\.(\d+)\.")
-_ONLY_2_1 = "no_obj_embed_spatial"  # a tensor that SAM 2.1 has and SAM 2 has not
+_ONLY_2_1 = "no_obj_embed_spatial"  # a tensor that only SAM 2.1 has
 
 
 def published_config(state: Mapping[str, Tensor]) -> str | None:
-    """Return which configuration of the package has the architecture of these tensors; None if none has.
+    """Find the package's configuration that fits these tensors.
 
     Args:
-        state: name -> tensor, as in the published checkpoints of SAM 2, SAM 2.1 and what was trained from them.
+        state: name -> tensor, as in the published checkpoints of SAM 2, SAM 2.1 and models fine-tuned from them.
 
     Returns:
-        The configuration's path under the package's `configs`.
+        The configuration's path under the package's `configs`, or None if none fits.
     """
     if _WIDTH not in state:
         return None
@@ -37,17 +37,16 @@ def published_config(state: Mapping[str, Tensor]) -> str | None:
 
 
 def build_network(config: str | Path, side: int) -> Any:
-    """Return a video predictor of the package, its weights still to be loaded.
+    """Build the package's video predictor, without its weights.
 
-    Settings that the package adds when it builds one are kept, except for the filling of holes, which needs a
-    compiled extension of it, and changes answers by a threshold. The caller's random state, and Hydra's, stay as
-    they are.
+    The settings that the package adds are kept except hole filling, which needs its compiled extension and alters
+    answers by a threshold. The caller's random state and Hydra's global state are not changed.
 
     Args:
-        config: of `published_config`, or a file in the same form.
+        config: from `published_config`, or a file in the same format.
         side: pixels along each side of the input, a multiple of 32.
     """
-    with _hydra_as_it_was(), torch.random.fork_rng(devices=[]):
+    with _hydra_state_restored(), torch.random.fork_rng(devices=[]):
         from hydra.utils import instantiate
         from omegaconf import OmegaConf
 
@@ -59,7 +58,7 @@ def build_network(config: str | Path, side: int) -> Any:
 
 def _settings(side: int) -> dict[str, Any]:
     tokens = {"feat_sizes": [side // STRIDE, side // STRIDE]}
-    lazily = {"position_encoding": {"warmup_cache": False}}  # otherwise it fills a GPU, even if that is not used
+    lazily = {"position_encoding": {"warmup_cache": False}}  # else it allocates on a GPU even if it runs on the CPU
     return {
         "_target_": "sam2.sam2_video_predictor.SAM2VideoPredictor",
         "image_size": side,
@@ -78,8 +77,8 @@ def _settings(side: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _hydra_as_it_was() -> Iterator[None]:
-    """Undo what the package does when it is first imported: it initialises Hydra for the whole process."""
+def _hydra_state_restored() -> Iterator[None]:
+    """Restore Hydra's global state, which the package initialises on import for the whole process."""
     from hydra.core.singleton import Singleton
 
     before = Singleton.get_state()

@@ -1,4 +1,4 @@
-"""One target on its way through the slices of a scan, remembered by SAM 2 from slice to slice."""
+"""One target tracked through the slices of a scan by SAM 2 and its memory."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from semisam_core.generalists.sam_queries import Query
 
-_CORNERS = (2, 3)  # labels of the upper left and the lower right corner of a box, where a click has 1 or 0
+_CORNERS = (2, 3)  # labels of a box's upper left and lower right corner; clicks have 1 or 0
 _NO_POINT = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What SAM 2's encoder says of one slice, as its tracker takes it.
+    """The encoder's output for one slice, in the form that SAM 2's tracker takes.
 
     Attributes:
         maps: (tokens, 1, channels) of each level, finest first.
-        position: (tokens, 1, channels), where the tokens of the coarsest level are.
+        position: (tokens, 1, channels), positional encoding of the coarsest level.
         sizes: (rows, columns) of each level.
     """
 
@@ -33,12 +33,12 @@ class Features:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What SAM 2 says of the target on one slice.
+    """SAM 2's answer about the target on one slice.
 
     Attributes:
         logits: (1, S, S), over the whole frame.
-        quality: predicted overlap with the truth in [0, 1]; where the model sees no target, and so answers with
-            nothing, its probability that there is none.
+        quality: predicted IoU in [0, 1]; if the model sees no target and gives an empty answer, its probability that
+            there is none.
     """
 
     logits: Tensor
@@ -46,20 +46,20 @@ class Answer:
 
 
 class Track:
-    """The answers about one target so far, which are the memory that further slices are answered from.
+    """The memory of one target: the answers so far, from which further slices are answered.
 
-    The steps, and what is remembered of each, are those of the package's `SAM2VideoPredictor`, which keeps them
-    together with pictures that it reads from disk, and drops the predicted overlap.
+    The steps, and what each keeps in memory, are those of the package's `SAM2VideoPredictor`, which cannot be used
+    itself: it reads images from disk and drops the predicted IoU.
     """
 
     def __init__(self, network: Any, features: Callable[[int], Features], first: int, length: int) -> None:
-        """Begin without any memory.
+        """Start with an empty memory.
 
         Args:
             network: SAM 2, frozen and on its device.
             features: slice -> its features on that device.
-            first: the lowest slice that will be asked about.
-            length: slices from there to the highest.
+            first: the lowest slice of the track.
+            length: the number of slices from there to the highest.
         """
         self._network = network
         self._features = features
@@ -69,10 +69,10 @@ class Track:
         self._reach = max(network.num_maskmem, network.max_obj_ptrs_in_encoder)
 
     def prompt(self, query: Query) -> Answer:
-        """Answer a prompted slice, without regard to the others, and remember it.
+        """Answer a prompted slice independently of the others and add it to the memory.
 
-        A mask alone is taken as the truth of its slice, and so as the answer, if others will be answered from it: SAM
-        2 was trained so. If none will be, it is a first guess, like a mask that comes with a box or points.
+        In a track of several slices, a mask without box or points is taken as the truth of its slice, and so as the
+        answer, as in SAM 2's training. In a track of one slice, or with a box or points, a mask is an initial guess.
         """
         points, mask, guess = self._inputs(query)
         return self._step(query.index, points, mask, guess, reverse=False)
@@ -81,8 +81,8 @@ class Track:
         """Answer a slice from memory.
 
         Args:
-            index: the slice next to one that was answered, or the first one after a prompted one.
-            reverse: whether slices are gone through from the highest to the lowest.
+            index: a slice next to one that was answered, or the first after a prompted one.
+            reverse: whether the track runs from high slices to low ones.
         """
         answer = self._step(index, None, None, None, reverse)
         frame = index - self._first
@@ -90,11 +90,11 @@ class Track:
         return answer
 
     def turn_back(self) -> None:
-        """Forget all but the prompted slices, so that both directions start alike."""
+        """Forget all but the prompted slices, so that both directions start from the same memory."""
         self._memory["non_cond_frame_outputs"].clear()
 
     def _inputs(self, query: Query) -> tuple[dict[str, Tensor] | None, Tensor | None, Tensor | None]:
-        """Return points, a mask that is the truth (1, 1, S, S), and logits of a first guess (1, 1, S, S)."""
+        """Return points, a mask taken as the truth (1, 1, S, S), and logits of an initial guess (1, 1, S, S)."""
         device = self._network.device
         logits = None if query.mask is None else query.mask[None].to(device)
         coordinates = [*_corners(query), *query.points]
@@ -146,7 +146,7 @@ class Track:
             object_score_logits=presence,
             is_mask_from_pts=prompted,
         )
-        # In the package's precision, on a CPU too: it is what the model was trained to read.
+        # The model was trained to read its memory in this precision, so it is used on a CPU too.
         return {"maskmem_features": memory.to(torch.bfloat16), "maskmem_pos_enc": position, "obj_ptr": pointer}
 
 
@@ -158,6 +158,6 @@ def _corners(query: Query) -> list[tuple[float, float]]:
 
 
 def _quality(overlaps: Tensor, presence: Tensor) -> float:
-    """Return the predicted overlap of the answer, which is the best of several, or the probability of no target."""
+    """Return the predicted IoU of the answer (the best of several), or the probability that there is no target."""
     quality = overlaps.float().max() if float(presence) > 0 else torch.sigmoid(-presence.float())
     return min(max(float(quality), 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""SAM 2 and MedSAM2: promptable models that see a scan as a video, and carry a prompt from slice to slice."""
+"""SAM 2 and MedSAM2: promptable models that treat a scan as a video and carry prompts from slice to slice."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from semisam_core.generalists.sam_queries import Query, answered_slices, make_qu
 from semisam_core.generalists.slices import Framing, encode_slices
 from semisam_core.generalists.weights import load_into, load_verified_state
 
-SIDES = {SAM2.name: 1024, MEDSAM2.name: 512}  # pixels along each side of the input that each was trained with
-_MASK_STRIDE = 4  # pixels of the input along each side of one of a mask prompt
+SIDES = {SAM2.name: 1024, MEDSAM2.name: 512}  # pixels along each side of the input in training
+_MASK_STRIDE = 4  # pixels of the input per pixel of a mask prompt, along each side
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red, green, blue, in 0..1
 
 
 class Sam2:
     """A frozen SAM 2 or MedSAM2. Its embedding units are slices along the last axis.
 
-    An embedding is what the tracker needs of a slice: three levels of features, of (32, s/4, s/4), (64, s/8, s/8) and
-    (256, s/16, s/16) for an input of s x s pixels, one after the other in one tensor of 4 s^2 numbers. In half
-    precision that is 8.4 MB a slice for SAM 2 (s = 1024) and 2.1 MB for MedSAM2 (s = 512).
+    An embedding has the three levels of features that the tracker needs, (32, s/4, s/4), (64, s/8, s/8) and
+    (256, s/16, s/16) for an input of s x s pixels, concatenated to one tensor of 4 s^2 numbers. In half precision that
+    is 8.4 MB per slice for SAM 2 (s = 1024) and 2.1 MB for MedSAM2 (s = 512).
     """
 
     def __init__(
         self, card: GeneralistCard, network: Any, weights_sha256: str, device: torch.device, batch_size: int
     ) -> None:
-        """Take a network that is loaded, frozen and on its device; see `load`.
+        """Wrap a network that is loaded, frozen and on its device; see `load`.
 
         Args:
             card: SAM 2's or MedSAM2's.
             network: the package's `SAM2VideoPredictor`.
-            weights_sha256: SHA-256 of the file that its weights came from.
-            device: where the network is.
-            batch_size: slices encoded at a time. Prompts are answered one after the other.
+            weights_sha256: SHA-256 of its weights file.
+            device: the network's device.
+            batch_size: slices encoded at a time. Prompts are answered one by one.
 
         Raises:
             ValueError: the batch size is below 1.
@@ -70,20 +70,19 @@ class Sam2:
         side: int | None = None,
         batch_size: int | None = None,
     ) -> Sam2:
-        """Build the network that a checkpoint fits and read its verified weights.
+        """Build the network that fits a checkpoint and load its verified weights.
 
         Args:
             card: SAM 2's or MedSAM2's.
-            device: where it runs: float32 on a CPU; bfloat16, as it was trained, on a GPU that has it.
-            weights: a checkpoint in the layout of the published ones, of any size and of SAM 2 or 2.1.
+            device: where to run: float32 on a CPU; bfloat16, as in training, on a GPU that supports it.
+            weights: a checkpoint in the layout of the published ones, SAM 2 or 2.1, of any size.
             sha256: the hash that the file must have; None accepts any.
-            config: the architecture, as a file in the form of the package's; None takes the published one that the
-                checkpoint fits.
-            side: pixels along each side of the input, a multiple of 32; None takes what the model was trained with.
-            batch_size: slices encoded at a time; None takes 4 on a GPU, and 1 on a CPU.
+            config: a configuration file in the package's format; None for the published one that fits the checkpoint.
+            side: pixels along each side of the input, a multiple of 32; None for the side used in training.
+            batch_size: slices encoded at a time; None for 4 on a GPU and 1 on a CPU.
 
         Raises:
-            WeightsError: the weights are missing, altered or of another architecture.
+            WeightsError: the weights are missing, altered or do not fit the architecture.
         """
         published = f"{card.source} ({card.licence})"
         if weights is None:
@@ -92,8 +91,8 @@ class Sam2:
         chosen = config or published_config(state)
         if chosen is None:
             raise WeightsError(
-                f"{weights}: these weights are of another architecture than SAM 2 in a published size (Hiera tiny, "
-                f"small, base+ or large); accepted is {published}"
+                f"{weights}: these weights do not fit SAM 2 in a published size (Hiera tiny, small, base+ or large); "
+                f"accepted is {published}"
             )
         network = build_network(chosen, side or SIDES[card.name])
         load_into(network, state, weights, published)
@@ -103,7 +102,7 @@ class Sam2:
         return cls(card, network, found, device, batch_size)
 
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
-        """Return the slices that have a box, a positive point or mask foreground, and, if any has, all of the span.
+        """Return the slices that have a box, a positive point or mask foreground and, if there are any, the whole span.
 
         Raises:
             ValueError: as `segment`.
@@ -134,15 +133,15 @@ class Sam2:
         )
 
     def frames(self, volume: Tensor, units: Sequence[int], limits: tuple[float, float]) -> Tensor:
-        """Prepare slices of a scan as frames of one video: all by the same scale.
+        """Prepare slices of a scan as frames of one video, all scaled alike.
 
         Args:
             volume: (H, W, D), in any intensity unit.
             units: N slice numbers.
-            limits: intensities to clip at, see `intensity_limits`; they become 0 and 1.
+            limits: intensities to clip at, see `intensity_limits`; they map to 0 and 1.
 
         Returns:
-            (N, 3, s, s), of ImageNet's mean and standard deviation.
+            (N, 3, s, s), normalised with ImageNet's mean and standard deviation.
         """
         low, high = limits
         slices = torch.stack([volume[:, :, unit] for unit in units]).float().cpu().clamp(low, high)  # (N, H, W)
@@ -151,28 +150,27 @@ class Sam2:
         return (self.framing.frames(scaled)[:, None] - mean) / std
 
     def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
-        """Segment what the prompts point at; see `make_queries` for how prompts on one slice go together.
+        """Segment what the prompts point at; see `make_queries` for how prompts on one slice are combined.
 
-        Without a span, each prompted slice is answered by itself. With one, the prompted slices are remembered, and
-        the target is carried from the lowest of them through the slices above it, and then through those below it.
-        Several boxes on a slice are several targets, of which each is carried by itself: the first boxes of all
-        slices, from the upper left, are one, the second boxes another. They are joined by the higher probability.
-        Nothing is kept from one call to the next.
+        Without a span, each prompted slice is answered on its own. With a span, the prompted slices go into the memory
+        and the target is tracked from the lowest of them upwards, then downwards. Several boxes on a slice are separate
+        targets, tracked separately: the first boxes of all slices, counted from the upper left, are one target, the
+        second boxes another. A slice takes their highest probability. Nothing is kept between calls.
 
         Args:
-            embeddings: slice -> (4 s^2,), of every slice in `units(prompts, grid)`.
-            prompts: in voxels of the scan, of the kinds that the card declares. A prompted slice outside of the span
-                is looked at, and not answered.
+            embeddings: slice -> (4 s^2,), for every slice in `units(prompts, grid)`.
+            prompts: in voxels of the scan, of the kinds that the card declares. A prompted slice outside the span
+                contributes to the memory but is not answered.
             grid: the scan's voxels.
 
         Returns:
-            Probability (H, W, D) and quality of each slice that was answered (the mean over its targets), both on the
-            CPU: the predicted IoU; where the model sees no target, its probability that there is none; 1 where the
+            Probability (H, W, D) and quality of each answered slice (the mean over its targets), both on the CPU. The
+            quality is the predicted IoU; the probability that there is no target, if the model sees none; 1 if the
             answer is a mask that was given.
 
         Raises:
-            ValueError: a prompt is of another kind, outside the scan, empty, not finite or not on a slice, the mask
-                is no probability of the scan's shape, the span is not within the scan, or a slice has no embedding.
+            ValueError: a prompt is of another kind, outside the scan, empty, not finite or not on a slice; the mask is
+                not a probability of the scan's shape; the span is not within the scan; or a slice has no embedding.
         """
         if missing := sorted(set(self.units(prompts, grid)) - set(embeddings)):
             raise ValueError(f"no embedding for the slices {missing}; embed units(prompts) first")
@@ -197,15 +195,15 @@ class Sam2:
                 yield query.index, Track(self.network, features, first=query.index, length=1).prompt(query)
             return
         for target in _targets(queries):
-            yield from self._carried(target, features, span)
+            yield from self._tracked(target, features, span)
 
-    def _carried(
+    def _tracked(
         self, target: Mapping[int, Query], features: partial[Features], span: tuple[int, int]
     ) -> Iterator[tuple[int, Answer]]:
         """Yield a target's answers within the span.
 
         Args:
-            target: slice -> what is prompted there, at least one.
+            target: slice -> the query there, at least one.
             features: slice -> its features.
             span: first and last slice to answer.
         """
@@ -224,7 +222,7 @@ class Sam2:
             yield index, track.carry(index, reverse=True)
 
     def _features(self, embeddings: Mapping[int, Tensor], index: int) -> Features:
-        """Return an embedding's levels on the device. Where a token is depends on shapes alone, so it is not stored."""
+        """Return an embedding's levels on the device. The positional encoding depends on shapes alone: not stored."""
         sizes = [channels * side * side for channels, side in self._levels]
         parts = torch.split(embeddings[index].to(self._device, torch.float32), sizes)
         maps = [part.view(1, channels, side, side) for part, (channels, side) in zip(parts, self._levels, strict=True)]
@@ -239,9 +237,9 @@ class Sam2:
         return torch.cat([level.float().flatten(1) for level in levels], dim=1).cpu()
 
     def _precision(self) -> torch.autocast:
-        """Return what SAM 2 was trained in on a GPU that has it, and otherwise full precision."""
-        brain = self._device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=brain)
+        """Return bfloat16, as in SAM 2's training, on a GPU that supports it, and otherwise full precision."""
+        supported = self._device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=supported)
 
     def _check(self, prompts: Prompts, grid: VolumeGrid) -> None:
         prompts.refuse_kinds_beyond(self.card)
@@ -254,7 +252,7 @@ class Sam2:
 
 
 def _targets(queries: Sequence[Query]) -> list[dict[int, Query]]:
-    """Part queries into targets, each with at most one query on a slice: the n-th queries of all slices are one."""
+    """Group queries into targets with at most one query per slice: the n-th queries of all slices are one target."""
     targets: list[dict[int, Query]] = []
     for query in queries:
         fitting = next((target for target in targets if query.index not in target), None)
@@ -265,7 +263,7 @@ def _targets(queries: Sequence[Query]) -> list[dict[int, Query]]:
 
 
 def _tokens(maps: Tensor) -> Tensor:
-    """Turn maps (1, channels, rows, columns) into tokens (rows * columns, 1, channels)."""
+    """Reshape maps (1, channels, rows, columns) to tokens (rows * columns, 1, channels)."""
     return maps.flatten(2).permute(2, 0, 1)
 
 

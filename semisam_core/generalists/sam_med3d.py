@@ -1,4 +1,4 @@
-"""SAM-Med3D and its relatives: 3D promptable models that take clicks and a mask in cubes of 1.5 mm voxels."""
+"""SAM-Med3D and its derivatives: 3D promptable models that take clicks and a mask in cubes of 1.5 mm voxels."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from semisam_core.generalists.base import GeneralistCard, Prompts, Segmentation,
 from semisam_core.generalists.crops import CropLattice, CropPrompts, crop_prompts
 from semisam_core.generalists.weights import load_into, load_verified_state
 
-_LOW_RESOLUTION = 4  # voxels of a cube along each edge of a voxel of the decoder's masks
-_SUREST = 1e-4  # probabilities of a mask prompt are kept this far from 0 and 1, so that logits stay within 9.2
+_LOW_RESOLUTION = 4  # voxels of a cube per voxel of the decoder's masks, along each edge
+_LEAST = 1e-4  # probabilities of a mask prompt are clamped this far from 0 and 1: logits stay within -9.2 to 9.2
 
 
 class SamMed3D:
     """A frozen SAM-Med3D (3D ViT encoder, SAM decoder). Its embedding units are cubes of `CropLattice`.
 
-    An embedding is (384, 8, 8, 8). The scan comes in RAS axis order, as in the published inference. The published
-    training fits no predicted IoU: take its quality for no more than a number that the network gives.
+    An embedding is (384, 8, 8, 8). Scans are in RAS axis order, as in the published inference. The published training
+    did not train the predicted IoU, so its quality is not meaningful.
     """
 
     def __init__(self, card: GeneralistCard, network: Any, weights_sha256: str, device: torch.device) -> None:
-        """Take a network that is loaded, frozen and on its device; see `load`.
+        """Wrap a network that is loaded, frozen and on its device; see `load`.
 
         Args:
             card: which of the models this is.
             network: with `image_encoder`, `prompt_encoder` and `mask_decoder`.
-            weights_sha256: SHA-256 of the file that its weights came from.
-            device: where the network is.
+            weights_sha256: SHA-256 of its weights file.
+            device: the network's device.
         """
         self.network = network
         self.card = card
@@ -46,19 +46,19 @@ class SamMed3D:
 
     @classmethod
     def load(cls, card: GeneralistCard, device: torch.device, weights: Path, sha256: str | None = None) -> SamMed3D:
-        """Read verified weights and build the network that they are of.
+        """Load verified weights and build the network that fits them.
 
         Args:
             card: which of the models this is.
-            device: where it runs: float32 on a CPU, the encoder in half precision on a GPU.
+            device: where to run: float32 on a CPU; on a GPU the encoder runs in half precision.
             weights: a checkpoint in the published layout, {"model_state_dict": tensors}.
             sha256: the hash that the file must have, in hexadecimal; None accepts any.
 
         Raises:
-            WeightsError: the weights are missing, altered or of another architecture.
+            WeightsError: the weights are missing, altered or do not fit the architecture.
         """
         published = f"{card.source} ({card.licence})"
-        # The published training script keeps its command-line arguments beside the tensors: attributes, no code.
+        # The published checkpoints also hold the training script's command-line arguments: plain values, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state, found = load_verified_state(weights, sha256, published, torch.device("cpu"))
         network = _build(Architecture.of(state, weights, published))
@@ -79,7 +79,7 @@ class SamMed3D:
         """Encode cubes of a scan.
 
         Args:
-            volume: (H, W, D) in RAS axis order, in any intensity unit; its darkest voxels count as background.
+            volume: (H, W, D) in RAS axis order, in any intensity unit; the darkest voxels are taken as background.
             grid: the scan's voxels.
             units: cubes of the scan.
 
@@ -87,28 +87,28 @@ class SamMed3D:
             cube -> (384, 8, 8, 8) float32 on the CPU.
 
         Raises:
-            ValueError: the scan has another shape, is not finite, or has no such cube.
+            ValueError: the scan has another shape than the grid, is not finite, or has no such cube.
         """
         if tuple(volume.shape) != grid.shape:
-            raise ValueError(f"the scan has shape {tuple(volume.shape)}, not {grid.shape}")
+            raise ValueError(f"the scan has shape {tuple(volume.shape)}, its grid {grid.shape}; they must be equal")
         lattice = CropLattice(grid, self._side)
         for unit in units:
             lattice.origin(unit)
         if not bool(torch.isfinite(volume).all()):
-            raise ValueError("the scan has intensities that are not finite; clean them before embedding")
-        # Background becomes exactly 0, as in the scans of the published training, and so does interpolation within it.
+            raise ValueError("the scan has intensities that are not finite; replace them before embedding")
+        # Background must be exactly 0, as in the scans of the published training, also after interpolation.
         resampled = lattice.resample(volume.float() - volume.min().float())
-        # Cloned out of inference mode: ordinary tensors.
+        # A clone made outside inference mode is an ordinary tensor.
         return {unit: self._encode(standardised(lattice.cut(resampled, unit))).clone() for unit in units}
 
     def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
         """Segment what the clicks and the mask point at. Where cubes overlap, their probabilities are averaged.
 
-        Without a mask an empty one (logits of 0) is given, as for the first click in training; a refinement passes its
-        last answer as the mask.
+        Without a mask, the network gets an empty one (logits of 0), as for the first click in training. To refine an
+        answer, pass it as the mask.
 
         Args:
-            embeddings: cube -> (384, 8, 8, 8), of every cube in `units`.
+            embeddings: cube -> (384, 8, 8, 8), for every cube in `units`.
             prompts: clicks in voxels of the scan, and the mask.
             grid: the scan's voxels.
 
@@ -147,8 +147,8 @@ class SamMed3D:
     def _decode(self, embedding: Tensor, clicks: CropPrompts, low: Tensor) -> tuple[Tensor, float]:
         """Map an embedding, clicks and mask logits (32, 32, 32) to probability (128, 128, 128) and predicted IoU.
 
-        Clicks are given in tensor axis order, as in the published training. The published positional encoding of the
-        image has its first two axes swapped against that of clicks; the weights were trained so, and it is kept.
+        Clicks are in tensor axis order, as in the published training. The published positional encodings of image and
+        clicks differ in the order of their first two axes; the weights were trained that way, so this is kept.
         """
         sparse, dense = self.network.prompt_encoder(  # (1, N + 1, 384), (1, 384, 8, 8, 8)
             points=self._points(clicks), boxes=None, masks=low.to(self._device)[None, None]
@@ -165,7 +165,7 @@ class SamMed3D:
         return torch.sigmoid(upsampled)[0, 0].cpu(), float(overlap[0, 0])
 
     def _points(self, clicks: CropPrompts) -> tuple[Tensor, Tensor] | None:
-        """Return (1, N, 3) whole-voxel positions, to which the prompt encoder adds 0.5, and (1, N) labels."""
+        """Return positions (1, N, 3) in whole voxels, to which the prompt encoder adds 0.5, and labels (1, N)."""
         if not clicks.positions:
             return None
         positions = torch.tensor([clicks.positions], dtype=torch.float32, device=self._device)
@@ -184,9 +184,9 @@ def load(card: GeneralistCard, device: torch.device, weights: Path | None, sha25
 
 
 def standardised(cube: Tensor) -> Tensor:
-    """Give the voxels above 0 of a cube mean 0 and standard deviation 1, and move the others alike.
+    """Standardise a cube by the mean and standard deviation of its voxels above 0.
 
-    As published, background and padding are 0 and do not count. A cube in which nothing differs becomes 0.
+    As published, background and padding, which are 0, do not enter the statistics. A constant cube becomes 0.
     """
     inside = cube[cube > 0]
     if inside.numel() < 2 or not float(inside.std()) > 0:
@@ -197,24 +197,24 @@ def standardised(cube: Tensor) -> Tensor:
 def mask_logits(cube: Tensor) -> Tensor:
     """Map the foreground probability in a cube (S, S, S) to the logits (S/4, S/4, S/4) of a mask prompt.
 
-    Logits are averaged, not probabilities: the decoder's answers are upsampled as logits, and so come back best.
+    Logits are averaged rather than probabilities because the decoder's answers are upsampled as logits.
     """
-    return F.avg_pool3d(torch.logit(cube, eps=_SUREST)[None], _LOW_RESOLUTION)[0]
+    return F.avg_pool3d(torch.logit(cube, eps=_LEAST)[None], _LOW_RESOLUTION)[0]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a SAM-Med3D, read off its tensors.
+    """The sizes of a SAM-Med3D, inferred from its tensors.
 
-    Not in the tensors, and fixed by the package that has the architecture as they were published: windows of 14, and in
-    the decoder 8 heads, 2 layers and 3 further masks. Tensors of other sizes than these give do not load.
+    The package with the architecture fixes what cannot be inferred to its published value: windows of 14 and, in the
+    decoder, 8 heads, 2 layers and 3 additional masks. Tensors that do not fit these fail to load.
 
     Attributes:
         width: channels of the encoder.
         depth: blocks of the encoder.
         heads: attention heads of each block.
         unwindowed: the blocks whose attention spans the whole cube.
-        channels: of embeddings and prompts.
+        channels: channels of embeddings and prompts.
         side: voxels along each edge of a cube.
         patch: voxels along each edge of a patch.
     """
@@ -229,10 +229,10 @@ class Architecture:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], path: Path, published: str) -> Architecture:
-        """Read the sizes off named tensors.
+        """Infer the sizes from named tensors.
 
         Raises:
-            WeightsError: the tensors are of another architecture.
+            WeightsError: the tensors do not fit the architecture.
         """
         depth = sum(name.startswith("image_encoder.blocks.") and name.endswith(".attn.rel_pos_d") for name in state)
         try:
@@ -241,27 +241,25 @@ class Architecture:
             channels = state["image_encoder.neck.0.weight"].shape[0]
             spans = [tuple(state[f"image_encoder.blocks.{block}.attn.rel_pos_d"].shape) for block in range(depth)]
             heads = width // spans[0][1]
-            # A block's table of relative positions has 2n - 1 rows: of its window, or of all patches along the cube.
+            # A table of relative positions has 2n - 1 rows: n patches along the block's window, or along the cube.
             unwindowed = tuple(block for block, span in enumerate(spans) if span[0] == 2 * cells - 1)
         except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
             raise _other(path, published, f"{type(error).__name__}: {error}") from error
-        if channels % 48 or heads < 1 or width % heads:  # 8 heads at half the width, and 3 parts of a position
-            raise _other(path, published, f"{channels} channels of prompts, {heads} heads for {width} channels")
+        if channels % 48 or heads < 1 or width % heads:  # 8 heads of half the width, 3 parts of a position
+            raise _other(path, published, f"{channels} prompt channels, {heads} heads for {width} channels")
         return cls(width, depth, heads, unwindowed, channels, cells * patch, patch)
 
 
 def _other(path: Path, published: str, found: str) -> WeightsError:
-    return WeightsError(
-        f"{path}: these weights are of another architecture than SAM-Med3D ({found}); accepted is {published}"
-    )
+    return WeightsError(f"{path}: these weights do not fit SAM-Med3D ({found}); accepted is {published}")
 
 
 def _build(sizes: Architecture) -> nn.Module:
-    with warnings.catch_warnings():  # the package imports requests, which adds filters of its own
+    with warnings.catch_warnings():  # the package imports requests, which adds warning filters
         from medim.models.sam_med3d import build_sam3D_vit_b_ori
-    with torch.random.fork_rng(devices=[]):  # initial weights must not move the caller's random state
+    with torch.random.fork_rng(devices=[]):  # random initial weights must not change the caller's random state
         network: nn.Module = build_sam3D_vit_b_ori(
-            pretrained=False,  # its own way to weights downloads and unpickles
+            pretrained=False,  # the package would download and unpickle weights
             encoder_embed_dim=sizes.width,
             encoder_depth=sizes.depth,
             encoder_num_heads=sizes.heads,

@@ -1,4 +1,4 @@
-"""SAM's network, its sizes read off the checkpoint that it is to hold: ViT-B, L, H and any other of the same layout."""
+"""SAM's network, with sizes inferred from its checkpoint: ViT-B, L, H and any other of the same layout."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from semisam_core.errors import WeightsError
 from semisam_core.generalists.weights import load_into
 
 _CHANNELS = 3
-_DECODER_HEADS = 8  # leaves no trace in the tensors; 8 in everything that SAM's authors published
+_DECODER_HEADS = 8  # cannot be inferred from the tensors; 8 in everything that SAM's authors published
 _NORM_EPS = 1e-6  # likewise
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes that make one SAM differ from another.
+    """The sizes in which SAM's variants differ.
 
     Attributes:
         side: pixels along each side of the encoder's input.
@@ -28,15 +28,15 @@ class Architecture:
         width: channels of a token in the image encoder.
         depth: blocks of the image encoder.
         heads: attention heads of each block.
-        window: tokens along each side of the window of a block that does not attend globally; 0 if all do.
-        global_blocks: the blocks that attend to the whole image.
+        window: tokens along each side of the attention window; 0 if all blocks attend globally.
+        global_blocks: the blocks that attend globally.
         mlp_width: hidden channels of each block's perceptron.
         prompt_width: channels of embeddings and prompts.
-        mask_width: hidden channels where mask prompts are encoded.
+        mask_width: hidden channels of the encoder of mask prompts.
         masks: answers to an ambiguous prompt.
         decoder_depth: two-way blocks of the mask decoder.
         decoder_mlp_width: hidden channels of their perceptrons.
-        overlap_depth: layers of the head that predicts the overlap with the truth.
+        overlap_depth: layers of the head that predicts the IoU.
         overlap_width: its hidden channels.
     """
 
@@ -63,26 +63,26 @@ class Architecture:
 
 
 def read_architecture(state: dict[str, Tensor], path: Path, published: str) -> Architecture:
-    """Read the sizes of a SAM off its tensors; only names and shapes are looked at.
+    """Infer the sizes of a SAM from the names and shapes of its tensors.
 
     Args:
         state: name -> tensor, named as in SAM's published checkpoints.
-        path: where they came from, for the error.
-        published: what is accepted, for the error.
+        path: the checkpoint, for error messages.
+        published: what is accepted, for error messages.
 
     Raises:
-        WeightsError: the tensors are not of SAM's layout.
+        WeightsError: the tensors are not in SAM's layout.
     """
     layout = _Layout(state, path, published)
     width, channels, patch, patch_columns = layout.shape("image_encoder.patch_embed.proj.weight", 4)
     _, grid, grid_columns, _ = layout.shape("image_encoder.pos_embed", 4)
     if channels != _CHANNELS or patch != patch_columns or grid != grid_columns:
-        raise layout.refusal("its encoder does not take square pictures of 3 channels")
+        raise layout.refusal("its encoder does not take square images of 3 channels")
     depth = layout.count("image_encoder.blocks.")
     heads, window, global_blocks = _attention(layout, width, depth, grid)
     prompt_width = layout.shape("image_encoder.neck.0.weight", 4)[0]
     if prompt_width % (2 * _DECODER_HEADS):
-        raise layout.refusal(f"{prompt_width} channels of prompts cannot be shared by {_DECODER_HEADS} heads")
+        raise layout.refusal(f"{prompt_width} prompt channels cannot be divided among {_DECODER_HEADS} heads")
     return Architecture(
         side=grid * patch,
         patch=patch,
@@ -103,7 +103,7 @@ def read_architecture(state: dict[str, Tensor], path: Path, published: str) -> A
 
 
 def build_network(state: dict[str, Tensor], path: Path, published: str) -> nn.Module:
-    """Build the SAM that these tensors fit and copy them into it, on the CPU, in float32.
+    """Build the SAM that fits these tensors and load them, on the CPU in float32.
 
     Args:
         state: as `read_architecture`.
@@ -114,17 +114,17 @@ def build_network(state: dict[str, Tensor], path: Path, published: str) -> nn.Mo
         The network, with `image_encoder`, `prompt_encoder` and `mask_decoder`.
 
     Raises:
-        WeightsError: the tensors are not of SAM's layout, one is missing or one too many.
+        WeightsError: the tensors are not in SAM's layout, or one is missing or unexpected.
     """
     network = assemble(read_architecture(state, path, published))
-    for part in network.children():  # only these: the network itself holds buffers that no checkpoint has
+    for part in network.children():  # not the network itself, which has buffers that no checkpoint contains
         part.to_empty(device="cpu")
     load_into(network, state, path, published)
     return network
 
 
 def assemble(architecture: Architecture) -> nn.Module:
-    """Return the network with all parameters on the meta device: no memory, no random numbers are drawn."""
+    """Return the network with all parameters on the meta device: takes no memory, draws no random numbers."""
     from segment_anything import modeling
 
     sizes = architecture
@@ -167,21 +167,21 @@ def assemble(architecture: Architecture) -> nn.Module:
 
 
 def _attention(layout: _Layout, width: int, depth: int, grid: int) -> tuple[int, int, tuple[int, ...]]:
-    """Return heads, window and global blocks: a block has one relative position for each offset that it can see."""
+    """Return heads, window and global blocks, inferred from the lengths of the tables of relative positions."""
     names = [f"image_encoder.blocks.{block}.attn.rel_pos_h" for block in range(depth)]
     lengths, channels = zip(*(layout.shape(name, 2) for name in names), strict=True)
     if len(set(channels)) != 1 or width % channels[0]:
-        raise layout.refusal("its blocks do not share one number of attention heads")
-    sights = [(length + 1) // 2 for length in lengths]
-    windows = {sight for sight in sights if sight != grid}
+        raise layout.refusal("its blocks differ in their number of attention heads")
+    spans = [(length + 1) // 2 for length in lengths]  # a block that sees n tokens along a side has 2n - 1 offsets
+    windows = {span for span in spans if span != grid}
     if len(windows) > 1 or any(length % 2 == 0 for length in lengths):
-        raise layout.refusal(f"its blocks attend over {sorted(set(sights))} tokens, not one window or all {grid}")
-    global_blocks = tuple(block for block, sight in enumerate(sights) if sight == grid)
+        raise layout.refusal(f"its blocks attend to {sorted(set(spans))} tokens, not to one window or all {grid}")
+    global_blocks = tuple(block for block, span in enumerate(spans) if span == grid)
     return width // channels[0], next(iter(windows), 0), global_blocks
 
 
 class _Layout:
-    """Names and shapes of the tensors of a checkpoint, with an error that says what is accepted."""
+    """Names and shapes of a checkpoint's tensors, with errors that say what is accepted."""
 
     def __init__(self, state: dict[str, Tensor], path: Path, published: str) -> None:
         self._state = state
@@ -189,15 +189,13 @@ class _Layout:
         self._published = published
 
     def refusal(self, reason: str) -> WeightsError:
-        """Return the error for a checkpoint that is of another layout."""
-        return WeightsError(
-            f"{self._path}: these weights are of another architecture than SAM: {reason}; accepted is {self._published}"
-        )
+        """Return the error for a checkpoint with another layout."""
+        return WeightsError(f"{self._path}: these weights do not fit SAM: {reason}; accepted is {self._published}")
 
     def shape(self, name: str, dimensions: int) -> tuple[Any, ...]:
-        """Return the shape of a tensor, which must be there and have so many dimensions, none of them 0."""
+        """Return the shape of a tensor, which must exist and have this many dimensions, none of them 0."""
         if name not in self._state:
-            raise self.refusal(f"there is no tensor {name}")
+            raise self.refusal(f"it has no tensor {name}")
         found = tuple(self._state[name].shape)
         if len(found) != dimensions or 0 in found:
             raise self.refusal(f"the tensor {name} has shape {found}, not {dimensions} dimensions")

@@ -1,4 +1,4 @@
-"""From prompts on a scan to what SAM's decoder is asked, slice by slice."""
+"""From prompts on a scan to queries for SAM's decoder, slice by slice."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from semisam_core.generalists.base import Point, Prompts, SliceBox, VolumeGrid
 from semisam_core.generalists.slices import Framing
 
-_LEAST = 1e-3  # probabilities are kept this far from 0 and 1, so that their logits stay within -6.9 to 6.9
-_OUTSIDE = -10.0  # logit of the padding around a mask prompt: surer than any voxel that it is background
+_LEAST = 1e-3  # probabilities are clamped this far from 0 and 1, so that their logits stay within -6.9 to 6.9
+_OUTSIDE = -10.0  # logit of the padding around a mask prompt: more certainly background than any voxel
 
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One question to the decoder, which gets one answer.
+    """One query to the decoder, which gives one answer.
 
     Attributes:
-        index: the slice that it is about.
+        index: slice number.
         box: edges (x_min, y_min, x_max, y_max) in frame pixels, or None.
         points: (x, y) in frame pixels.
         labels: 1 for each positive point, 0 for each negative one.
@@ -36,20 +36,20 @@ class Query:
 
     @property
     def structure(self) -> tuple[bool, int, bool]:
-        """What two queries must have in common to share a batch: box or none, number of points, mask or none."""
+        """Has a box, number of points, has a mask: only queries of equal structure can share a batch."""
         return self.box is not None, len(self.points), self.mask is not None
 
     @property
     def ambiguous(self) -> bool:
-        """Whether one point is all that is given, which may mean a part, a whole or what is around it."""
+        """Whether the query is a single point, which may mean a part, the whole or something larger."""
         return self.structure == (False, 1, False)
 
 
 def answered_slices(prompts: Prompts, grid: VolumeGrid, framing: Framing) -> tuple[int, ...]:
-    """Return the slices that have a box, a positive point or mask foreground; ascending, each once.
+    """Return the slices that have a box, a positive point or mask foreground, in ascending order.
 
     Raises:
-        ValueError: a prompt is outside the scan, empty, not finite or not on a slice, or the mask is no probability
+        ValueError: a prompt is outside the scan, empty, not finite or not on a slice, or the mask is not a probability
             of the scan's shape.
     """
     _check_mask(prompts.mask, grid)
@@ -63,14 +63,14 @@ def answered_slices(prompts: Prompts, grid: VolumeGrid, framing: Framing) -> tup
 def make_queries(prompts: Prompts, grid: VolumeGrid, framing: Framing, mask_side: int) -> list[Query]:
     """Turn prompts into queries, in an order that does not depend on the order of the prompts.
 
-    All that is given on a slice goes into one query, unless the slice has several boxes. Then each box is a query of
-    its own, with the mask inside it, all negative points, and the positive points inside it; a positive point inside
-    none goes with the nearest box. A slice that has only negative points gets no query.
+    All prompts on a slice form one query, unless the slice has several boxes. Then each box is a query of its own, with
+    the mask inside it, all negative points, and the positive points inside it; a positive point outside all boxes
+    belongs to the nearest. A slice that has only negative points gets no query.
 
     Args:
         prompts: boxes, points and mask in voxels of the scan.
         grid: the scan's voxels.
-        framing: where a slice lies in the encoder's input.
+        framing: how slices map to the encoder's input.
         mask_side: pixels along each side of the frame of mask prompts.
 
     Raises:
@@ -100,26 +100,26 @@ _Part = tuple[SliceBox | None, Sequence[Point], Tensor | None]
 
 
 def _parts(boxes: Sequence[SliceBox], points: Sequence[Point], probability: Tensor | None) -> list[_Part]:
-    """Share out the points and the mask (H, W) of one slice among its boxes."""
+    """Distribute the points and the mask (H, W) of one slice among its boxes."""
     if len(boxes) < 2:
         return [(boxes[0] if boxes else None, points, probability)]
     return [
         (
             box,
-            [point for point in points if not point.positive or _goes_with(point, box, boxes)],
+            [point for point in points if not point.positive or _belongs_to(point, box, boxes)],
             None if probability is None else _inside(probability, box),
         )
         for box in boxes
     ]
 
 
-def _goes_with(point: Point, box: SliceBox, boxes: Sequence[SliceBox]) -> bool:
-    """Return whether no box is nearer to the point than this one."""
+def _belongs_to(point: Point, box: SliceBox, boxes: Sequence[SliceBox]) -> bool:
+    """Return whether no other box is nearer to the point."""
     return _distance(point, box) == min(_distance(point, each) for each in boxes)
 
 
 def _distance(point: Point, box: SliceBox) -> float:
-    """Return the in-plane distance of a point from a box in voxels; 0 inside. A box ends at its voxels' edges."""
+    """Return the in-plane distance from a point to a box in voxels; 0 inside. A box ends at its voxels' edges."""
     row, column, _ = point.position
     row_min, column_min, row_max, column_max = box.bounds
     beyond_rows = max(row_min - 0.5 - row, row - row_max - 0.5, 0.0)
@@ -128,7 +128,7 @@ def _distance(point: Point, box: SliceBox) -> float:
 
 
 def _inside(probability: Tensor, box: SliceBox) -> Tensor:
-    """Return the probability (H, W) with 0 at the voxels whose centre is outside the box."""
+    """Return the probability (H, W), 0 at voxels whose centres are outside the box."""
     row_min, column_min, row_max, column_max = box.bounds
     rows, columns = (torch.arange(side) for side in probability.shape)
     rows_inside = (rows >= row_min - 0.5) & (rows <= row_max + 0.5)

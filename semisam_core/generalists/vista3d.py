@@ -1,4 +1,4 @@
-"""VISTA3D: a 3D promptable model for CT, asked by clicks. Only its interactive, class-agnostic half is used."""
+"""VISTA3D: a 3D promptable model for CT that takes clicks. Only its interactive, class-agnostic branch is used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIDE = 128  # voxels along each edge of the patches that it was trained on
 SPACING_MM = 1.5
 PUBLISHED = f"{VISTA3D.source} ({VISTA3D.licence})"
 
-_LAST_SUPPORTED = 132  # the last class that it was trained on; leaves no trace in the tensors
+_LAST_SUPPORTED = 132  # the last class that it was trained on; cannot be inferred from the tensors
 _NOVEL_CLASS = _LAST_SUPPORTED + 1
 _WIDTH_STEP = 8  # four heads share half of the channels, and a position is a sine and a cosine
 _STEM = "image_encoder.encoder.conv_init.weight"
@@ -34,19 +34,19 @@ _BLOCK = re.compile(r"image_encoder\.encoder\.layers\.(\d+)\.blocks\.(\d+)\.conv
 
 
 class PointBranch(nn.Module):
-    """VISTA3D's interactive half, divided at the narrowest place between the image and the clicks.
+    """VISTA3D's interactive branch, split where what depends on the image alone is smallest.
 
-    The decoder of the image has skip connections at all resolutions, so that nothing before its end stands for the
-    image: (48, 128, 128, 128), 403 MB in single precision. The point head reads it through one convolutional block
-    of stride 2, which sees no click either. After that block, (48, 64, 64, 64), 50 MB, all that remains are the
-    clicks' own layers.
+    The image decoder has skip connections at all resolutions, so the earliest tensor that represents the image is its
+    output: (48, 128, 128, 128), 403 MB in single precision. The point head reads it through a convolutional block of
+    stride 2 that does not depend on the clicks. The output of that block, (48, 64, 64, 64), takes 50 MB; only the
+    layers after it depend on the clicks.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        """Take a VISTA3D apart; its automatic half is dropped.
+        """Take a VISTA3D apart and drop its automatic branch.
 
         Args:
-            network: MONAI's, with `image_encoder` and `point_head`. It is of no use afterwards.
+            network: MONAI's, with `image_encoder` and `point_head`; must not be used afterwards.
         """
         super().__init__()
         parts: Any = network
@@ -58,17 +58,17 @@ class PointBranch(nn.Module):
 
     @property
     def divisor(self) -> int:
-        """What each edge of a cube must be divisible by, so that its coarsest features have an even side."""
+        """What the edge of a cube must be divisible by so that its coarsest features have an even side."""
         return int(2 * max(self.image_encoder.shape_factor()))
 
     def encode(self, cubes: Tensor) -> Tensor:
-        """Map cubes (1, 1, S, S, S) in 0..1 to what stands for them (1, C, S/2, S/2, S/2)."""
+        """Map cubes (1, 1, S, S, S) in 0..1 to embeddings (1, C, S/2, S/2, S/2)."""
         features, _ = self.image_encoder(cubes, with_point=True, with_label=False)
         encoded: Tensor = self.reduction(features)
         return encoded
 
     def decode(self, encoded: Tensor, positions: Tensor, positive: Tensor) -> Tensor:
-        """Answer the clicks on one object, as a class that the model was not trained on.
+        """Answer the clicks on one object, treated as a class that the model was not trained on.
 
         Args:
             encoded: (1, C, S/2, S/2, S/2).
@@ -78,7 +78,7 @@ class PointBranch(nn.Module):
         Returns:
             Logits (1, 1, S, S, S).
         """
-        # The head takes positions relative to the shape of what it is given, which is half of the cube's here.
+        # The head takes positions on the grid of its input, which has half the cube's side.
         halved = (positions + 0.5) / 2 - 0.5
         novel = torch.tensor([_NOVEL_CLASS], device=encoded.device)
         logits: Tensor = self.point_head(encoded, halved, positive.long(), class_vector=novel)
@@ -86,36 +86,37 @@ class PointBranch(nn.Module):
 
 
 class Vista3D:
-    """A frozen VISTA3D that is asked by positive and negative clicks. Its embedding units are crops, see `crops`.
+    """A frozen VISTA3D, prompted by positive and negative clicks. Its embedding units are cubes of `CropLattice`.
 
-    The scan is resampled to 1.5 mm and cut in cubes of 128 voxels, axes along R, A, S, as published. One deviation:
-    VISTA3D maps -964 to 1054 Hounsfield units to 0..1, but scans come here already normalised by the study plan (a
-    window, or zero mean and unit variance), which cannot be undone. So the scan's own 0.5-99.5 percentiles become
-    0..1. For CT its contrast then differs from the training data's and answers may be worse; for MR, which it was not
-    trained on, there is no published scale.
+    The scan is resampled to 1.5 mm and cut into cubes of 128 voxels, axes along R, A, S, as published. There is one
+    deviation: VISTA3D maps -964 to 1054 Hounsfield units to 0..1, but scans arrive already normalised by the study plan
+    (a window, or zero mean and unit variance), which cannot be undone. Instead, the scan's own 0.5 and 99.5 percentiles
+    map to 0 and 1. The contrast of CT then differs from the training data's, and answers may be worse. For MR, which it
+    was not trained on, there is no published scale.
 
-    An embedding is (48, 64, 64, 64) for each cube: 50 MB, or 25 MB in the half precision of the embedding store. It
-    holds all that is computed from the image alone, so clicks never encode again. On a CPU, encoding takes about seven
-    times as long as answering (41 s and 6 s on one core), and either needs some 2 GB of memory beside the weights.
+    An embedding is (48, 64, 64, 64) per cube: 50 MB, or 25 MB in the half precision of the embedding store. It contains
+    everything that depends on the image alone, so clicks never need another encoding. On a CPU, encoding takes about
+    seven times as long as answering (41 s and 6 s on one core), and each needs some 2 GB of memory beside the weights.
 
-    VISTA3D predicts no overlap with the truth. As quality, the mean probability of a cube's foreground (above 0.5) is
-    reported, 0 where there is none: how sure it is of what it marked, not whether it marked all of it.
+    VISTA3D does not predict its overlap with the truth. The quality reported instead is the mean probability of a
+    cube's foreground (above 0.5), or 0 if there is none: it tells how certain the model is of what it marked, not
+    whether it marked everything.
     """
 
     def __init__(self, network: PointBranch, weights_sha256: str, device: torch.device, side: int = SIDE) -> None:
-        """Take a network that is loaded, frozen and on its device; see `load`.
+        """Wrap a network that is loaded, frozen and on its device; see `load`.
 
         Args:
-            network: the interactive half.
-            weights_sha256: SHA-256 of the file that its weights came from.
-            device: where the network is.
+            network: the interactive branch.
+            weights_sha256: SHA-256 of its weights file.
+            device: the network's device.
             side: voxels along each edge of a cube.
 
         Raises:
             ValueError: the network cannot take cubes of this side.
         """
         if side < 1 or side % network.divisor:
-            raise ValueError(f"cubes must have a side divisible by {network.divisor}, not {side}")
+            raise ValueError(f"the side of a cube must be divisible by {network.divisor}, which {side} is not")
         self.network = network
         self.card = VISTA3D
         self.weights_sha256 = weights_sha256
@@ -124,16 +125,16 @@ class Vista3D:
 
     @classmethod
     def load(cls, device: torch.device, weights: Path | None, sha256: str | None = None, side: int = SIDE) -> Vista3D:
-        """Build the network that a checkpoint fits and read its verified weights.
+        """Build the network that fits a checkpoint and load its verified weights.
 
         Args:
-            device: where it runs: float32 on a CPU, the encoder in half precision on a GPU.
+            device: where to run: float32 on a CPU; on a GPU the encoder runs in half precision.
             weights: a checkpoint in the layout of MONAI 1.4 and later, of any size.
             sha256: the hash that the file must have; None accepts any.
             side: voxels along each edge of a cube.
 
         Raises:
-            WeightsError: the weights are missing, altered or of another architecture.
+            WeightsError: the weights are missing, altered or do not fit the architecture.
         """
         if weights is None:
             raise WeightsError(f"no Python package ships the weights of {VISTA3D.name}; accepted is {PUBLISHED}")
@@ -143,7 +144,7 @@ class Vista3D:
         return cls(network, found, device, side)
 
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
-        """Return the crops that answer these clicks, ascending, each once; none without a positive click.
+        """Return the crops that answer these clicks, in ascending order; none without a positive click.
 
         Raises:
             ValueError: as `segment`.
@@ -157,19 +158,19 @@ class Vista3D:
         Args:
             volume: (H, W, D) along R, A, S, in any intensity unit.
             grid: the scan's voxels.
-            units: numbers of crops.
+            units: crop numbers.
 
         Returns:
             crop -> (48, 64, 64, 64) float32 on the CPU.
 
         Raises:
-            ValueError: the scan is not of the grid's shape, has no such crop, or its intensities are not finite.
+            ValueError: the scan has another shape than the grid, has no such crop, or is not finite.
         """
         if tuple(volume.shape) != grid.shape:
-            raise ValueError(f"the scan has shape {tuple(volume.shape)}, its grid {grid.shape}; they must be the same")
+            raise ValueError(f"the scan has shape {tuple(volume.shape)}, its grid {grid.shape}; they must be equal")
         lattice = self._lattice(grid)
         resampled = stretch_between(lattice.resample(volume.cpu()), intensity_limits(volume))
-        # Cloned out of inference mode: an ordinary tensor.
+        # A clone made outside inference mode is an ordinary tensor.
         return {unit: self._encode(lattice.cut(resampled, unit)).clone() for unit in units}
 
     def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
@@ -179,15 +180,15 @@ class Vista3D:
         probabilities are averaged.
 
         Args:
-            embeddings: crop -> (48, 64, 64, 64), of every crop in `units(prompts, grid)`.
+            embeddings: crop -> (48, 64, 64, 64), for every crop in `units(prompts, grid)`.
             prompts: positive and negative clicks on one object, in voxels of the scan.
             grid: the scan's voxels.
 
         Returns:
-            Probability (H, W, D) on the CPU, and the mean foreground probability of each crop in place of a quality.
+            Probability (H, W, D) on the CPU, and the mean foreground probability of each crop as its quality.
 
         Raises:
-            ValueError: a prompt is no click or outside the scan, or a prompted crop has no embedding.
+            ValueError: a prompt is not a click or is outside the scan, or a prompted crop has no embedding.
         """
         prompts.refuse_kinds_beyond(self.card)
         lattice = self._lattice(grid)
@@ -222,12 +223,12 @@ class Vista3D:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes that make one VISTA3D differ from another.
+    """The sizes in which VISTA3D's variants differ.
 
     Attributes:
         width: channels at full resolution.
-        blocks: residual blocks of the encoder at each resolution, the finest first.
-        classes: rows in the tables of classes.
+        blocks: residual blocks of the encoder at each resolution, finest first.
+        classes: rows of the class embeddings.
     """
 
     width: int
@@ -236,36 +237,36 @@ class Architecture:
 
 
 def read_architecture(state: Mapping[str, Tensor], path: Path) -> Architecture:
-    """Read the sizes of a VISTA3D off its tensors; only names and shapes are looked at.
+    """Infer the sizes of a VISTA3D from the names and shapes of its tensors.
 
     Args:
         state: name -> tensor, named as by MONAI 1.4 and later.
-        path: where they came from, for the error.
+        path: the checkpoint, for error messages.
 
     Raises:
-        WeightsError: the tensors are not of VISTA3D's layout.
+        WeightsError: the tensors are not in VISTA3D's layout.
     """
     counted: dict[int, int] = {}
     for match in filter(None, map(_BLOCK.fullmatch, state)):
         counted[int(match[1])] = counted.get(int(match[1]), 0) + 1
     missing = [name for name in (_STEM, _CLASSES) if name not in state]
     if missing or len(counted) < 2 or sorted(counted) != list(range(len(counted))):
-        what = f"{missing[0]} is missing" if missing else "its encoder has not two resolutions or more"
+        what = f"{missing[0]} is missing" if missing else "its encoder has fewer than two resolutions"
         raise _refusal(path, what)
     stem = tuple(state[_STEM].shape)
     if len(stem) != 5 or stem[1] != 1 or stem[0] % _WIDTH_STEP or not stem[0]:
-        raise _refusal(path, f"its first layer is {stem}, not one channel in 3D to a multiple of {_WIDTH_STEP}")
+        raise _refusal(path, f"its first layer is {stem}, not 3D from one channel to a multiple of {_WIDTH_STEP}")
     return Architecture(stem[0], tuple(counted[level] for level in sorted(counted)), len(state[_CLASSES]))
 
 
 def build_network(state: dict[str, Tensor], path: Path) -> nn.Module:
-    """Build the VISTA3D that these tensors fit and copy them into it, on the CPU, in float32.
+    """Build the VISTA3D that fits these tensors and load them, on the CPU in float32.
 
     Raises:
-        WeightsError: the tensors are not of VISTA3D's layout, one is missing or one too many.
+        WeightsError: the tensors are not in VISTA3D's layout, or one is missing or unexpected.
     """
     sizes = read_architecture(state, path)
-    with torch.random.fork_rng(devices=[]):  # initial weights must not move the caller's random state
+    with torch.random.fork_rng(devices=[]):  # random initial weights must not change the caller's random state
         network: nn.Module = Network(
             image_encoder=SegResNetDS2(
                 blocks_down=sizes.blocks,
@@ -281,7 +282,7 @@ def build_network(state: dict[str, Tensor], path: Path) -> nn.Module:
 
 
 def stretch_between(volume: Tensor, limits: tuple[float, float]) -> Tensor:
-    """Map intensities between two limits to 0..1 and cut those beyond; 0 everywhere if the limits are equal."""
+    """Map the range between two limits to 0..1 and clip; 0 everywhere if the limits are equal."""
     low, high = limits
     if high <= low:
         return torch.zeros_like(volume)
@@ -289,7 +290,7 @@ def stretch_between(volume: Tensor, limits: tuple[float, float]) -> Tensor:
 
 
 def confidence(probability: Tensor) -> float:
-    """Return the mean of the probabilities above 0.5; 0 if there are none."""
+    """Return the mean of the probabilities above 0.5, or 0 if there are none."""
     foreground = probability[probability > 0.5]
     return float(foreground.double().mean()) if foreground.numel() else 0.0
 
@@ -300,6 +301,4 @@ def load(card: GeneralistCard, device: torch.device, weights: Path | None, sha25
 
 
 def _refusal(path: Path, reason: str) -> WeightsError:
-    return WeightsError(
-        f"{path}: these weights are of another architecture than {VISTA3D.name}: {reason}; accepted is {PUBLISHED}"
-    )
+    return WeightsError(f"{path}: these weights do not fit {VISTA3D.name}: {reason}; accepted is {PUBLISHED}")

@@ -1,4 +1,4 @@
-"""Verified model weights: the file is what its publisher signed off, and is read as tensors only."""
+"""Verified model weights: the file must have the expected hash, and only tensors are read from it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from semisam_core.errors import WeightsError
 
-_WRAPPERS = ("model", "state_dict", "model_state_dict")  # training scripts nest the tensors under one of these
+_WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training scripts nest the tensors
 
 
 def verified_sha256(path: Path, expected: str | None, published: str) -> str:
-    """Return the SHA-256 of a weights file once it is known to be the expected one.
+    """Check the SHA-256 of a weights file and return it.
 
     Args:
         path: the weights file.
         expected: the SHA-256 that it must have, in hexadecimal; None accepts any.
-        published: what is accepted, for the error: name, where it is published and under which licence.
+        published: what is accepted, for error messages: name, source and licence.
 
     Raises:
         WeightsError: the file is missing, cannot be read, or has another hash.
@@ -32,29 +32,30 @@ def verified_sha256(path: Path, expected: str | None, published: str) -> str:
 def load_verified_state(
     path: Path, expected: str | None, published: str, device: torch.device
 ) -> tuple[dict[str, Tensor], str]:
-    """Read the tensors of a weights file and its SHA-256.
+    """Read the tensors and the SHA-256 of a weights file.
 
-    Both come from one open file, so that no other can slip between. Only tensors are read (`weights_only=True`); no
-    other object in the file is ever rebuilt, unless a model's own loader allows a class that holds values and no code.
+    The file is opened once, so it cannot be swapped between hashing and reading. Only tensors are read
+    (`weights_only=True`); other objects are never unpickled, unless the model's loader allows a class that holds values
+    and no code.
 
     Args:
-        path: the weights file, holding a state dict, bare or under "model", "state_dict" or "model_state_dict".
+        path: the weights file: a state dict, bare or under "model", "state_dict" or "model_state_dict".
         expected: as `verified_sha256`.
         published: as `verified_sha256`.
-        device: where the tensors go.
+        device: where to put the tensors.
 
     Returns:
         (name -> tensor, SHA-256 of the file).
 
     Raises:
-        WeightsError: as `verified_sha256`, or the file holds anything but tensors.
+        WeightsError: as `verified_sha256`, or the file contains anything but tensors.
     """
     with _opened(path, published) as file:
         sha256 = _verify(file, path, expected, published)
         file.seek(0)
         try:
             content = torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # a damaged file fails in more ways than can be listed
+        except Exception as error:  # a damaged file may raise anything
             raise WeightsError(
                 f"{path}: not a file of PyTorch tensors that can be read safely "
                 f"({type(error).__name__}); accepted is {published}"
@@ -63,16 +64,16 @@ def load_verified_state(
 
 
 def load_into(network: torch.nn.Module, state: dict[str, Tensor], path: Path, published: str) -> None:
-    """Copy tensors into a network, all of them and no others.
+    """Load tensors into a network; none may be missing or left over.
 
     Raises:
-        WeightsError: the tensors are of another architecture.
+        WeightsError: the tensors do not fit the network.
     """
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise WeightsError(
-            f"{path}: these weights are of another architecture than {type(network).__name__} "
+            f"{path}: these weights do not fit {type(network).__name__} "
             f"({len(state)} tensors found, {len(network.state_dict())} needed); accepted is {published}"
         ) from error
 
@@ -103,7 +104,7 @@ def _state_of(content: object, path: Path, published: str) -> dict[str, Tensor]:
     if isinstance(content, dict):
         state = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), content)
     if not isinstance(state, dict) or not state:
-        raise WeightsError(f"{path}: the file holds no named tensors; accepted is {published}")
+        raise WeightsError(f"{path}: the file contains no named tensors; accepted is {published}")
     if not all(isinstance(each, Tensor) for each in state.values()):
-        raise WeightsError(f"{path}: the file holds other things than named tensors; accepted is {published}")
+        raise WeightsError(f"{path}: the file contains more than named tensors; accepted is {published}")
     return {str(name): tensor for name, tensor in state.items()}

@@ -1,11 +1,11 @@
-"""The plan's section on pseudo-labels: who labels, how they are prompted, what is trusted."""
+"""The plan's section on pseudo-labels: which generalists, how they are prompted, which answers are accepted."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from semisam_core.configuration import Fraction, Spacing, StrictModel
 from semisam_core.generalists.base import PromptKind
@@ -13,7 +13,7 @@ from semisam_core.generalists.registry import accepted_prompts, generalist_names
 
 
 class Strategy(StrEnum):
-    """How the specialist's region is put to a generalist; see `semisam_core/prompting/strategies.py`."""
+    """How the specialist's region becomes prompts; see `semisam_core/prompting/strategies.py`."""
 
     BOXES = "boxes"
     POINTS = "points"
@@ -22,6 +22,8 @@ class Strategy(StrEnum):
     SCRIBBLES = "scribbles"
     PROPAGATED = "propagated"
 
+
+DEFAULT_WINDOW_OVERLAP = 0.25
 
 _CLICKS = frozenset({PromptKind.POINTS_2D, PromptKind.POINTS_3D})
 _MASKS = frozenset({PromptKind.MASK_2D, PromptKind.MASK_3D})
@@ -40,8 +42,9 @@ Anatomical = Literal["axial", "coronal", "sagittal"]
 class Prompting(StrictModel):
     """How the teacher's prediction becomes prompts.
 
-    `planes` are those in which slice-wise generalists look; volumetric ones ignore it. `slice_step_mm` leaves out
-    slices that lie closer together; their answers are interpolated.
+    `planes`: the planes in which slice-wise generalists cut a scan; volumetric ones ignore it. `slice_step_mm`: the
+    distance between prompted slices; answers are interpolated between them. `component_share`: a component smaller than
+    this share of the largest one does not prompt.
     """
 
     strategy: Strategy = Strategy.UNCERTAINTY_RECTIFIED
@@ -60,21 +63,21 @@ class Prompting(StrictModel):
     @classmethod
     def _odd(cls, value: int) -> int:
         if value % 2 == 0:
-            raise ValueError("the median window over slices must be odd")
+            raise ValueError("the window of the median over slices must be odd")
         return value
 
     @field_validator("planes")
     @classmethod
     def _once(cls, value: tuple[Anatomical, ...]) -> tuple[Anatomical, ...]:
         if len(set(value)) < len(value):
-            raise ValueError("each plane is named once")
+            raise ValueError("each plane may be named only once")
         return value
 
 
 class Gates(StrictModel):
-    """What a pseudo-label must satisfy to teach. One that does not is counted and reported, never guessed.
+    """What a pseudo-label must satisfy to be used in training. Refused ones are counted and reported.
 
-    `minimum_confidence` is of the mean of exp(-U) over the voxels that the target calls foreground.
+    `minimum_confidence` bounds the mean of exp(-U) over the target's foreground.
     """
 
     minimum_volume_ml: float = Field(default=0.5, ge=0)
@@ -99,9 +102,10 @@ class Uncertainty(StrictModel):
 
 
 class ColdStart(StrictModel):
-    """Rough masks before the specialist has learned anything, from prototypes of each class; see `cold_start.py`.
+    """Rough masks from prototypes of each class, before the specialist has learned anything; see `cold_start.py`.
 
-    In rounds up to `until_round`, even before `first_round`, they take the teacher's place at sites with labeled scans.
+    Up to and including `until_round`, even before `first_round`, they prompt instead of the teacher at sites with
+    labeled scans.
     """
 
     until_round: int = Field(ge=1)
@@ -117,20 +121,21 @@ class ColdStart(StrictModel):
     def _has_feature_maps(cls, value: str) -> str:
         if not generalist_spec(value).card.feature_maps:
             able = [name for name in generalist_names() if generalist_spec(name).card.feature_maps]
-            raise ValueError(
-                f"prototypes cannot be taken from the embeddings of {value}; accepted are {', '.join(able)}"
-            )
+            raise ValueError(f"the embeddings of {value} give no prototypes; accepted are {', '.join(able)}")
         return value
 
 
 class PseudoLabels(StrictModel):
-    """L_sam: who labels, how often, what is trusted; lambda_s(t) = weight * exp(-5 (t/T)^2) when decaying.
+    """Pseudo-labels and their loss L_sam, weighted by lambda_s(t) = weight * exp(-5 (t/T)^2) if it decays.
 
     A `fused` target is share * generalists + (1 - share) * teacher, with share = generalist_share + share_gain * (1 -
-    agreement), at most 1: the less the two overlap (Dice), the weaker is the specialist that prompted.
+    agreement), at most 1. The agreement is the Dice overlap of the two: the smaller it is, the weaker the specialist.
 
-    `spacing_mm` is the grid on which generalists see scans, where it is not the specialist's: a grid coarse enough to
-    train on quickly shows them too little.
+    `spacing_mm`: the grid on which generalists see scans, if other than the specialist's. A grid that is coarse enough
+    for fast training shows them too little.
+
+    `window_overlap`: overlap of the sliding window whose predictions become prompts and fused targets; scores use
+    `evaluation.overlap`. The default is not written, so that plans without the key keep their hashes.
     """
 
     generalists: tuple[str, ...] = Field(min_length=1)
@@ -143,18 +148,24 @@ class PseudoLabels(StrictModel):
     generalist_share: Fraction = 0.5
     share_gain: Fraction = 1.0
     smooth_sigma_slices: float = Field(default=1.0, ge=0, le=10)
+    window_overlap: float = Field(default=DEFAULT_WINDOW_OVERLAP, ge=0, lt=1)
     prompting: Prompting = Prompting()
     gates: Gates = Gates()
     uncertainty: Uncertainty = Uncertainty()
     cold_start: ColdStart | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_default_overlap(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = ("window_overlap", DEFAULT_WINDOW_OVERLAP)
+        return {key: each for key, each in serialize(self).items() if (key, each) != unused}
 
     @model_validator(mode="after")
     def _cold_start_fits(self) -> PseudoLabels:
         cold = self.cold_start
         if cold is not None and cold.generalist not in self.generalists:
             raise ValueError(
-                f"cold_start.generalist {cold.generalist} is not one of pseudo_labels.generalists, "
-                f"which are {', '.join(self.generalists)}"
+                f"cold_start.generalist {cold.generalist} is not in pseudo_labels.generalists; "
+                f"accepted are {', '.join(self.generalists)}"
             )
         if cold is not None and cold.until_round < self.first_round - 1:
             raise ValueError(
@@ -176,11 +187,11 @@ class PseudoLabels(StrictModel):
         return self
 
     def due(self, round_number: int) -> bool:
-        """Whether the teacher's pseudo-labels are made anew in this round (rounds count from 1)."""
+        """Whether pseudo-labels prompted by the teacher are refreshed in this round (rounds count from 1)."""
         after_cold_start = self.cold_start is not None and round_number == self.cold_start.until_round + 1
         on_schedule = (round_number - self.first_round) % self.refresh_every == 0
         return round_number >= self.first_round and (after_cold_start or on_schedule)
 
     def cold(self, round_number: int) -> bool:
-        """Whether prototypes prompt in this round, where a site has any, instead of the teacher."""
+        """Whether prototypes prompt instead of the teacher in this round, at sites that have any."""
         return self.cold_start is not None and round_number <= self.cold_start.until_round

@@ -1,4 +1,4 @@
-"""The plan's sections on the task and its data: structures, label values, channels, grid and intensities."""
+"""The plan's task and data sections: structures, label values, channels, grid and intensities."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ LabelValue = Annotated[int, Field(ge=1, le=255)]
 
 
 class TargetClass(StrictModel):
-    """One structure to segment, and the value that marks it in label files, or the values of the parts it unites.
+    """One structure to segment: its value in label files, or the values of its parts.
 
-    One class has one form: `value`, or two `values` or more, kept in ascending order; the other key is left out where
-    the plan is written. So equal plans have equal hashes, and `values` changed none of those that do not use it.
-
-    `connected` says that the structure is one piece: of a segmentation only its largest connected component is kept.
-    It, too, is written only where it is used.
+    A class has either one `value`, or two or more `values`, kept in ascending order. With `connected`, segmentations
+    keep only the structure's largest connected component. Unused keys are omitted from the canonical plan, so that
+    equal plans have equal hashes and plans without a key keep theirs.
     """
 
     name: Name
@@ -32,21 +30,19 @@ class TargetClass(StrictModel):
         if values is None:
             return None
         if len(values) < 2:
-            raise ValueError(
-                "these are two values or more; a structure with a single one has value: in place of values:"
-            )
+            raise ValueError("two or more values are expected; for a single one, write value: instead of values:")
         if len(set(values)) < len(values):
-            raise ValueError("each value is named once")
+            raise ValueError("a value is listed twice")
         return tuple(sorted(values))
 
     @model_validator(mode="after")
     def _exactly_one(self) -> TargetClass:
         if (self.value is None) == (self.values is None):
-            raise ValueError("give either value, or values where the structure is the union of several")
+            raise ValueError("give either value, or values for a structure that is the union of several")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unused_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: each for key, each in serialize(self).items() if each is not None and each is not False}
 
     @property
@@ -56,10 +52,11 @@ class TargetClass(StrictModel):
 
 
 class Task(StrictModel):
-    """What is segmented on what kind of scan.
+    """What is segmented, on what kind of scan.
 
-    A label value that marks no class quarantines the case, since it may be the wrong file; with `ignore_other_values`
-    whole numbers from 1 on are background instead, for label files that hold more structures than the study's.
+    A label value that marks no class quarantines the case, because it may be the wrong file. With
+    `ignore_other_values`, other whole numbers from 1 up are background, for label files with more structures than the
+    study needs.
     """
 
     name: Name
@@ -80,7 +77,7 @@ class Task(StrictModel):
 
 
 class Intensity(StrictModel):
-    """How intensities are made comparable.
+    """How intensities are normalised.
 
     `percentiles`: clip to the [lower, upper] percentiles of the scan, then zero mean and unit variance (MR).
     `window`: clip to [lower, upper] in the scan's own units, then scale to [0, 1] (CT in HU, PET in SUV).
@@ -100,12 +97,18 @@ class Intensity(StrictModel):
 
 
 class Data(StrictModel):
-    """The grid on which the specialist sees scans: RAS orientation, this spacing, patches of this size."""
+    """The specialist's grid: RAS orientation, this spacing, patches of this size.
+
+    `nan` is what happens to a scan with NaN voxels: `refuse` quarantines it; `zero` sets them to 0 in the scan's own
+    units, for scans whose background is NaN. Only `zero` is written to the canonical plan, so that plans without the
+    key keep their hashes.
+    """
 
     spacing_mm: Spacing
     intensity: Intensity
     patch: tuple[int, int, int]
     foreground_share: Fraction = 0.7
+    nan: Literal["refuse", "zero"] = "refuse"
 
     @field_validator("patch")
     @classmethod
@@ -113,3 +116,7 @@ class Data(StrictModel):
         if not all(8 <= side <= 512 for side in value):
             raise ValueError("each side of the patch is in voxels, between 8 and 512")
         return value
+
+    @model_serializer(mode="wrap")
+    def _without_default_nan(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: each for key, each in serialize(self).items() if (key, each) != ("nan", "refuse")}

@@ -1,16 +1,14 @@
 """From the specialist's probability for one class to prompts that a generalist takes, or the reason for none."""
 
-from semisam_core.prompting.region import Mask, Refusal, Region, find_region, meaningful_components, volume_refusal
-from semisam_core.prompting.strategies import Ask, PromptRequest, consult
+from semisam_core.prompting.region import Refusal, Region, find_region, volume_refusal
+from semisam_core.prompting.strategies import PromptRequest, Segment, prompt_generalist
 
 __all__ = [
-    "Ask",
-    "Mask",
     "PromptRequest",
     "Refusal",
     "Region",
-    "consult",
+    "Segment",
     "find_region",
-    "meaningful_components",
+    "prompt_generalist",
     "volume_refusal",
 ]

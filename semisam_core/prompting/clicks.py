@@ -1,7 +1,7 @@
 """Clicks: where to put the next one, and many at once along a skeleton.
 
-All functions take masks of 2 or 3 dimensions, and give positions as voxel indices; a slice-wise model is clicked on
-each slice by itself.
+All functions take 2D or 3D masks and return positions as voxel indices; a slice-wise model is clicked on one slice at a
+time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.morphology import skeletonize
 
-from semisam_core.prompting.region import Mask, meaningful_components
+from semisam_core.components import Mask, largest_component
 
 Position = tuple[int, ...]
 
@@ -21,7 +21,7 @@ Position = tuple[int, ...]
 def deepest_voxel(mask: Mask, spacing_mm: Sequence[float]) -> Position:
     """Return the voxel of a mask that is farthest from its border; of equals, the one nearest to the mask's centre.
 
-    The mask's own outside counts as border, and so does the edge of the scan: a click at the very edge is a poor one.
+    The edge of the scan counts as border, since a click at the very edge is a poor one.
 
     Raises:
         ValueError: the mask is empty.
@@ -36,10 +36,10 @@ def deepest_voxel(mask: Mask, spacing_mm: Sequence[float]) -> Position:
 
 
 def next_click(answer: Mask, region: Mask, spacing_mm: Sequence[float]) -> tuple[Position, bool] | None:
-    """Return the next click: the deepest voxel of the largest region where answer and specialist differ.
+    """Return the next click: the deepest voxel of the largest component where answer and region differ.
 
     Args:
-        answer: the generalist's last mask; all false before the first click.
+        answer: the generalist's last mask; all False before the first click.
         region: the specialist's mask.
         spacing_mm: voxel size along each axis.
 
@@ -52,14 +52,14 @@ def next_click(answer: Mask, region: Mask, spacing_mm: Sequence[float]) -> tuple
         return None
     candidates = []
     for positive in (True, False):
-        component = _largest(wrong & (region == positive))
+        component = largest_component(wrong & (region == positive))
         candidates.append((int(component.sum()), component, positive))
     _, component, positive = max(candidates, key=lambda candidate: candidate[0])
     return deepest_voxel(component, spacing_mm), positive
 
 
 def scribble(mask: Mask, count: int) -> list[Position]:
-    """Return up to `count` voxels along the mask's skeleton, evenly spread: clicks for targets that are not compact."""
+    """Return up to `count` voxels spread evenly along the mask's skeleton: clicks for targets that are not compact."""
     skeleton: Mask = skeletonize(mask) > 0  # type: ignore[no-untyped-call]
     voxels: NDArray[np.int64] = np.argwhere(skeleton if skeleton.any() else mask)
     if len(voxels) <= count:
@@ -68,14 +68,10 @@ def scribble(mask: Mask, count: int) -> list[Position]:
 
 
 def _spread(voxels: NDArray[np.int64], count: int) -> list[int]:
-    """Choose voxels one by one, each farthest from those chosen before (farthest-point sampling)."""
+    """Choose voxels one at a time, each farthest from those already chosen (farthest-point sampling)."""
     chosen = [int(((voxels - voxels.mean(0)) ** 2).sum(1).argmin())]
     apart = ((voxels - voxels[chosen[0]]) ** 2).sum(1)
     while len(chosen) < count:
         chosen.append(int(apart.argmax()))
         apart = np.minimum(apart, ((voxels - voxels[chosen[-1]]) ** 2).sum(1))
     return chosen
-
-
-def _largest(mask: Mask) -> Mask:
-    return meaningful_components(mask, 1.0) if mask.any() else mask

@@ -1,23 +1,26 @@
-"""What the specialist says of one class of one scan, as far as it can be prompted with, or the reason why not."""
+"""The region of one class that prompts the generalists, or the reason why there is none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from semisam_core.components import Mask, largest_component, meaningful_components, separate_components
 from semisam_core.plan_sections.pseudo_labels import Gates, Prompting
 
-Mask = NDArray[np.bool_]
+# At most this many parts of a region are prompted separately, on a slice or in the volume, largest first. Each costs a
+# decoder pass, in every plane and for every margin, and a specialist that sees more pieces than this is usually too
+# immature for the small ones to be worth it.
+MAXIMUM_PARTS = 8
 
 
 class Refusal(StrEnum):
-    """Why a scan got no pseudo-label for a class. These words, and no others, may be reported."""
+    """Why a scan got no pseudo-label for a class. No other words may be reported."""
 
     EMPTY = "empty"
     TOO_SMALL = "too-small"
@@ -31,23 +34,26 @@ class Refusal(StrEnum):
 
 @dataclass(frozen=True)
 class Region:
-    """The prompted part of one class.
+    """The region of one class that prompts the generalists.
 
     Attributes:
-        mask: (H, W, D) bool, its meaningful components.
-        others: (H, W, D) bool, foreground of the other classes; empty where there are none.
+        mask: (H, W, D) bool.
+        others: (H, W, D) bool, the foreground of the other classes outside the mask; all False if there is none.
         spacing_mm: voxel size along H, W, D.
+        connected: whether the class is a single piece. What a slice shows of it is then prompted as one, however many
+            components it has there; otherwise each component is prompted separately.
     """
 
     mask: Mask
     others: Mask
     spacing_mm: tuple[float, float, float]
+    connected: bool = False
 
     def grown(self, margin_mm: float) -> Region:
-        """Return the region with its surface moved outwards by a distance, or inwards where it is negative.
+        """Return the region with its surface moved outwards by a margin, or inwards if the margin is negative.
 
-        It never shrinks to less than the core that lies deeper than half of its greatest depth, so that something
-        is left to prompt with.
+        A negative margin always leaves the core that lies deeper than half the greatest depth, so that something is
+        left to prompt with.
         """
         if margin_mm == 0:
             return self
@@ -56,46 +62,47 @@ class Region:
         else:
             depth = ndimage.distance_transform_edt(self.mask, sampling=self.spacing_mm)
             moved = depth > min(-margin_mm, depth.max() / 2)
-        return Region(moved, self.others & ~moved, self.spacing_mm)
+        return replace(self, mask=moved, others=self.others & ~moved)
+
+    def parts(self) -> list[Region]:
+        """Return the region's components in 3D, each as a region of its own; a connected region is its only part."""
+        if self.connected:
+            return [self]
+        return [replace(self, mask=part) for part in separate_components(self.mask, 0.0, MAXIMUM_PARTS)]
 
 
 def find_region(
-    probability: Tensor, spacing_mm: Sequence[float], prompting: Prompting, gates: Gates, others: Tensor | None = None
+    probability: Tensor,
+    spacing_mm: Sequence[float],
+    prompting: Prompting,
+    gates: Gates,
+    others: Tensor | None = None,
+    connected: bool = False,
 ) -> Region | Refusal:
-    """Binarise a class's foreground probability and keep its meaningful connected components.
+    """Threshold the foreground probability of a class and keep its meaningful components.
 
     Args:
         probability: foreground probability of one class (H, W, D), in [0, 1].
         spacing_mm: voxel size along H, W, D.
-        prompting: threshold and components.
-        gates: the volume a region must have.
+        prompting: threshold, and how small a component may be beside the largest.
+        gates: the volume that a region must have.
         others: (H, W, D) bool, where the specialist sees other classes.
+        connected: whether the class is a single piece; then only its largest component is kept.
     """
     mask: Mask = (probability > prompting.threshold).numpy()
     if not mask.any():
         return Refusal.EMPTY
-    kept = meaningful_components(mask, prompting.component_share)
+    kept = largest_component(mask) if connected else meaningful_components(mask, prompting.component_share)
     if refusal := volume_refusal(float(kept.sum()), spacing_mm, gates):
         return refusal
     foreign = np.zeros_like(kept) if others is None else others.numpy() & ~kept
     height, width, depth = spacing_mm
-    return Region(kept, foreign, (float(height), float(width), float(depth)))
+    return Region(kept, foreign, (float(height), float(width), float(depth)), connected)
 
 
 def volume_refusal(voxels: float, spacing_mm: Sequence[float], gates: Gates) -> Refusal | None:
-    """Return why a volume of so many voxels is not accepted, or None."""
+    """Return why a volume of this many voxels is refused, or None."""
     millilitres = voxels * float(np.prod(spacing_mm)) / 1000
     if millilitres < gates.minimum_volume_ml:
         return Refusal.TOO_SMALL
     return Refusal.TOO_LARGE if millilitres > gates.maximum_volume_ml else None
-
-
-def meaningful_components(mask: Mask, share: float) -> Mask:
-    """Keep the components (connected also by edges and corners) of at least `share` of the largest one's size."""
-    labels, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
-    if count <= 1:
-        return mask
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    kept: Mask = (sizes >= share * sizes.max())[labels] & mask
-    return kept

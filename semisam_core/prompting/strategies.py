@@ -1,71 +1,79 @@
-"""Prompt strategies: how a region is put to a generalist, and how many answers are wanted.
+"""Prompt strategies: how a region becomes prompts for a generalist, and how many answers are collected.
 
-`boxes`, `points` and `mask` put one prompt set each (the ablation of SemiSAM+, Zhang et al., Medical Image Analysis
-2025); `uncertainty-rectified` puts one for each margin, and the disagreement of the answers is the uncertainty;
-`scribbles` puts many clicks along the skeleton; `propagated` prompts one slice and lets the model's memory carry it.
+`boxes`, `points` and `mask` give one prompt set each (the ablation of SemiSAM+, Zhang et al., Medical Image Analysis
+2025). `uncertainty-rectified` gives one prompt set per margin; where the answers disagree, the pseudo-label is
+uncertain. `scribbles` clicks many times along the skeleton. `propagated` prompts one slice of each component and lets
+the model's memory carry the prompt through the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from semisam_core.components import Mask
 from semisam_core.generalists.base import Point, PromptKind, Prompts, Segmentation
 from semisam_core.plan_sections.pseudo_labels import Prompting, Strategy
 from semisam_core.prompting.boxes import slice_boxes
 from semisam_core.prompting.clicks import deepest_voxel, next_click, scribble
-from semisam_core.prompting.region import Mask, Region
+from semisam_core.prompting.region import Region
 
-Ask = Callable[[Prompts], Segmentation]
+Segment = Callable[[Prompts], Segmentation]
 
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One class of one scan, put to one generalist.
+    """What one generalist is to be prompted with for one class of one scan.
 
     Attributes:
-        region: what the specialist says.
-        probability: its foreground probability (H, W, D), for mask prompts.
+        region: the specialist's region.
+        probability: the specialist's foreground probability (H, W, D), for mask prompts.
         kinds: the prompts that the generalist takes.
         settings: the plan's.
-        ask: puts one prompt set to the generalist.
-        step: a slice-wise generalist is asked about every `step`-th slice.
+        segment: runs the generalist on one prompt set.
+        step: a slice-wise generalist is prompted on every `step`-th slice.
     """
 
     region: Region
     probability: Tensor
     kinds: frozenset[PromptKind]
     settings: Prompting
-    ask: Ask
+    segment: Segment
     step: int = 1
 
     def within(self, region: Region) -> PromptRequest:
-        """Return the same question about another region."""
+        """Return the same request for another region."""
         return replace(self, region=region)
 
     def slices(self) -> list[int]:
-        """Return the slices along the last axis that a slice-wise generalist is asked about."""
+        """Return the slices along the last axis on which a slice-wise generalist is prompted."""
         return prompted_slices(self.region.mask, self.step)
 
     @property
+    def middle_margin_mm(self) -> float:
+        """The median of the plan's margins, for strategies that use a single one."""
+        margins = sorted(self.settings.margins_mm)
+        return margins[len(margins) // 2]
+
+    @property
     def volumetric(self) -> bool:
-        """Whether clicks are placed in the volume instead of on slices."""
+        """Whether clicks are placed in the volume rather than on slices."""
         return PromptKind.POINTS_3D in self.kinds
 
     def takes(self, *kinds: PromptKind) -> bool:
-        """Whether the generalist takes any of these."""
+        """Whether the generalist takes any of these kinds."""
         return bool(self.kinds & set(kinds))
 
 
 def prompted_slices(mask: Mask, step: int) -> list[int]:
-    """Return every `step`-th slice of those that a mask touches.
+    """Return every `step`-th of the slices that a mask touches.
 
-    They are counted from slice 0, so that they stay the same when the mask changes; a run of slices too short to have
-    one is represented by its middle.
+    Slices are counted from 0, not from the mask, so that a mask that changes is prompted on slices already encoded. A
+    run of slices too short to contain one of them is represented by its middle slice.
     """
     touched = np.flatnonzero(mask.any((0, 1)))
     chosen = []
@@ -74,132 +82,146 @@ def prompted_slices(mask: Mask, step: int) -> list[int]:
     return chosen
 
 
-def consult(question: PromptRequest) -> list[Segmentation]:
-    """Put a region to a generalist by the plan's strategy; return one answer a prompt set, at least one.
+def prompt_generalist(request: PromptRequest) -> list[Segmentation]:
+    """Prompt a generalist by the plan's strategy.
+
+    Returns:
+        One answer per prompt set, at least one.
 
     Raises:
-        ValueError: the generalist takes nothing that the strategy can make.
+        ValueError: the generalist takes none of the prompts that the strategy makes.
     """
-    return _STRATEGIES[question.settings.strategy](question)
+    return _STRATEGIES[request.settings.strategy](request)
 
 
-def _boxes(question: PromptRequest) -> list[Segmentation]:
-    margins = sorted(question.settings.margins_mm)
-    return [_ask_boxes(question, margins[len(margins) // 2])]
+def _boxes(request: PromptRequest) -> list[Segmentation]:
+    return [_box_answer(request, request.middle_margin_mm)]
 
 
-def _ask_boxes(question: PromptRequest, margin_mm: float) -> Segmentation:
-    chosen = set(question.slices())
-    boxes = tuple(
-        box for box in slice_boxes(question.region, margin_mm, question.settings.smooth_slices) if box.index in chosen
-    )
-    points = tuple(_foreign_clicks(question)) if question.takes(PromptKind.POINTS_2D) else ()
-    return question.ask(Prompts(boxes=boxes, points=points))
+def _box_answer(request: PromptRequest, margin_mm: float) -> Segmentation:
+    settings, chosen = request.settings, set(request.slices())
+    boxes = slice_boxes(request.region, margin_mm, settings.smooth_slices, settings.component_share)
+    points = tuple(_negative_clicks(request)) if request.takes(PromptKind.POINTS_2D) else ()
+    return request.segment(Prompts(boxes=tuple(box for box in boxes if box.index in chosen), points=points))
 
 
-def _mask(question: PromptRequest) -> list[Segmentation]:
-    inside = torch.from_numpy(question.region.mask)
-    # Outside of the region the mask says background, however sure the specialist was of what is not prompted.
-    mask = torch.where(inside, question.probability.clamp_min(0.51), question.probability.clamp_max(0.49))
-    if not question.takes(PromptKind.MASK_3D):
-        asked = torch.zeros(mask.shape[-1])
-        asked[question.slices()] = 1.0
-        mask = mask * asked
-    return [question.ask(Prompts(mask=mask))]
+def _mask(request: PromptRequest) -> list[Segmentation]:
+    inside = torch.from_numpy(request.region.mask)
+    # Outside the region the prompt says background, however sure the specialist is of the components left out.
+    mask = torch.where(inside, request.probability.clamp_min(0.51), request.probability.clamp_max(0.49))
+    if not request.takes(PromptKind.MASK_3D):
+        prompted = torch.zeros(mask.shape[-1])
+        prompted[request.slices()] = 1.0
+        mask = mask * prompted
+    return [request.segment(Prompts(mask=mask))]
 
 
-def _points(question: PromptRequest) -> list[Segmentation]:
-    """Click, look at the answer, click where it is most wrong; stop where it agrees, or after the last click."""
-    clicks: list[Point] = list(_foreign_clicks(question))
+def _points(request: PromptRequest) -> list[Segmentation]:
+    """Click, compare the answer with the region, click on the largest error; stop when they agree or clicks run out."""
+    clicks: list[Point] = list(_negative_clicks(request))
     answer: Segmentation | None = None
-    for _ in range(question.settings.clicks):
-        said = np.zeros_like(question.region.mask) if answer is None else (answer.probability > 0.5).numpy()
-        fresh = list(_next_clicks(question, said, clicks))
+    for _ in range(request.settings.clicks):
+        answered = np.zeros_like(request.region.mask) if answer is None else (answer.probability > 0.5).numpy()
+        fresh = list(_next_clicks(request, answered, clicks))
         if not fresh:
             break
         clicks += fresh
-        previous = answer.probability if answer is not None and _takes_mask(question) else None
-        answer = question.ask(Prompts(points=tuple(clicks), mask=previous))
+        previous = answer.probability if answer is not None and _takes_mask(request) else None
+        answer = request.segment(Prompts(points=tuple(clicks), mask=previous))
     if answer is None:
-        raise ValueError("a region without a voxel cannot be clicked on")
+        raise ValueError("an empty region cannot be clicked on")
     return [answer]
 
 
-def _next_clicks(question: PromptRequest, said: Mask, clicks: list[Point]) -> Iterable[Point]:
-    """Yield the next click in the volume, or on each slice of the region; never one that was given before."""
-    region = question.region
+def _next_clicks(request: PromptRequest, answered: Mask, clicks: list[Point]) -> Iterable[Point]:
+    """Yield the next click in the volume, or on each slice of the region; never the same click twice."""
+    region = request.region
     given = {point.position for point in clicks}
-    if question.volumetric:
-        found = next_click(said, region.mask, region.spacing_mm)
-        places = [] if found is None else [(found[0], found[1])]
+    places: list[tuple[tuple[int, ...], bool]] = []
+    if request.volumetric:
+        if (found := next_click(answered, region.mask, region.spacing_mm)) is not None:
+            places.append(found)
     else:
-        places = []
-        for index in question.slices():
-            on_slice = next_click(said[:, :, index], region.mask[:, :, index], region.spacing_mm[:2])
+        for index in request.slices():
+            on_slice = next_click(answered[:, :, index], region.mask[:, :, index], region.spacing_mm[:2])
             if on_slice is not None:
                 places.append(((*on_slice[0], index), on_slice[1]))
-    for (row, column, index), positive in places:
-        if (position := (float(row), float(column), float(index))) not in given:
-            yield Point(position, positive)
+    for place, positive in places:
+        if (point := _click(place, positive)).position not in given:
+            yield point
 
 
-def _scribbles(question: PromptRequest) -> list[Segmentation]:
-    region, count = question.region, question.settings.scribble_points
-    points = list(_foreign_clicks(question))
-    if question.volumetric:
-        points += [Point((float(h), float(w), float(d))) for h, w, d in scribble(region.mask, count)]
+def _scribbles(request: PromptRequest) -> list[Segmentation]:
+    region, count = request.region, request.settings.scribble_points
+    points = list(_negative_clicks(request))
+    if request.volumetric:
+        points += [_click(voxel) for voxel in scribble(region.mask, count)]
     else:
-        for index in question.slices():
-            spots = scribble(region.mask[:, :, index], count)
-            points += [Point((float(h), float(w), float(index))) for h, w in spots]
-    return [question.ask(Prompts(points=tuple(points)))]
+        for index in request.slices():
+            points += [_click((*pixel, index)) for pixel in scribble(region.mask[:, :, index], count)]
+    return [request.segment(Prompts(points=tuple(points)))]
 
 
-def _propagated(question: PromptRequest) -> list[Segmentation]:
-    region = question.region
+def _propagated(request: PromptRequest) -> list[Segmentation]:
+    """Prompt each component on its widest slice; the model carries it through the others, one component at a time."""
+    return [_united([_propagated_answer(request.within(part)) for part in request.region.parts()])]
+
+
+def _propagated_answer(request: PromptRequest) -> Segmentation:
+    region, settings = request.region, request.settings
     areas = region.mask.sum((0, 1))
     index, touched = int(areas.argmax()), np.flatnonzero(areas)
-    beyond = question.settings.span_margin_slices
+    beyond = settings.span_margin_slices
     span = (max(0, int(touched[0]) - beyond), min(len(areas) - 1, int(touched[-1]) + beyond))
+    if not request.takes(PromptKind.BOX_2D):
+        click = _click((*deepest_voxel(region.mask[:, :, index], region.spacing_mm[:2]), index))
+        return request.segment(Prompts(points=(click,), span=span))
     widest = np.zeros_like(region.mask)
     widest[:, :, index] = region.mask[:, :, index]
-    one = question.within(Region(widest, region.others, region.spacing_mm))
-    margins = sorted(question.settings.margins_mm)
-    if question.takes(PromptKind.BOX_2D):
-        boxes = slice_boxes(one.region, margins[len(margins) // 2], 1)
-        return [question.ask(Prompts(boxes=boxes, span=span))]
-    row, column = deepest_voxel(widest[:, :, index], region.spacing_mm[:2])
-    return [question.ask(Prompts(points=(Point((float(row), float(column), float(index))),), span=span))]
+    boxes = slice_boxes(replace(region, mask=widest), request.middle_margin_mm, 1, settings.component_share)
+    return request.segment(Prompts(boxes=boxes, span=span))
 
 
-def _uncertainty_rectified(question: PromptRequest) -> list[Segmentation]:
-    """Ask once for each margin: about boxes of that margin, or about the region grown by it."""
-    margins = question.settings.margins_mm
-    if question.takes(PromptKind.BOX_2D):
-        return [_ask_boxes(question, margin) for margin in margins]
-    single = _points if question.takes(PromptKind.POINTS_2D, PromptKind.POINTS_3D) else _mask
-    return [answer for margin in margins for answer in single(question.within(question.region.grown(margin)))]
+def _united(answers: Sequence[Segmentation]) -> Segmentation:
+    """Unite answers about parts of one target: the higher probability, and the mean quality of each slice."""
+    qualities: dict[int, list[float]] = {}
+    for answer in answers:
+        for index, quality in answer.quality.items():
+            qualities.setdefault(index, []).append(quality)
+    probability = torch.stack([answer.probability for answer in answers]).amax(0)
+    return Segmentation(probability, {index: sum(each) / len(each) for index, each in sorted(qualities.items())})
 
 
-def _foreign_clicks(question: PromptRequest) -> Iterable[Point]:
+def _uncertainty_rectified(request: PromptRequest) -> list[Segmentation]:
+    """Prompt once per margin: with boxes of that margin, or with the region grown by it."""
+    margins = request.settings.margins_mm
+    if request.takes(PromptKind.BOX_2D):
+        return [_box_answer(request, margin) for margin in margins]
+    single = _points if request.takes(PromptKind.POINTS_2D, PromptKind.POINTS_3D) else _mask
+    return [answer for margin in margins for answer in single(request.within(request.region.grown(margin)))]
+
+
+def _negative_clicks(request: PromptRequest) -> Iterable[Point]:
     """Yield negative clicks in the other classes' foreground: in the volume, or on each slice of the region."""
-    region = question.region
-    if not question.settings.class_aware or not region.others.any():
+    region = request.region
+    if not request.settings.class_aware or not region.others.any():
         return
-    if question.volumetric:
-        row, column, index = deepest_voxel(region.others, region.spacing_mm)
-        yield Point((float(row), float(column), float(index)), positive=False)
+    if request.volumetric:
+        yield _click(deepest_voxel(region.others, region.spacing_mm), positive=False)
         return
-    foreign = set(np.flatnonzero(region.others.any(axis=(0, 1))))
-    for index in question.slices():
-        if index not in foreign:
-            continue
-        row, column = deepest_voxel(region.others[:, :, index], region.spacing_mm[:2])
-        yield Point((float(row), float(column), float(index)), positive=False)
+    for index in request.slices():
+        others = region.others[:, :, index]
+        if others.any():
+            yield _click((*deepest_voxel(others, region.spacing_mm[:2]), index), positive=False)
 
 
-def _takes_mask(question: PromptRequest) -> bool:
-    return question.takes(PromptKind.MASK_3D if question.volumetric else PromptKind.MASK_2D)
+def _click(voxel: Sequence[int], positive: bool = True) -> Point:
+    row, column, index = voxel
+    return Point((float(row), float(column), float(index)), positive)
+
+
+def _takes_mask(request: PromptRequest) -> bool:
+    return request.takes(PromptKind.MASK_3D if request.volumetric else PromptKind.MASK_2D)
 
 
 _STRATEGIES: dict[Strategy, Callable[[PromptRequest], list[Segmentation]]] = {

@@ -1,11 +1,11 @@
-"""What a site's labeled scans teach of its generalists and targets, before either is trusted on unlabeled ones."""
+"""What a site's labeled scans teach about its generalists and targets, before pseudo-labels are trusted."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,15 +15,36 @@ from semisam_core.generalists.embedding_store import EmbeddingStore
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, GeneralistOutput
-from semisam_core.pseudo_labels.fusion import Calibration, policy_of, region_of_class
+from semisam_core.pseudo_labels.policy import policy_of, region_of_class
 
-PRIOR_ERROR = 0.01  # keeps the trust in a model that happens to be right on one scan finite
-MENTIONED = 0.05  # below this probability a voxel is not claimed as foreground by anybody
+PRIOR_ERROR = 0.01  # keeps the trust in a model that is perfect on a few scans finite
+CLAIMED = 0.05  # a model claims a voxel as foreground above this probability
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a site's labeled scans teach about its generalists and targets; empty at a site that has none.
+
+    Attributes:
+        trust: generalist -> weight in the mean over models; a model that is not listed has weight 1.
+        volumes_ml: for each class, the volumes of its expert masks.
+    """
+
+    trust: Mapping[str, float] = field(default_factory=dict)
+    volumes_ml: tuple[tuple[float, ...], ...] = ()
+
+    def volume_range_ml(self, k: int, factor: float) -> tuple[float, float] | None:
+        """Return the plausible volumes of class k (from 0): the range of expert masks, widened by a factor.
+
+        None if no expert mask shows the class.
+        """
+        seen = self.volumes_ml[k] if k < len(self.volumes_ml) else ()
+        return (min(seen) / factor, max(seen) * factor) if seen else None
 
 
 @dataclass(frozen=True)
 class LabeledExample:
-    """One labeled scan, with what the teacher says of it.
+    """One labeled scan with the teacher's prediction.
 
     Attributes:
         image: (C, H, W, D) on the plan's grid.
@@ -43,24 +64,24 @@ def calibrate(
     plan: Plan,
     annotated: Sequence[int] | None = None,
 ) -> Calibration:
-    """Return the volumes of the labeled targets and how far each generalist can be trusted.
+    """Measure the volumes of the labeled targets and how far each generalist can be trusted.
 
-    Trust is the inverse of a model's mean squared error (Brier score) against the expert's mask, when it is prompted as
-    on unlabeled scans, over the voxels that the expert or any of the models calls foreground. A model that answers none
-    of the prompts is trusted as much as the worst of the others. With a single generalist there is nothing to weigh: it
-    is not asked.
+    Trust is 1 / (`PRIOR_ERROR` + mean squared error), the error (Brier score) being measured against the expert's mask
+    over the voxels that the expert or any model calls foreground, with models prompted as on unlabeled scans. A model
+    that answers no prompt is trusted as little as the worst of the others. A single generalist needs no weight, so it
+    is not run.
 
     Args:
-        examples: labeled scans; may be none.
+        examples: labeled scans; may be empty.
         generalists: the models available at this site.
-        store: where embeddings are kept.
+        store: cache of embeddings.
         plan: policy; must have `pseudo_labels`.
-        annotated: the classes (from 1) that the labels mark; None for all. Nothing is learned of the others.
+        annotated: the classes (from 1) that the labels mark; None for all. Other classes are skipped.
     """
-    everything = range(1, len(plan.task.classes) + 1)
-    classes = everything if annotated is None else annotated
+    every_class = range(1, len(plan.task.classes) + 1)
+    classes = every_class if annotated is None else annotated
     voxel_ml = math.prod(plan.data.spacing_mm) / 1000
-    volumes: dict[int, list[float]] = {k: [] for k in everything}
+    volumes: dict[int, list[float]] = {k: [] for k in every_class}
     errors: dict[str, list[float]] = defaultdict(list)
     for example in examples:
         for k in classes:
@@ -73,7 +94,7 @@ def calibrate(
     trust = {name: 1 / (PRIOR_ERROR + sum(each) / len(each)) for name, each in errors.items()}
     for generalist in generalists if trust else ():
         trust.setdefault(generalist.card.name, min(trust.values()))
-    return Calibration(trust, tuple(tuple(volumes[k]) for k in everything))
+    return Calibration(trust, tuple(tuple(volumes[k]) for k in every_class))
 
 
 def _errors(
@@ -93,11 +114,19 @@ def _errors(
 
 
 def brier_scores(outputs: dict[str, GeneralistOutput], truth: Tensor) -> dict[str, float]:
-    """Return each model's mean squared error over the voxels that the expert or any model calls foreground."""
+    """Return each model's mean squared error over the voxels that the expert or any model calls foreground.
+
+    Args:
+        outputs: name -> output; may be empty.
+        truth: the expert's mask (H, W, D), bool.
+
+    Returns:
+        name -> error in [0, 1]; empty if neither the expert nor any model calls a voxel foreground.
+    """
     means = {name: output.maps.mean(0) for name, output in outputs.items()}
     if not means:
         return {}
-    where = torch.stack([truth, *(mean > MENTIONED for mean in means.values())]).any(0)
-    if not bool(where.any()):
+    claimed = torch.stack([truth, *(mean > CLAIMED for mean in means.values())]).any(0)
+    if not bool(claimed.any()):
         return {}
-    return {name: float(((mean - truth.float())[where] ** 2).mean()) for name, mean in means.items()}
+    return {name: float(((mean - truth.float())[claimed] ** 2).mean()) for name, mean in means.items()}

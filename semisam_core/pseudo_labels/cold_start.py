@@ -1,8 +1,8 @@
 """Rough masks before the specialist has learned anything: prototypes of each class in a generalist's embeddings.
 
-The idea of SemiSAM-O1 (arXiv 2604.24109): averages of the frozen encoder's features inside the masks of a site's own
-labeled scans are what a class looks like to it, and unlabeled scans are searched for features like them. Prototypes
-are made and used at one site; they are neither stored nor sent.
+The idea is that of SemiSAM-O1 (arXiv 2604.24109). Averages of a frozen encoder's features inside the masks of labeled
+scans describe what a class looks like, and unlabeled scans are searched for similar features. Prototypes never leave
+the site: they are neither stored nor sent.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from semisam_core.generalists.slices import FeatureMaps
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.pseudo_labels import ColdStart, PseudoLabels
 from semisam_core.progress import ProgressCallback
-from semisam_core.pseudo_labels.fusion import policy_of
+from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.views import AXES, View, fill_between, smooth_over_slices
 
-POSITIONS = 4096  # of each class and scan, for clustering: bounds memory and time, and scans count alike
+POSITIONS = 4096  # features per class and scan that are clustered: bounds memory and time, and gives scans equal weight
 ITERATIONS = 20
-_INSIDE = 0.5  # a feature belongs to a class, or to the scan at all, if more than this share of its place does
-_PURE = (
-    0.99  # to background only if all of it does: borders look like the class, and would get a prototype of their own
-)
+_INSIDE = 0.5  # a feature belongs to a class, or to the scan, if more than this share of its patch does
+_PURE = 0.99  # to background only if all of its patch does: at a border it looks like the class, and would be clustered
 
 
 @dataclass(frozen=True)
@@ -38,39 +36,43 @@ class Prototypes:
     """What each class looks like in one generalist's embeddings.
 
     Attributes:
-        classes: for each class, background first, unit vectors (P, C); P = 0 where no labeled scan has the class.
+        classes: for each class, background first, unit vectors (P, C); P = 0 if no labeled scan shows the class.
     """
 
     classes: tuple[Tensor, ...]
 
 
 class ColdStarter:
-    """Learns prototypes from labeled scans and finds rough masks of others by them.
-
-    Args:
-        generalist: the one that the plan names under `cold_start`.
-        store: where embeddings are kept.
-        plan: must have `pseudo_labels.cold_start`.
-        progress: told how many slices of how many of a scan are encoded.
-
-    Raises:
-        ConfigError: the generalist's embeddings are no maps of features.
-        ValueError: the plan has no cold start.
-    """
+    """Learns prototypes from labeled scans and uses them to find rough masks on others."""
 
     def __init__(
         self, generalist: Generalist, store: EmbeddingStore, plan: Plan, progress: ProgressCallback | None = None
     ) -> None:
+        """Prepare a cold start.
+
+        Args:
+            generalist: the one that the plan names under `cold_start`.
+            store: cache of embeddings.
+            plan: must have `pseudo_labels.cold_start`.
+            progress: called with (slices of a scan encoded, slices needed).
+
+        Raises:
+            ConfigError: the generalist's embeddings are not feature maps.
+            ValueError: the plan has no cold start.
+        """
         if not isinstance(generalist, FeatureMaps):
-            raise ConfigError(f"the generalist {generalist.card.name} cannot say where its features lie in a slice")
+            raise ConfigError(
+                f"cold_start: the embeddings of the generalist {generalist.card.name} are not feature maps; choose one "
+                "whose card says feature_maps"
+            )
         self._generalist, self._maps, self._store, self._progress = generalist, generalist, store, progress
         self._plan, self._policy, self._cold = plan, policy_of(plan), cold_start_of(policy_of(plan))
 
     def learn(self, examples: Iterable[tuple[Tensor, Tensor]]) -> Prototypes:
-        """Return prototypes of every class, by k-means over the features inside it; the same for the same scans.
+        """Cluster the features inside each class by k-means; deterministic.
 
         Args:
-            examples: (image (C, H, W, D), label (H, W, D) of class indices) of labeled scans of this site.
+            examples: (image (C, H, W, D), label (H, W, D) of class indices) of this site's labeled scans.
         """
         count = 1 + len(self._plan.task.classes)
         generator = torch.Generator().manual_seed(self._plan.seed)
@@ -91,14 +93,17 @@ class ColdStarter:
         )
 
     def rough(self, image: Tensor, prototypes: Prototypes) -> Tensor:
-        """Return rough class probabilities (1 + K, H, W, D) of a scan, background first, in the teacher's place.
+        """Predict rough class probabilities of a scan, to prompt with instead of the teacher's.
 
-        Of each feature, a class's probability is the softmax over classes of (cosine similarity to the nearest of the
-        class's prototypes) / temperature; it is 0 everywhere for a class that has no prototype.
+        At each feature they are the softmax over classes of (cosine similarity to the class's nearest prototype) /
+        temperature; 0 everywhere for a class without prototypes.
 
         Args:
             image: (C, H, W, D) on the plan's grid; generalists see the first channel.
-            prototypes: as learned from this site's labeled scans.
+            prototypes: learned from this site's labeled scans.
+
+        Returns:
+            (1 + K, H, W, D), background first.
         """
         if not any(len(each) for each in prototypes.classes[1:]):
             return background_only(image, len(prototypes.classes) - 1)
@@ -113,7 +118,7 @@ class ColdStarter:
         foreground = torch.zeros(len(shares), height, width, depth)
         for k, each in enumerate(shares):
             foreground[k, :, :, list(seen.units)] = self._maps.framing.spread(each, (height, width)).permute(1, 2, 0)
-        step = view.step(self._policy.prompting.slice_step_mm)
+        step = view.slice_step(self._policy.prompting.slice_step_mm)
         foreground = smooth_over_slices(fill_between(foreground, seen.units, step), self._policy.smooth_sigma_slices)
         background = (1 - foreground.sum(0, keepdim=True)).clamp_min(0)
         return torch.stack([view.turn_back(each) for each in torch.cat([background, foreground])])
@@ -122,13 +127,13 @@ class ColdStarter:
         return View(image[0], self._plan.data.spacing_mm, AXES[self._cold.plane])
 
     def _features(self, view: View) -> _Features:
-        units = range(0, view.grid.shape[2], view.step(self._policy.prompting.slice_step_mm))
+        units = range(0, view.grid.shape[2], view.slice_step(self._policy.prompting.slice_step_mm))
         embeddings = self._store.fetch(self._generalist, view.key, view.volume, view.grid, units, self._progress)
         maps = torch.stack([self._maps.feature_map(embeddings[unit]) for unit in units])  # (N, C, S, S)
         vectors, side = maps.permute(0, 2, 3, 1), int(maps.shape[-1])
         height, width, depth = view.grid.shape
         inside = self._maps.framing.shares(torch.ones(1, height, width), side)[0] > _INSIDE  # (S, S)
-        # What all features of a scan have in common says which scanner it comes from, not what lies where.
+        # The mean feature tells scanners apart rather than structures.
         vectors = F.normalize(vectors - vectors[:, inside].mean((0, 1)), dim=-1)
         if self._cold.position_weight > 0:
             rows, columns = (
@@ -141,7 +146,7 @@ class ColdStarter:
 
 @dataclass(frozen=True)
 class _Features:
-    """Unit vectors (N, S, S, C) at each place of the frame of N slices."""
+    """Unit vectors (N, S, S, C) at each patch of the frames of N slices."""
 
     units: tuple[int, ...]
     vectors: Tensor
@@ -152,10 +157,10 @@ class _Features:
 
 
 def cold_start_of(policy: PseudoLabels) -> ColdStart:
-    """Return the policy's cold start.
+    """Return the cold-start section.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the policy has none.
     """
     if policy.cold_start is None:
         raise ValueError("the plan has no pseudo_labels.cold_start section")
@@ -163,24 +168,25 @@ def cold_start_of(policy: PseudoLabels) -> ColdStart:
 
 
 def background_only(image: Tensor, classes: int) -> Tensor:
-    """Return probabilities (1 + K, H, W, D) of a scan (C, H, W, D) of which nothing is known: no class anywhere."""
+    """Return probabilities (1 + K, H, W, D) that call every voxel of a scan (C, H, W, D) background."""
     probability = torch.zeros(1 + classes, *image.shape[1:])
     probability[0] = 1
     return probability
 
 
 def spherical_k_means(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Return up to k unit vectors (P, C) around which unit vectors (N, C) lie, by cosine similarity; all if N <= k.
+    """Cluster unit vectors (N, C) by cosine similarity; return at most k centres (P, C), all vectors if N <= k.
 
-    Starts are chosen by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): of a few candidates the one that leaves
-    the vectors least far from their starts. By a single draw, two starts may share a group and another has none.
+    Initial centres are chosen by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): of a few candidates, the one
+    that leaves the vectors closest to their centres. With a single candidate, two initial centres may share a cluster
+    and leave another without one.
     """
     if len(vectors) <= k:
         return vectors
     centres = vectors[torch.randint(len(vectors), (1,), generator=generator)]
     while len(centres) < k:
         distances = (1 - (vectors @ centres.T).amax(1)).clamp_min(0)
-        if float(distances.sum()) <= 1e-6 * len(vectors):  # all vectors are centres already
+        if float(distances.sum()) <= 1e-6 * len(vectors):  # every vector is a centre already
             break
         drawn = torch.multinomial(distances, 2 + int(math.log(k)), replacement=True, generator=generator)
         left = torch.minimum(distances[:, None], 1 - vectors @ vectors[drawn].T).sum(0)
@@ -199,7 +205,7 @@ def _sample(vectors: Tensor, limit: int, generator: torch.Generator) -> Tensor:
 
 
 def _places(units: Sequence[int], side: int, extent: tuple[float, float, int]) -> Tensor:
-    """Return where each feature lies in the scan, from -1 to 1 between its borders along each axis: (N, S, S, 3)."""
+    """Return the position of each feature in the scan, from -1 to 1 along each axis: (N, S, S, 3)."""
     rows, columns, depth = extent
     centres = torch.arange(side) + 0.5
     axes = (torch.tensor(list(units)) + 0.5) / depth, centres / rows, centres / columns

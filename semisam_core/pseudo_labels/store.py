@@ -14,17 +14,14 @@ from semisam_core.pseudo_labels.fusion import PseudoLabel
 
 
 class PseudoLabelStore:
-    """Pseudo-labels of one run on the site's disk, so that a round can go on from the last refresh.
-
-    Args:
-        folder: the run's folder of pseudo-labels.
-    """
+    """Pseudo-labels of one run on the site's disk, so that rounds between two refreshes can reuse them."""
 
     def __init__(self, folder: Path) -> None:
+        """Use a folder, created on the first write."""
         self._folder = folder
 
     def save(self, scan_key: str, label: PseudoLabel) -> None:
-        """Keep a pseudo-label, half precision.
+        """Write a pseudo-label in half precision.
 
         Raises:
             OSError: the disk is full.
@@ -39,7 +36,7 @@ class PseudoLabelStore:
         save_tensors(self._path(scan_key), tensors, {"refusals": refusals})
 
     def load(self, scan_key: str) -> PseudoLabel | None:
-        """Return what was kept, or None where nothing readable is there."""
+        """Return a scan's pseudo-label, or None if there is none or its file cannot be read."""
         try:
             with safe_open(self._path(scan_key), framework="pt") as file:
                 tensors: Mapping[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

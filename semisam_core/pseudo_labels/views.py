@@ -1,8 +1,9 @@
-"""A scan turned so that slice-wise models cut it along another axis, and their answers brought back."""
+"""A scan turned so that slice-wise models cut it along another axis, and their answers turned back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -17,32 +18,38 @@ AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # scans are in RAS orientation
 
 
 class View:
-    """A scan with one of its axes turned to the last place, along which slice-wise models cut it.
+    """A scan with one of its axes moved last, the axis along which slice-wise models cut it.
 
-    Args:
-        volume: the scan's first channel (H, W, D), RAS.
-        spacing_mm: voxel size.
-        axis: the axis that becomes the last one; see `AXES`.
+    Attributes:
+        volume: the turned scan.
+        grid: its shape and voxel size.
     """
 
     def __init__(self, volume: Tensor, spacing_mm: tuple[float, float, float], axis: int) -> None:
+        """Turn a scan.
+
+        Args:
+            volume: the scan's first channel (H, W, D), RAS.
+            spacing_mm: voxel size along H, W, D.
+            axis: the axis to move last; see `AXES`.
+        """
         self._axis = axis
         self.volume = self.turn(volume)
         height, width, depth = self.volume.shape
-        kept = [spacing_mm[other] for other in range(3) if other != axis]
-        self.grid = VolumeGrid((int(height), int(width), int(depth)), (kept[0], kept[1], spacing_mm[axis]))
+        in_plane = [spacing_mm[other] for other in range(3) if other != axis]
+        self.grid = VolumeGrid((int(height), int(width), int(depth)), (in_plane[0], in_plane[1], spacing_mm[axis]))
 
     @cached_property
     def key(self) -> str:
-        """The scan's key in the embedding store."""
+        """The turned scan's key in the embedding store."""
         return scan_key(self.volume)
 
-    def step(self, step_mm: float) -> int:
-        """Return every how many slices are this far apart, at least every one."""
+    def slice_step(self, step_mm: float) -> int:
+        """Convert a distance between slices from millimetres to whole slices, at least 1."""
         return max(1, round(step_mm / self.grid.spacing_mm[2]))
 
     def turn(self, volume: Tensor) -> Tensor:
-        """Turn a volume (H, W, D) as the scan is turned."""
+        """Turn a volume (H, W, D) on the scan's grid to this view."""
         return volume.movedim(self._axis, -1).contiguous()
 
     def turn_back(self, volume: Tensor) -> Tensor:
@@ -50,15 +57,20 @@ class View:
         return volume.movedim(-1, self._axis).contiguous()
 
     def turn_region(self, region: Region) -> Region:
-        """Turn what generalists are prompted with as the scan is turned."""
+        """Turn a region on the scan's grid to this view."""
         mask, others = (self.turn(torch.from_numpy(each)).numpy() for each in (region.mask, region.others))
-        return Region(mask, others, self.grid.spacing_mm)
+        return replace(region, mask=mask, others=others, spacing_mm=self.grid.spacing_mm)
 
 
 def fill_between(probability: Tensor, answered: Iterable[int], step: int) -> Tensor:
-    """Interpolate along the last axis between slices that were answered and lie `step` apart.
+    """Interpolate linearly between answered slices of a regular lattice.
 
-    A slice between an answered and an unanswered neighbour of the lattice fades towards 0.
+    A slice with only one answered neighbour on the lattice fades towards 0 on the other side.
+
+    Args:
+        probability: (..., D), filled on the answered slices.
+        answered: slice numbers along the last axis.
+        step: the lattice is every `step`-th slice, from 0.
     """
     if step == 1:
         return probability
@@ -75,7 +87,7 @@ def fill_between(probability: Tensor, answered: Iterable[int], step: int) -> Ten
 
 
 def smooth_over_slices(probability: Tensor, sigma: float) -> Tensor:
-    """Smooth along the last axis with a Gaussian of this many slices."""
+    """Smooth along the last axis with a Gaussian whose standard deviation is given in slices; 0 leaves it as it is."""
     if sigma <= 0:
         return probability
     return torch.from_numpy(ndimage.gaussian_filter1d(probability.numpy(), sigma, axis=-1, mode="nearest"))

@@ -1,1 +1,1 @@
-"""What people look at."""
+"""Statistics and pictures for the people who run a study."""

@@ -1,4 +1,4 @@
-"""Means with 95% intervals over cases and seeds, and paired differences, by a bootstrap of cases."""
+"""Means over cases and seeds, and paired differences, with 95% intervals from a bootstrap over cases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 DRAWS = 10_000
 LEVEL = 95.0
-_AT_ONCE = 2_000_000  # drawn values held in memory
+_AT_ONCE = 2_000_000  # drawn values in memory at a time
 
 CaseKey = tuple[str, str]
 Scores = Mapping[CaseKey, Mapping[int, float]]
@@ -22,10 +22,10 @@ class Estimate:
 
     Attributes:
         mean: mean over cases of each case's mean over seeds.
-        low: lower end, None where a single case says nothing about the spread between cases.
+        low: lower end; None for a single case, which tells nothing about the spread between cases.
         high: upper end, likewise.
-        cases: how many cases.
-        values: how many values, one a case and seed.
+        cases: number of cases.
+        values: number of values, one per case and seed.
     """
 
     mean: float
@@ -36,15 +36,15 @@ class Estimate:
 
 
 def estimate(scores: Scores, draws: int = DRAWS, seed: int = 0) -> Estimate | None:
-    """Return the mean and its interval; None where there is no value.
+    """Return the mean and its interval, or None if there are no values.
 
-    Cases are the clusters: each draw takes as many cases as there are, with replacement, and of each taken case as many
-    seeds as it has, with replacement. With few cases (below about ten) such an interval is too narrow.
+    Cases are the clusters: each draw resamples all cases with replacement, then the seeds of each drawn case with
+    replacement. With fewer than about ten cases the interval is too narrow.
 
     Args:
         scores: (site, case) -> seed -> value.
-        draws: bootstrap draws.
-        seed: of the draws.
+        draws: number of bootstrap draws.
+        seed: seed of the draws.
     """
     kept = [[by_seed[s] for s in sorted(by_seed)] for _, by_seed in sorted(scores.items()) if by_seed]
     if not kept:
@@ -59,13 +59,13 @@ def estimate(scores: Scores, draws: int = DRAWS, seed: int = 0) -> Estimate | No
 
 
 def paired_difference(arm: Scores, baseline: Scores, draws: int = DRAWS, seed: int = 0) -> Estimate | None:
-    """Return the mean of arm minus baseline over what both have, paired by case and seed; None where that is nothing.
+    """Return the mean of arm minus baseline, paired by case and seed; None if they share no case and seed.
 
     Args:
         arm: (site, case) -> seed -> value.
         baseline: likewise.
-        draws: bootstrap draws.
-        seed: of the draws.
+        draws: number of bootstrap draws.
+        seed: seed of the draws.
     """
     differences = {
         case: {s: value - baseline[case][s] for s, value in by_seed.items() if s in baseline[case]}

@@ -1,4 +1,4 @@
-"""One picture of one case: scan, truth, pseudo-label and prediction, on three slices."""
+"""A picture of one case: scan, truth, pseudo-label and prediction on three slices."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ COLOURS = ("#ff5a36", "#2f9bff", "#37c871", "#e0b000", "#b06cff", "#00b5ad")
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn.
+    """The contents of the picture.
 
     Attributes:
         site: the title.
         image: (H, W, D).
-        truth: (H, W, D) class indices, or None where there is no label.
-        pseudo_label: the generalists' probabilities (K, H, W, D), or None where there are none.
-        prediction: the specialist's segmentation, one mask of 0 and 1 a class (K, H, W, D).
+        truth: (H, W, D) class indices, or None without a label.
+        pseudo_label: the generalists' probabilities (K, H, W, D), or None without a pseudo-label.
+        prediction: the specialist's segmentation, a mask of 0 and 1 per class (K, H, W, D).
         spacing_mm: voxel size along H, W, D.
     """
 
@@ -41,7 +41,7 @@ class Panel:
 
 
 def draw_overview(panel: Panel, path: Path) -> None:
-    """Write the picture as PNG, atomically.
+    """Write the picture as a PNG, atomically.
 
     Raises:
         OSError: the disk is full.
@@ -94,7 +94,7 @@ def _outline(ax: Axes, masks: Tensor | None, index: int, absent: str | None) -> 
 
 
 def _interesting_slices(masks: Tensor) -> list[int]:
-    """Return three slices spread over the foreground, or over the scan where there is none."""
+    """Return three slices spread over the foreground, or over the scan if there is none."""
     depth = masks.shape[-1]
     present = torch.nonzero((masks > 0.5).any(0).flatten(0, 1).any(0)).flatten()
     low, high = (int(present[0]), int(present[-1])) if len(present) else (0, depth - 1)

@@ -1,4 +1,4 @@
-"""`semisam generalists`: every model, its prompts, licence, training data, and whether its weights can be used here."""
+"""`semisam generalists`: each model's prompts, licence and training data, and whether its weights can be used here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _said(*arguments: str) -> str:
     return " ".join(result.output.split())
 
 
-def test_every_generalist_is_listed_with_what_one_must_know_before_using_it() -> None:
+def test_every_generalist_is_listed_with_licence_source_training_data_and_overlaps() -> None:
     said = _said("--no-measure")
     for name in generalist_names():
         card = generalist_spec(name).card
@@ -35,21 +35,21 @@ def test_every_generalist_is_listed_with_what_one_must_know_before_using_it() ->
             assert " ".join(text.split())[:60] in said
 
 
-def test_models_that_have_seen_the_left_atrium_challenge_say_so() -> None:
+def test_models_that_may_have_seen_the_left_atrium_challenge_say_so() -> None:
     for name in ("sam-med3d", "sam-med3d-turbo"):
         overlaps = " ".join(generalist_spec(name).card.overlaps).lower()
         assert "atri" in overlaps
 
 
-def test_a_site_is_told_which_of_its_weights_cannot_be_used_and_why(make_site: Callable[..., Path]) -> None:
+def test_weights_of_a_site_that_cannot_be_used_are_listed_with_the_reason(make_site: Callable[..., Path]) -> None:
     weights = {"medsam": {"weights": "gone.pth", "sha256": "a" * 64}, "fake": {"weights": "packaged"}}
-    said = _said("--site", str(make_site(generalists=weights)))
+    said = _said("--no-measure", "--site", str(make_site(generalists=weights)))
     assert "cannot be used, see below" in said
     assert "gone.pth: the weights file cannot be read" in said
-    assert "medsam_vit_b.pth" in said  # what is accepted, by its published name
+    assert "medsam_vit_b.pth" in said  # the published name of the accepted file
 
 
-def test_a_model_whose_weights_are_here_is_timed(make_site: Callable[..., Path]) -> None:
+def test_models_whose_weights_are_here_are_timed(make_site: Callable[..., Path]) -> None:
     only = {"fake": {"weights": "packaged"}, "lite-medsam": {"weights": "packaged", "sha256": "b" * 64}}
     row = next(
         line
@@ -60,7 +60,7 @@ def test_a_model_whose_weights_are_here_is_timed(make_site: Callable[..., Path])
     assert "+" in row
 
 
-def test_a_wrong_site_file_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_site_file_is_one_sentence(tmp_path: Path) -> None:
     result = runner.invoke(app, ["generalists", "--site", str(tmp_path / "none.yaml")])
     assert result.exit_code == 2
     assert "there is no such file" in result.output

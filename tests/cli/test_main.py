@@ -1,4 +1,4 @@
-"""The command line: a bad config stops before any work, with one message; a run tells the truth about its end."""
+"""The command line: mistakes stop it with one message before any work, and the exit status tells how a run ended."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -45,6 +46,22 @@ def test_check_lists_what_each_site_would_use(study: tuple[Path, Path]) -> None:
     assert "plan hash" in output
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_check_prints_whole_values_on_narrow_terminals_and_in_logs(
+    study: tuple[Path, Path], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = "lite-medsam, sam, sam-med3d, medsam"
+    monkeypatch.setattr("experiments.checks.usable_generalists", lambda *_: models.split(", "))
+    monkeypatch.setattr("experiments.checks._check_weights", lambda *_: None)
+    monkeypatch.setattr("cli.main.console", Console(width=width))
+    result = CliRunner().invoke(app, ["check", "--plan", str(study[0]), "--sites", str(study[1])])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    shown = [line for line in lines if models in line]
+    assert len(shown) == 2
+    assert all(len(line) <= width for line in lines if "plan hash" not in line and len(line.split()) > 1)
+
+
 def test_a_study_in_one_process_ends_with_a_table_results_and_pictures(
     study: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -62,7 +79,7 @@ def test_a_study_in_one_process_ends_with_a_table_results_and_pictures(
     assert (run / "plan.yaml").exists()
 
 
-def test_the_local_arm_takes_the_same_steps_from_the_same_start(study: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_local_baseline_takes_the_same_steps_from_the_same_start(study: tuple[Path, Path], tmp_path: Path) -> None:
     _simulate(study, tmp_path / "run")
     alone = read_json_lines(tmp_path / "run" / "local" / "alpha" / "metrics.jsonl")
     together = read_json_lines(tmp_path / "run" / "metrics.jsonl")
@@ -77,13 +94,13 @@ def test_the_local_arm_takes_the_same_steps_from_the_same_start(study: tuple[Pat
     assert first[0].read_bytes()[-1000:] == first[1].read_bytes()[-1000:]
 
 
-def test_overrides_reach_the_plan_that_is_kept(study: tuple[Path, Path], tmp_path: Path) -> None:
+def test_overrides_are_in_the_plan_of_the_run_folder(study: tuple[Path, Path], tmp_path: Path) -> None:
     _simulate(study, tmp_path / "run", "--no-local-baseline", "--set", "training.rounds=1")
     kept = yaml.safe_load((tmp_path / "run" / "plan.yaml").read_text())
     assert kept["training"]["rounds"] == 1
 
 
-def test_a_study_in_which_every_site_fails_exits_with_one_and_says_why(
+def test_a_study_in_which_every_site_fails_exits_with_status_1_and_says_why(
     study: tuple[Path, Path], tmp_path: Path
 ) -> None:
     for name in ("alpha", "beta"):
@@ -99,11 +116,11 @@ def test_a_study_in_which_every_site_fails_exits_with_one_and_says_why(
     [
         ((), "--plan and --sites are required"),
         (("--engine", "magic"), "accepted: flower, in-process"),
-        (("--resume", "nowhere"), "no run folder"),
+        (("--resume", "nowhere"), "not a run folder"),
         (("--plan", "absent.yaml", "--sites", "."), "absent.yaml"),
     ],
 )
-def test_a_wrong_call_stops_with_one_message(arguments: tuple[str, ...], says: str) -> None:
+def test_wrong_options_stop_with_one_message(arguments: tuple[str, ...], says: str) -> None:
     code, output = _call("simulate", *arguments)
     assert code == 2
     assert says in output
@@ -117,7 +134,7 @@ def test_a_wrong_plan_stops_before_any_work(study: tuple[Path, Path], tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_that_is_taken_is_not_overwritten(study: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_folder_with_files_is_not_overwritten(study: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()
     code, output = _simulate(study, tmp_path / "run")
@@ -125,7 +142,7 @@ def test_a_run_folder_that_is_taken_is_not_overwritten(study: tuple[Path, Path],
     assert "the folder is not empty" in output
 
 
-def test_two_sites_of_one_name_stop_before_any_work(study: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_sites_with_the_same_name_stop_before_any_work(study: tuple[Path, Path], tmp_path: Path) -> None:
     text = (study[1] / "alpha.yaml").read_text()
     (study[1] / "copy.yaml").write_text(text.replace("storage/alpha", "storage/other"))
     code, output = _simulate(study, tmp_path / "run")
@@ -133,7 +150,7 @@ def test_two_sites_of_one_name_stop_before_any_work(study: tuple[Path, Path], tm
     assert "each site needs its own" in output
 
 
-def test_resuming_a_finished_run_only_shows_its_results(study: tuple[Path, Path], tmp_path: Path) -> None:
+def test_resuming_a_completed_run_only_prints_its_results(study: tuple[Path, Path], tmp_path: Path) -> None:
     _simulate(study, tmp_path / "run", "--no-local-baseline")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     code, output = _call("simulate", "--resume", tmp_path / "run")
@@ -150,7 +167,7 @@ def test_phantom_hospitals_are_written_once(tmp_path: Path) -> None:
     assert "already" in _call("phantom", "--out", tmp_path / "data", "--cases", "2")[1]
 
 
-def test_check_says_what_a_training_step_takes(study: tuple[Path, Path]) -> None:
+def test_check_prints_the_memory_of_a_training_step(study: tuple[Path, Path]) -> None:
     code, output = _call("check", "--plan", study[0], "--sites", study[1])
     assert code == 0
     assert "Specialist unet: about" in output
@@ -166,7 +183,7 @@ def test_check_says_what_a_training_step_takes(study: tuple[Path, Path]) -> None
         ({"weights": "packaged"}, "no package ships these weights; give a file. Published as: medsam_vit_b.pth"),
     ],
 )
-def test_check_names_weights_that_are_not_in_place_and_where_they_are_published(
+def test_check_names_missing_weights_and_where_they_are_published(
     make_site: MakeSite, tmp_path: Path, entry: dict[str, str], says: str
 ) -> None:
     make_site("gamma", generalists={"medsam": entry})

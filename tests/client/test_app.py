@@ -1,4 +1,4 @@
-"""The ClientApp: what it does with messages, and that nothing but the agreed leaves it."""
+"""The ClientApp: how it handles messages, and that only agreed content leaves it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from semisam_core.contract import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule, 
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from tests.conftest import write_nifti
+from tests.conftest import tiny_plan, write_nifti
 
 MakeSite = Callable[..., Path]
 CANARY = "jane-doe-19640203"
@@ -68,7 +68,7 @@ def _everything(reply: Message) -> bytes:
     return " ".join(parts).encode() + arrays
 
 
-def test_join_train_and_evaluate_answer_with_what_is_agreed(make_site: MakeSite, plan: Plan) -> None:
+def test_join_train_and_evaluate_reply_with_agreed_records_only(make_site: MakeSite, plan: Plan) -> None:
     path = make_site()
     join = _send(path, _message(plan, MessageType.QUERY, 0, weights=False))
     train = _send(path, _message(plan, MessageType.TRAIN, 1))
@@ -105,7 +105,7 @@ def test_every_reply_is_in_the_audit_log(make_site: MakeSite, tmp_path: Path, pl
         ({"round": True}, RefusalRule.PLAN_INVALID),
     ],
 )
-def test_a_message_that_is_not_as_agreed_is_refused_by_rule(
+def test_an_invalid_message_is_refused_by_rule(
     make_site: MakeSite, plan: Plan, study: dict[str, Any], rule: RefusalRule
 ) -> None:
     assert _rule(_send(make_site(), _message(plan, MessageType.TRAIN, 1, **study))) == rule.value
@@ -121,6 +121,32 @@ def test_weights_of_another_network_are_refused(make_site: MakeSite, plan: Plan)
     message = _message(plan, MessageType.TRAIN, 1)
     message.content[SPECIALIST_RECORD] = ArrayRecord({"foreign": Array(np.zeros(3, np.float32))})
     assert _rule(_send(make_site(), message)) == "weights-not-as-agreed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"data": {"labeled": [], "validation": []}, "generalists": {}}, RefusalRule.NOTHING_TO_LEARN),
+        ({"generalists": {"lite-medsam": {"weights": "packaged", "sha256": "a" * 64}}}, RefusalRule.GENERALIST),
+        ({"egress": {"maximum_update_mb": 1e-3}}, RefusalRule.EGRESS),
+    ],
+)
+def test_a_site_that_cannot_do_the_work_refuses_by_the_rule_of_the_cause(
+    make_site: MakeSite, changes: dict[str, Any], rule: RefusalRule
+) -> None:
+    name = next(iter(changes.get("generalists", {})), "fake")
+    plan = tiny_plan(f"pseudo_labels.generalists=[{name}]")
+    reply = _send(make_site(**changes), _message(plan, MessageType.TRAIN, 1))
+    assert _rule(reply) == rule.value
+
+
+def test_a_site_whose_cases_are_all_quarantined_refuses_to_join(
+    make_site: MakeSite, tmp_path: Path, plan: Plan
+) -> None:
+    path = make_site()
+    for image in (tmp_path / "data" / "alpha" / "images").iterdir():
+        image.write_bytes(b"no image")
+    assert _rule(_send(path, _message(plan, MessageType.QUERY, 0, weights=False))) == RefusalRule.NO_USABLE_CASE.value
 
 
 @pytest.mark.parametrize(
@@ -145,7 +171,7 @@ def test_no_text_of_an_exception_leaves(
     assert CANARY in (tmp_path / "storage" / "alpha" / "audit.jsonl").read_text()
 
 
-def test_a_site_that_cannot_write_its_audit_log_sends_nothing_and_says_no_path(
+def test_a_site_that_cannot_write_its_audit_log_sends_nothing_not_even_a_path(
     make_site: MakeSite, tmp_path: Path, plan: Plan
 ) -> None:
     path = make_site()
@@ -176,9 +202,7 @@ def test_no_name_path_or_voxel_of_any_case_leaves(make_site: MakeSite, tmp_path:
         assert len(sent) < 60_000  # the specialist has 10 kB; a single scan would be 37 kB more
 
 
-def test_a_deployed_site_ignores_what_the_run_config_says_about_sites(
-    make_site: MakeSite, tmp_path: Path, plan: Plan
-) -> None:
+def test_a_deployed_site_ignores_the_run_configs_sites(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
     own, foreign = make_site("alpha"), make_site("beta", first_seed=5)
     context = _context({"site-config": str(own), "partition-id": 1}, sites=str(foreign.parent))
     reply = app(_message(plan, MessageType.QUERY, 0, weights=False), context)
@@ -196,14 +220,14 @@ def test_a_simulated_site_is_picked_by_its_partition(make_site: MakeSite, plan: 
     assert names == ["alpha", "beta"]
 
 
-def test_a_site_without_a_usable_config_answers_with_a_word(tmp_path: Path, plan: Plan) -> None:
+def test_a_site_without_a_usable_config_replies_with_the_rule_alone(tmp_path: Path, plan: Plan) -> None:
     for node_config in ({}, {"site-config": str(tmp_path / "absent.yaml")}, {"partition-id": 3}):
         reply = app(_message(plan, MessageType.QUERY, 0, weights=False), _context(dict(node_config)))
         assert reply.error.reason == "site-config"
         assert str(tmp_path).encode() not in _everything(reply)
 
 
-def test_the_log_of_what_left_names_no_case(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
+def test_the_audit_log_of_a_reply_names_no_case(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
     _send(make_site(), _message(plan, MessageType.TRAIN, 1))
     (line,) = (tmp_path / "storage" / "alpha" / "audit.jsonl").read_text().splitlines()
     assert "case-" not in line
@@ -211,20 +235,20 @@ def test_the_log_of_what_left_names_no_case(make_site: MakeSite, tmp_path: Path,
 
 
 @pytest.mark.parametrize("rule", list(RejectionRule))
-def test_a_site_that_is_told_of_a_rejection_logs_and_books_it_and_goes_on(
+def test_a_rejection_by_the_server_is_logged_and_audited_and_the_site_continues(
     make_site: MakeSite, tmp_path: Path, plan: Plan, rule: RejectionRule, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = {"rejected": rule.value, "rejected-round": 3}
-    reply = _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **told))
+    notice = {"rejected": rule.value, "rejected-round": 3}
+    reply = _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **notice))
     assert "metrics" in reply.content
-    assert f"rejected this site's answer of round 3 by rule {rule.value}" in caplog.text
+    assert f"rejected this site's update of round 3 by rule {rule.value}" in caplog.text
     lines = read_json_lines(tmp_path / "storage" / "alpha" / "audit.jsonl")
     assert [line["kind"] for line in lines] == ["rejected", "join"]
     assert (lines[0]["rejected_by_the_server"], lines[0]["round"]) == (rule.value, 3)
 
 
 @pytest.mark.parametrize(
-    ("told", "booked"),
+    ("notice", "audited"),
     [
         ({"rejected": "<script>alert(1)</script>", "rejected-round": 1}, ("unknown", 1)),
         ({"rejected": ["too-large"], "rejected-round": 1}, ("unknown", 1)),
@@ -232,15 +256,15 @@ def test_a_site_that_is_told_of_a_rejection_logs_and_books_it_and_goes_on(
         ({"rejected": "too-large"}, ("too-large", -1)),
     ],
 )
-def test_a_word_that_is_no_rule_is_booked_as_unknown(
-    make_site: MakeSite, tmp_path: Path, plan: Plan, told: dict[str, Any], booked: tuple[str, int]
+def test_an_unknown_rejection_rule_is_audited_as_unknown(
+    make_site: MakeSite, tmp_path: Path, plan: Plan, notice: dict[str, Any], audited: tuple[str, int]
 ) -> None:
-    _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **told))
+    _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False, **notice))
     line = read_json_lines(tmp_path / "storage" / "alpha" / "audit.jsonl")[0]
-    assert (line["rejected_by_the_server"], line["round"]) == booked
+    assert (line["rejected_by_the_server"], line["round"]) == audited
     assert "script" not in (tmp_path / "storage" / "alpha" / "audit.jsonl").read_text()
 
 
-def test_a_site_that_is_told_of_no_rejection_books_none(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
+def test_without_a_rejection_none_is_audited(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
     _send(make_site(), _message(plan, MessageType.QUERY, 0, weights=False))
     assert [line["kind"] for line in read_json_lines(tmp_path / "storage" / "alpha" / "audit.jsonl")] == ["join"]

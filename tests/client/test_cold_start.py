@@ -1,4 +1,4 @@
-"""A cold start at a hospital: its own labeled scans prompt in the first rounds, and the teacher from then on."""
+"""A cold start at a site: prototypes from its own labeled scans prompt in the first rounds, then the teacher does."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _same(first: SiteReport, second: SiteReport) -> bool:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, PseudoLabel]]:
-    """Return a list of (what prompted, pseudo-label), filled whenever the site makes one."""
+    """Return a list that collects (prompting prediction, pseudo-label) whenever the site makes a pseudo-label."""
     import client.labeling as module
 
     seen: list[tuple[torch.Tensor, PseudoLabel]] = []
@@ -70,18 +70,18 @@ def test_prototypes_find_the_target_where_an_untrained_specialist_does_not(
     assert dice_of(label.generalist[0] > 0.5, truth) > 0.9
 
 
-def test_prototypes_prompt_until_their_last_round_and_the_teacher_from_then_on(
+def test_prototypes_prompt_through_the_cold_start_and_the_teacher_afterwards(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, plan = make_site(), tiny_plan(*LATER, "pseudo_labels.refresh_every=2")
     events: list[str] = []
-    rough, network = Labeler._by_prototypes, Labeler._predict
+    rough, network = Labeler._prompted_by_prototypes, Labeler._predict
 
     def by_prototypes(self: Labeler, *given: object) -> Callable[..., torch.Tensor]:
         predict_by = rough(self, *given)  # type: ignore[arg-type]
         return lambda pair: events.append(f"prototypes {pair.scan.id}") or predict_by(pair)  # type: ignore[func-returns-value]
 
-    monkeypatch.setattr(Labeler, "_by_prototypes", by_prototypes)
+    monkeypatch.setattr(Labeler, "_prompted_by_prototypes", by_prototypes)
     monkeypatch.setattr(
         Labeler,
         "_predict",
@@ -95,7 +95,7 @@ def test_prototypes_prompt_until_their_last_round_and_the_teacher_from_then_on(
     assert seen == [["prototypes case-1"], [], ["teacher case-1"], [], ["teacher case-1"]]
 
 
-def test_without_a_cold_start_nothing_changes(make_site: MakeSite) -> None:
+def test_a_null_cold_start_changes_nothing(make_site: MakeSite) -> None:
     path = make_site()
     plain = _train(path, tiny_plan("pseudo_labels.first_round=2"), run="plain")
     null = _train(path, tiny_plan("pseudo_labels.first_round=2", "pseudo_labels.cold_start=null"), run="null")
@@ -111,7 +111,7 @@ def test_a_cold_round_asked_for_again_gives_the_same_weights(make_site: MakeSite
     assert _same(first, _train(path, plan, run="elsewhere"))
 
 
-def test_labels_of_unlabeled_and_validation_scans_make_no_prototype(make_site: MakeSite, tmp_path: Path) -> None:
+def test_labels_of_unlabeled_and_validation_scans_do_not_shape_prototypes(make_site: MakeSite, tmp_path: Path) -> None:
     path, plan = make_site(cases=4), tiny_plan(*LATER)
     before = _train(path, plan)
     labels = tmp_path / "data" / "alpha" / "labels"
@@ -123,7 +123,7 @@ def test_labels_of_unlabeled_and_validation_scans_make_no_prototype(make_site: M
     assert not _same(before, _train(path, plan, run="moved"))
 
 
-def test_a_wholly_unlabeled_site_has_no_prototypes_and_says_so(
+def test_a_wholly_unlabeled_site_has_no_prototypes_and_logs_it(
     make_site: MakeSite, caplog: pytest.LogCaptureFixture, made: list[tuple[torch.Tensor, PseudoLabel]]
 ) -> None:
     path, plan = make_site(data=UNLABELED), tiny_plan(*LATER)
@@ -136,7 +136,7 @@ def test_a_wholly_unlabeled_site_has_no_prototypes_and_says_so(
     assert all(float(prompted[1:].max()) == 0 for prompted, _ in made)
 
 
-def test_at_an_unlabeled_site_the_teacher_prompts_from_first_round_as_ever(make_site: MakeSite) -> None:
+def test_at_an_unlabeled_site_a_cold_start_changes_nothing_from_first_round_on(make_site: MakeSite) -> None:
     eager = ("pseudo_labels.prompting.threshold=0.01", "pseudo_labels.gates.minimum_volume_ml=0.0")
     path = make_site(data=UNLABELED)
     plain = _train(path, tiny_plan(*eager), run="plain")
@@ -145,7 +145,7 @@ def test_at_an_unlabeled_site_the_teacher_prompts_from_first_round_as_ever(make_
     assert _same(plain, cold)
 
 
-def test_an_encoder_that_fails_leaves_scans_without_pseudo_labels_and_the_round_goes_on(
+def test_a_failing_encoder_costs_pseudo_labels_but_not_the_round(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
@@ -156,7 +156,7 @@ def test_an_encoder_that_fails_leaves_scans_without_pseudo_labels_and_the_round_
         scalars = _train(make_site(), tiny_plan(*LATER)).scalars
     assert scalars["gated.empty"] == 1
     assert scalars["steps"] == 2
-    assert any("failed on a scan in a cold start: out of memory" in line for line in caplog.messages)
+    assert any("gets no pseudo-label: out of memory" in line for line in caplog.messages)
 
 
 def test_prototypes_and_features_are_neither_sent_nor_stored(make_site: MakeSite, tmp_path: Path) -> None:

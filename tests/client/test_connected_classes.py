@@ -1,4 +1,4 @@
-"""A structure that the plan calls connected: what a specialist sees far away from it neither counts nor is drawn."""
+"""Classes that the plan calls connected: distant islands in a prediction are neither scored nor drawn."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _ball(centre: tuple[int, int, int], radius: float) -> NDArray[np.bool_]:
 
 
 def _write_case(folder: Path, name: str, seed: int, island: bool) -> None:
-    """Write a scan with a bright organ, and something as bright far away from it that is not the organ."""
+    """Write a scan with a bright organ and optionally a distant island that is as bright but not part of it."""
     bright = _ball(*ORGAN) | _ball(*ISLAND) if island else _ball(*ORGAN)
     image = (100 * bright + np.random.default_rng(seed).normal(0, 10, SHAPE)).astype(np.float32)
     write_nifti(folder / "images" / f"{name}.nii.gz", image)
@@ -53,7 +53,7 @@ def _plan(connected: bool) -> Plan:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Return a site, and a specialist that has learned there that what is bright is the organ."""
+    """Return a site and a specialist that has learned there to take everything bright for the organ."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("connected")
     for k, name in enumerate(("case-0", "case-1", "case-2")):
@@ -79,7 +79,7 @@ def _picture(site: Site) -> NDArray[Any]:
 
 
 def _share_of_outlines_on_the_right(pixels: NDArray[Any]) -> float:
-    """Return which share of the prediction's outline lies in the right third of its column, where the island is."""
+    """Return the share of the prediction's outline in the right third of its column, where the island is."""
     column = pixels[:, 3 * pixels.shape[1] // 4 :]
     wanted = [int(COLOURS[0][k : k + 2], 16) for k in (1, 3, 5)]
     outline = (np.abs(column - wanted) < 40).all(-1)
@@ -87,7 +87,7 @@ def _share_of_outlines_on_the_right(pixels: NDArray[Any]) -> float:
     return float(outline[:, 2 * outline.shape[1] // 3 :].sum() / outline.sum())
 
 
-def test_an_island_far_away_counts_unless_the_plan_calls_the_structure_connected(trained: Trained) -> None:
+def test_a_distant_island_counts_unless_the_structure_is_connected(trained: Trained) -> None:
     (with_island, _), (without, _) = _evaluated(trained, connected=False), _evaluated(trained, connected=True)
     assert with_island["hd95_mm.organ"] > APART_MM
     assert without["hd95_mm.organ"] < 6.0
@@ -95,13 +95,13 @@ def test_an_island_far_away_counts_unless_the_plan_calls_the_structure_connected
     assert without["dice.organ"] > 0.85
 
 
-def test_the_scores_of_cases_that_stay_at_the_site_are_those_that_are_sent(trained: Trained) -> None:
+def test_per_case_scores_at_the_site_match_the_scores_sent(trained: Trained) -> None:
     scalars, site = _evaluated(trained, connected=True)
     (line,) = read_json_lines(site.state.folder / "scores.jsonl")
     assert line["hd95_mm"] == scalars["hd95_mm.organ"]
 
 
-def test_the_picture_shows_the_segmentation_that_is_scored(trained: Trained) -> None:
+def test_the_picture_shows_the_scored_segmentation(trained: Trained) -> None:
     with_island, without = (_picture(_evaluated(trained, connected)[1]) for connected in (False, True))
     assert _share_of_outlines_on_the_right(with_island) > 0.2
     assert _share_of_outlines_on_the_right(without) == 0

@@ -1,4 +1,4 @@
-"""The one door: nothing leaves that is not agreed, and all that leaves is booked first."""
+"""The only way out of a site: nothing leaves unless it is agreed, and every reply is audited first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from client.egress import EgressError, EgressGate, arriving_tensors
 from client.site_config import Egress
-from semisam_core.contract import RefusalRule, TensorSpec, weights_sha256
+from semisam_core.contract import SPECIALIST_RECORD, RefusalRule, TensorSpec, weights_sha256
 from semisam_core.files import read_json_lines
 
 SPEC = {"a": TensorSpec((2, 3), torch.float32), "b": TensorSpec((4,), torch.float32)}
@@ -30,7 +30,7 @@ def _reply(
     return gate.reply("train", "run", 3, "hash", scalars or {"steps": 2}, ["steps", "loss"], tensors or GOOD, SPEC)
 
 
-def test_a_good_reply_carries_what_was_agreed_and_is_booked(tmp_path: Path) -> None:
+def test_a_valid_reply_is_built_and_audited(tmp_path: Path) -> None:
     reply = _reply(_gate(tmp_path), {"steps": 2, "loss": 0.5})
     assert set(reply) == {"metrics", "site", "specialist"}
     (line,) = read_json_lines(tmp_path / "audit.jsonl")
@@ -44,9 +44,7 @@ def test_a_good_reply_carries_what_was_agreed_and_is_booked(tmp_path: Path) -> N
     "scalars",
     [{"patients": 3}, {"loss": float("nan")}, {"loss": float("inf")}, {"loss": True}, {"loss": "0.5"}, {"loss": [1.0]}],
 )
-def test_a_scalar_that_is_not_an_agreed_finite_number_does_not_leave(
-    tmp_path: Path, scalars: dict[str, object]
-) -> None:
+def test_only_agreed_finite_scalars_leave(tmp_path: Path, scalars: dict[str, object]) -> None:
     with pytest.raises(EgressError, match="scalar"):
         _reply(_gate(tmp_path), scalars)
     assert not (tmp_path / "audit.jsonl").exists()
@@ -63,29 +61,29 @@ def test_a_scalar_that_is_not_an_agreed_finite_number_does_not_leave(
         GOOD | {"b": torch.tensor([0.0, float("inf"), 0.0, 0.0])},
     ],
 )
-def test_tensors_that_are_not_the_agreed_ones_do_not_leave(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_only_agreed_finite_tensors_leave(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with pytest.raises(EgressError, match="tensor"):
         _reply(_gate(tmp_path), tensors=tensors)
     assert not (tmp_path / "audit.jsonl").exists()
 
 
-def test_the_sites_own_limit_on_size_holds(tmp_path: Path) -> None:
+def test_an_update_over_the_sites_size_limit_does_not_leave(tmp_path: Path) -> None:
     with pytest.raises(EgressError, match=r"egress.maximum_update_mb allows 1e-05"):
         _reply(_gate(tmp_path, maximum_update_mb=1e-5))
 
 
-def test_tensors_never_leave_with_a_message_that_agreed_none(tmp_path: Path) -> None:
+def test_no_tensors_leave_where_none_are_agreed(tmp_path: Path) -> None:
     with pytest.raises(EgressError, match="no tensors are agreed"):
         _gate(tmp_path).reply("evaluate", "run", 1, "hash", {}, [], GOOD, None)
 
 
-def test_what_cannot_be_booked_does_not_leave(tmp_path: Path) -> None:
+def test_a_reply_that_cannot_be_audited_does_not_leave(tmp_path: Path) -> None:
     (tmp_path / "audit.jsonl").mkdir()
     with pytest.raises(OSError, match="audit"):
         _reply(_gate(tmp_path))
 
 
-def test_the_log_only_grows(tmp_path: Path) -> None:
+def test_the_audit_log_is_append_only(tmp_path: Path) -> None:
     _reply(_gate(tmp_path))
     before = (tmp_path / "audit.jsonl").read_bytes()
     _reply(_gate(tmp_path), {"steps": 7})
@@ -96,7 +94,7 @@ def test_the_log_only_grows(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(reason=st.text(min_size=12), rule=st.sampled_from(RefusalRule))
-def test_of_a_refusal_only_the_rule_leaves(
+def test_only_the_rule_of_a_refusal_leaves(
     tmp_path_factory: pytest.TempPathFactory, reason: str, rule: RefusalRule
 ) -> None:
     folder = tmp_path_factory.mktemp("site")
@@ -107,3 +105,32 @@ def test_of_a_refusal_only_the_rule_leaves(
     }
     (line,) = (folder / "audit.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["reason_kept_here"] == reason
+
+
+def test_the_size_limit_counts_bytes_and_is_inclusive(tmp_path: Path) -> None:
+    size = sum(value.nbytes for value in GOOD.values())
+    assert SPECIALIST_RECORD in _reply(_gate(tmp_path, maximum_update_mb=size / 1e6))
+    with pytest.raises(EgressError, match=r"egress.maximum_update_mb allows"):
+        _reply(_gate(tmp_path, maximum_update_mb=(size - 1) / 1e6))
+
+
+def test_a_refusal_that_cannot_be_audited_does_not_leave(tmp_path: Path) -> None:
+    (tmp_path / "audit.jsonl").mkdir()
+    with pytest.raises(OSError, match="audit"):
+        _gate(tmp_path).refuse("train", "run", 1, RefusalRule.INTERNAL, "reason")
+
+
+def test_the_hash_of_refused_code_stays_at_the_site(tmp_path: Path) -> None:
+    code = "c0de" * 16
+    reply = _gate(tmp_path).refuse("train", "run", 1, RefusalRule.CODE_NOT_APPROVED, "reason", code)
+    assert code not in repr({name: dict(record) for name, record in reply.items()})
+    (line,) = read_json_lines(tmp_path / "audit.jsonl")
+    assert line["code"] == code
+
+
+def test_the_audited_hash_is_that_of_the_tensors_sent_whatever_their_layout(tmp_path: Path) -> None:
+    transposed = {"a": torch.arange(6.0).reshape(3, 2).T, "b": GOOD["b"].clone().requires_grad_()}
+    sent = arriving_tensors(_reply(_gate(tmp_path), tensors=transposed).array_records[SPECIALIST_RECORD])
+    assert all(torch.equal(sent[name], transposed[name]) for name in transposed)
+    (line,) = read_json_lines(tmp_path / "audit.jsonl")
+    assert line["sha256"] == weights_sha256(sent)

@@ -1,4 +1,4 @@
-"""A site whose disk is full refuses by the word `storage`, tears nothing, and works again when there is room."""
+"""A site with a full disk refuses by rule `storage`, leaves no torn file, and recovers when there is room."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _train_with_small_files(plan: Plan, site: Path, limit: int, answer: Connecti
 
 
 @pytest.mark.parametrize("limit", [2000, 12000])
-def test_a_site_whose_disk_is_full_refuses_and_works_again_when_there_is_room(
+def test_a_site_with_a_full_disk_refuses_and_recovers_when_there_is_room(
     make_site: MakeSite, tmp_path: Path, plan: Plan, limit: int
 ) -> None:
     site = make_site()

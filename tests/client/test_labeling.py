@@ -1,4 +1,4 @@
-"""A site's generalists: those that can be loaded work, those that cannot are left out, labeled scans teach trust."""
+"""A site's pseudo-labels: generalists that fail to load, the refresh schedule, and the grid that generalists see."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _weights(plan: Plan) -> dict[str, torch.Tensor]:
     return dict(new_specialist(plan).state_dict())
 
 
-def test_a_generalist_that_cannot_be_loaded_is_left_out_and_said_in_the_sites_log(
+def test_a_generalist_that_fails_to_load_is_left_out_and_logged(
     make_site: MakeSite, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = tiny_plan("pseudo_labels.generalists=[lite-medsam, fake]", *EAGER)
@@ -42,12 +42,12 @@ def test_a_generalist_that_cannot_be_loaded_is_left_out_and_said_in_the_sites_lo
     assert again.train(_weights(plan)).scalars["accepted"] == 1
 
 
-def test_a_generalist_that_a_site_lacks_is_left_out_there(make_site: MakeSite) -> None:
+def test_a_generalist_that_the_site_lacks_is_left_out(make_site: MakeSite) -> None:
     plan = tiny_plan("pseudo_labels.generalists=[fake, lite-medsam]")
     assert Site(load_site_config(make_site()), plan, "run", 0).join().scalars["generalists"] == 1
 
 
-def test_labeled_scans_are_looked_at_only_when_labels_are_made_anew(make_site: MakeSite, tmp_path: Path) -> None:
+def test_labeled_scans_are_read_in_refresh_rounds_only(make_site: MakeSite, tmp_path: Path) -> None:
     plan = tiny_plan("training.rounds=4", "pseudo_labels.refresh_every=2", *EAGER)
     config = load_site_config(make_site())
     site = Site(config, plan, "run", 1)
@@ -71,14 +71,14 @@ def _cases(site: Site) -> list[tuple[str, Callable[[], object]]]:
     return site.scans.pair_loaders(Role.UNLABELED)
 
 
-def test_generalists_look_on_a_grid_of_their_own_and_the_specialist_learns_on_its_own(make_site: MakeSite) -> None:
+def test_generalists_and_specialist_each_use_their_own_grid(make_site: MakeSite) -> None:
     plan = tiny_plan("data.spacing_mm=[4, 4, 4]", "data.patch=[8, 8, 8]", "pseudo_labels.spacing_mm=[2, 2, 2]", *EAGER)
     site = Site(load_site_config(make_site()), plan, "run", 1)
     [(_, load)] = _cases(site)
     pair = load()
     assert isinstance(pair, ScanPair)
     assert pair.scan.image.shape[1:] == (12, 12, 8)
-    assert pair.closer.image.shape[1:] == (24, 24, 16)
+    assert pair.for_generalists.image.shape[1:] == (24, 24, 16)
     label = site._labeler.ask(pair, new_specialist(plan))
     assert label.target.shape == label.uncertainty.shape == (1, 12, 12, 8)
     [fake] = site._labeler.generalists
@@ -87,15 +87,17 @@ def test_generalists_look_on_a_grid_of_their_own_and_the_specialist_learns_on_it
     assert site.train(_weights(plan)).scalars["accepted"] == 1
 
 
-def test_a_pseudo_label_lies_where_it_was_found_on_the_finer_grid(make_site: MakeSite) -> None:
+def test_a_pseudo_label_keeps_its_place_between_grids(make_site: MakeSite) -> None:
     plan = tiny_plan("data.spacing_mm=[4, 4, 4]", "data.patch=[8, 8, 8]", "pseudo_labels.spacing_mm=[2, 2, 2]")
     site = Site(load_site_config(make_site()), plan, "run", 1)
     [(_, load)] = _cases(site)
     pair = load()
     assert isinstance(pair, ScanPair)
     label = site._labeler.ask(pair, _BrightVoxels())
-    said, there = (torch.nonzero(mask).double().mean(0) for mask in (label.generalist[0] > 0.5, pair.scan.image[0] > 1))
-    assert bool(((said - there).abs() < 0.5).all())
+    found, truth = (
+        torch.nonzero(mask).double().mean(0) for mask in (label.generalist[0] > 0.5, pair.scan.image[0] > 1)
+    )
+    assert bool(((found - truth).abs() < 0.5).all())
 
 
 class _BrightVoxels(torch.nn.Module):
@@ -106,7 +108,7 @@ class _BrightVoxels(torch.nn.Module):
         return torch.stack([(1 - foreground).log(), foreground.log()], 1)
 
 
-def test_a_phase_with_nothing_to_do_is_not_reported(tmp_path: Path) -> None:
+def test_an_empty_phase_is_not_reported(tmp_path: Path) -> None:
     progress = ProgressLog(tmp_path / "progress.jsonl", 1)
     progress("pseudo-label", 0, 0, "scans")
     assert not (tmp_path / "progress.jsonl").exists()

@@ -1,4 +1,4 @@
-"""Batch norm at hospitals: local layers never leave and come back unchanged, shared ones are averaged like all else."""
+"""Batch norm at sites: local layers never leave and are restored unchanged, shared ones are averaged like the rest."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def sites(make_site: MakeSite) -> list[Path]:
     return [make_site("alpha"), make_site("beta", first_seed=10)]
 
 
-def test_local_statistics_differ_between_sites_and_are_no_part_of_what_is_sent(sites: list[Path]) -> None:
+def test_local_statistics_differ_between_sites_and_are_not_sent(sites: list[Path]) -> None:
     plan = _plan("local")
     layers = batch_norm_tensors(new_specialist(plan))
     for path in sites:
@@ -78,18 +78,18 @@ def test_local_statistics_differ_between_sites_and_are_no_part_of_what_is_sent(s
     assert any(not torch.equal(alpha[n], beta[n]) for n in layers if n.endswith("weight"))
 
 
-def test_local_layers_go_on_from_the_sites_last_round(make_site: MakeSite) -> None:
+def test_local_layers_resume_from_the_sites_last_round(make_site: MakeSite) -> None:
     plan, path = _plan("local"), make_site()
     _train(path, plan, 1)
-    went_on = _train(path, plan, 2)
+    resumed = _train(path, plan, 2)
     fresh = _train(path, plan, 2, run="fresh")
-    assert not _same(went_on, fresh)
+    assert not _same(resumed, fresh)
     per_round = 2 * plan.training.steps_per_round  # a labeled and an unlabeled pass a step
     counted = {int(value) for name, value in _kept(path, plan, 3).items() if name.endswith("num_batches_tracked")}
     assert counted == {2 * per_round}
 
 
-def test_a_site_that_was_left_out_of_a_round_goes_on_from_what_it_has(make_site: MakeSite) -> None:
+def test_a_site_that_sat_out_rounds_resumes_from_its_latest_layers(make_site: MakeSite) -> None:
     plan, path = _plan("local", "training.rounds=5"), make_site()
     _train(path, plan, 1)
     late = _train(path, plan, 4)
@@ -105,7 +105,7 @@ def test_a_round_asked_for_again_starts_from_the_same_layers(make_site: MakeSite
     assert _same(layers, _kept(path, plan, 3))
 
 
-def test_a_teacher_that_stays_at_the_site_brings_its_own_layers(make_site: MakeSite) -> None:
+def test_a_kept_teacher_brings_its_own_layers(make_site: MakeSite) -> None:
     path, answers = make_site(), []
     for start in ("global", "site"):
         plan = _plan("local", f"teacher.start={start}", "regularizer.weight=100", "regularizer.ramp_share=0")
@@ -114,7 +114,7 @@ def test_a_teacher_that_stays_at_the_site_brings_its_own_layers(make_site: MakeS
     assert not _same(*answers)
 
 
-def test_scores_are_those_of_the_sites_own_layers_as_its_last_training_left_them(make_site: MakeSite) -> None:
+def test_evaluation_uses_the_local_layers_of_the_sites_last_training(make_site: MakeSite) -> None:
     plan, path = _plan("local"), make_site(data={"validation": ["case-2"]})
     sent = _train(path, plan, 1)
     site = _site(path, plan, 1)
@@ -138,16 +138,16 @@ def test_layers_of_another_network_are_not_used(make_site: MakeSite, caplog: pyt
     site = _site(path, plan, 2)
     site.state.save_layers(1, {"foreign": torch.zeros(1)})
     assert _same(expected, _train(path, plan, 2))
-    assert "batch-norm layers do not fit" in caplog.text
+    assert "batch-norm layers cannot be used" in caplog.text
 
 
-def test_a_site_takes_no_layers_from_the_server_that_are_to_stay_local(make_site: MakeSite) -> None:
+def test_a_site_refuses_local_layers_from_the_server(make_site: MakeSite) -> None:
     plan = _plan("local")
     with pytest.raises(WeightsNotAgreedError, match="foreign"):
         _site(make_site(), plan, 1).train(dict(new_specialist(plan).state_dict()))
 
 
-def test_shared_layers_are_sent_and_none_is_kept(make_site: MakeSite) -> None:
+def test_shared_layers_are_sent_and_none_are_kept(make_site: MakeSite) -> None:
     plan, path = _plan("shared"), make_site()
     sent = _train(path, plan, 1)
     assert disagreement(sent, specialist_spec(plan)) is None
@@ -156,7 +156,7 @@ def test_shared_layers_are_sent_and_none_is_kept(make_site: MakeSite) -> None:
     assert _site(path, plan, 1).state.load_layers(9) is None
 
 
-def test_layers_are_kept_of_the_last_three_rounds(tmp_path: Path) -> None:
+def test_layers_of_the_last_three_rounds_are_kept(tmp_path: Path) -> None:
     state = RunState(tmp_path, "run")
     for number in (1, 2, 5, 6):
         state.save_layers(number, {"mean": torch.tensor([float(number)])})

@@ -1,4 +1,4 @@
-"""Three structures at once, of which one is small and two touch: prompted, judged, booked and scored class by class."""
+"""Three structures, one small and two touching: prompted, gated, counted and scored class by class."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CLICKED = (
 
 
 class Clicked(FakeGeneralist):
-    """Takes clicks in the volume and answers with all that is bright around them, nearer to a positive one."""
+    """Takes 3D clicks and returns the bright components clicked, cut where a negative click is nearer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def _site(folder: Path, plan: Plan, number: int = 1, **changes: object) -> Site:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """Return a specialist that has learned the three structures from two labeled scans."""
+    """Return the weights of a specialist trained on two labeled scans of the three structures."""
     torch.set_num_threads(1)
     folder, plan = tmp_path_factory.mktemp("taught"), _plan("pseudo_labels=null", "regularizer.name=none")
     weights: dict[str, Tensor] = dict(new_specialist(plan).state_dict())
@@ -101,7 +101,7 @@ def _label_with_clicks(
     return model, site, site.train(taught)
 
 
-def test_every_class_is_scored_by_name_and_learned(tmp_path: Path, taught: dict[str, Tensor]) -> None:
+def test_every_class_is_learned_and_scored_under_its_name(tmp_path: Path, taught: dict[str, Tensor]) -> None:
     site = _site(tmp_path, _plan(), 2)
     scalars = site.evaluate(taught, final=True).scalars
     assert [scalars[f"cases.{name}"] for name in NAMES] == [1, 1, 1]
@@ -110,7 +110,7 @@ def test_every_class_is_scored_by_name_and_learned(tmp_path: Path, taught: dict[
     assert {line["class"]: line["dice"] for line in lines} == {name: scalars[f"dice.{name}"] for name in NAMES}
 
 
-def test_pseudo_labels_are_accepted_and_gated_class_by_class_and_booked_at_the_site(
+def test_pseudo_labels_are_gated_per_class_and_counted_in_the_sites_log(
     tmp_path: Path, taught: dict[str, Tensor]
 ) -> None:
     small_ml = float((balls(1)[1] == 3).sum()) * 8 / 1000
@@ -127,7 +127,7 @@ def test_pseudo_labels_are_accepted_and_gated_class_by_class_and_booked_at_the_s
     assert (scalars["accepted"], scalars["gated"], scalars["gated.too-small"]) == (2, 1, 1)
 
 
-def test_a_class_is_clicked_inside_and_the_others_are_clicked_away(
+def test_each_class_gets_positive_clicks_and_the_others_negative_ones(
     tmp_path: Path, taught: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _, _ = _label_with_clicks(tmp_path, monkeypatch, taught)
@@ -144,7 +144,7 @@ def test_a_class_is_clicked_inside_and_the_others_are_clicked_away(
     assert sorted(set(asked)) == [1, 2, 3]
 
 
-def test_classes_that_are_not_told_apart_by_clicks_are_settled_so_that_no_voxel_is_two(
+def test_no_voxel_belongs_to_two_classes_even_without_negative_clicks(
     tmp_path: Path, taught: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sites = {}
@@ -165,7 +165,7 @@ def test_classes_that_are_not_told_apart_by_clicks_are_settled_so_that_no_voxel_
     assert touching[0] > touching[1]  # negative clicks keep the large one from swallowing its neighbour
 
 
-def test_a_plausible_volume_is_learned_for_each_class(tmp_path: Path, taught: dict[str, Tensor]) -> None:
+def test_plausible_volumes_are_learned_per_class(tmp_path: Path, taught: dict[str, Tensor]) -> None:
     plan = _plan("training.steps_per_round=1", "pseudo_labels.gates.volume_factor=1.5")
     site = _site(tmp_path, plan, 2)
     assert site.train(taught).scalars["accepted"] == 3

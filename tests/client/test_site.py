@@ -1,4 +1,4 @@
-"""A hospital at work: bad cases set aside, labels of unlabeled scans never read, every round repeatable."""
+"""A hospital's local work: bad cases quarantined, labels of unlabeled scans never read, every round repeatable."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_joining_counts_what_may_be_used(make_site: MakeSite, plan: Plan) -> None:
+def test_joining_reports_counts_of_usable_cases(make_site: MakeSite, plan: Plan) -> None:
     scalars = _site(make_site(), plan, 0).join().scalars
     assert scalars == {"labeled": 1, "unlabeled": 1, "validation": 1, "quarantined": 0, "generalists": 1}
 
@@ -66,7 +66,7 @@ def test_the_labels_of_unlabeled_scans_are_never_read(make_site: MakeSite, tmp_p
     assert _same(before, _train(path, plan, run="deleted"))
 
 
-def test_validation_labels_do_not_touch_training(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
+def test_validation_labels_do_not_affect_training(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
     path = make_site()
     before = _train(path, plan)
     write_nifti(tmp_path / "data" / "alpha" / "labels" / "case-2.nii.gz", 1 - blob()[1])
@@ -90,7 +90,7 @@ def _cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_case_is_set_aside_with_its_reason_and_the_site_goes_on(
+def test_a_bad_case_is_quarantined_with_its_reason_and_the_site_continues(
     make_site: MakeSite, tmp_path: Path, plan: Plan, kind: str
 ) -> None:
     path = make_site()
@@ -103,7 +103,7 @@ def test_a_bad_case_is_set_aside_with_its_reason_and_the_site_goes_on(
     assert _site(path, plan).train(_weights(plan)).scalars["steps"] == 2
 
 
-def test_a_site_whose_every_case_is_bad_does_not_join(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
+def test_a_site_with_only_bad_cases_does_not_join(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
     path = make_site()
     for image in (tmp_path / "data" / "alpha" / "images").iterdir():
         _cut(image)
@@ -111,7 +111,7 @@ def test_a_site_whose_every_case_is_bad_does_not_join(make_site: MakeSite, tmp_p
         _site(path, plan, 0).join()
 
 
-def test_a_site_without_labels_and_without_a_generalist_stops(make_site: MakeSite, plan: Plan) -> None:
+def test_a_site_without_labels_and_generalists_is_refused(make_site: MakeSite, plan: Plan) -> None:
     path = make_site(data={"labeled": [], "validation": []}, generalists={})
     with pytest.raises(ConfigError, match="no labeled case and none of the plan's generalists"):
         _site(path, plan)
@@ -136,7 +136,7 @@ def test_weights_that_are_not_the_plans_specialist_are_refused(make_site: MakeSi
         _site(make_site(), plan).train(weights)
 
 
-def test_a_generalist_with_altered_weights_stops_the_site_at_the_door(make_site: MakeSite) -> None:
+def test_altered_generalist_weights_stop_the_site_at_joining(make_site: MakeSite) -> None:
     plan = tiny_plan("pseudo_labels.generalists=[lite-medsam]")
     path = make_site(generalists={"lite-medsam": {"weights": "packaged", "sha256": "a" * 64}})
     with pytest.raises(WeightsError, match=r"has SHA-256 [0-9a-f]{64}, expected a{64}"):
@@ -151,7 +151,7 @@ def test_a_round_asked_for_again_gives_the_same_weights(make_site: MakeSite) -> 
     assert _same(second, _train(path, plan, 2))
 
 
-def test_a_site_teacher_goes_on_from_the_last_round_and_a_global_one_does_not(make_site: MakeSite) -> None:
+def test_a_site_teacher_resumes_from_the_last_round_and_a_global_one_does_not(make_site: MakeSite) -> None:
     path = make_site()
     for start, differs in (("global", False), ("site", True)):
         plan = tiny_plan(f"teacher.start={start}", "training.steps_per_round=4")
@@ -163,7 +163,7 @@ def test_a_site_teacher_goes_on_from_the_last_round_and_a_global_one_does_not(ma
         assert _same(fresh, kept) != differs
 
 
-def test_pseudo_labels_are_made_when_due_and_kept_in_between(
+def test_pseudo_labels_are_refreshed_on_schedule_and_reused_in_between(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import client.labeling as module
@@ -180,7 +180,7 @@ def test_pseudo_labels_are_made_when_due_and_kept_in_between(
     assert counts == [0, 1, 1, 2]
 
 
-def test_a_disk_that_fills_up_with_embeddings_does_not_stop_the_round(
+def test_a_disk_filled_by_embeddings_does_not_stop_the_round(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = tiny_plan("pseudo_labels.prompting.threshold=0.01", "pseudo_labels.gates.minimum_volume_ml=0.0")
@@ -198,7 +198,7 @@ def test_a_disk_that_fills_up_with_embeddings_does_not_stop_the_round(
     assert _same(weights, expected)
 
 
-def test_scores_are_means_and_each_cases_own_stay_here(make_site: MakeSite, plan: Plan) -> None:
+def test_mean_scores_are_reported_and_per_case_scores_stay_at_the_site(make_site: MakeSite, plan: Plan) -> None:
     path = make_site(cases=4, data={"validation": ["case-2", "case-3"]})
     site = _site(path, plan)
     scalars = site.evaluate(_weights(plan), final=False).scalars
@@ -209,12 +209,24 @@ def test_scores_are_means_and_each_cases_own_stay_here(make_site: MakeSite, plan
     assert scalars["validation"] == scalars["cases.blob"] == 2
 
 
-def test_a_site_may_keep_its_scores_to_itself(make_site: MakeSite, plan: Plan) -> None:
+def test_a_site_may_withhold_its_scores(make_site: MakeSite, plan: Plan) -> None:
     path = make_site(egress={"validation_scores": []})
     assert _site(path, plan).evaluate(_weights(plan), final=False).scalars == {"validation": 1}
 
 
-def test_the_last_evaluation_leaves_a_picture_at_the_site(make_site: MakeSite, plan: Plan) -> None:
+def test_classes_that_the_site_does_not_label_are_not_scored(make_site: MakeSite) -> None:
+    plan = tiny_plan("task.classes=[{name: blob, value: 1}, {name: other, value: 2}]")
+    scored = {}
+    for name, labeled_classes in (("all", "all"), ("some", ["blob"])):
+        path = make_site(data={"labeled_classes": labeled_classes})
+        site = _site(path, plan, run=name)
+        scalars = site.evaluate(_weights(plan), final=False).scalars
+        lines = read_json_lines(site.state.folder / "scores.jsonl")
+        scored[name] = ({key.split(".")[1] for key in scalars if "." in key}, [line["class"] for line in lines])
+    assert scored == {"all": ({"blob", "other"}, ["blob", "other"]), "some": ({"blob"}, ["blob"])}
+
+
+def test_the_final_evaluation_draws_a_picture_at_the_site(make_site: MakeSite, plan: Plan) -> None:
     site = _site(make_site(), plan)
     site.evaluate(_weights(plan), final=True)
     picture = site.state.folder / "overview.png"

@@ -1,4 +1,4 @@
-"""A hospital's YAML: paths, names, limits, and what is said when one is wrong."""
+"""A hospital's YAML: paths, names, limits, and the errors when one is invalid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_shipped_site_files_load_and_explain_their_keys(path: Path) -> None:
     assert config.data.images.parts[-4:] == ("demo", "data", path.stem, "images")
 
 
-def test_paths_count_from_the_files_own_folder(make_site: MakeSite, tmp_path: Path) -> None:
+def test_relative_paths_are_resolved_against_the_files_folder(make_site: MakeSite, tmp_path: Path) -> None:
     path = make_site(storage={"folder": "../state"}, data={"images": "images", "labels": "../labels"})
     config = load_site_config(path)
     assert config.storage.folder == tmp_path / "state"
@@ -45,26 +45,26 @@ def test_paths_count_from_the_files_own_folder(make_site: MakeSite, tmp_path: Pa
         ({"generalists": {"fake": {"sha256": "abc"}}}, "generalists.fake.sha256 = 'abc'"),
         ({"generalists": {"fake": {"weights": "w.pth"}}}, "a weights file needs its sha256"),
         ({"data": {"labeled_classes": []}}, "data.labeled_classes"),
-        ({"data": {"labeled_classes": ["blob", "blob"]}}, "each class is named once"),
+        ({"data": {"labeled_classes": ["blob", "blob"]}}, "a class is named twice"),
         ({"egress": {"validation_scores": ["volume"]}}, r"unknown scores \['volume'\]; accepted: dice"),
         ({"storage": {"memory_gb": 0}}, "storage.memory_gb = 0"),
         ({"version": 3}, "version = 3"),
     ],
 )
-def test_a_wrong_file_names_file_key_value(make_site: MakeSite, changes: dict[str, object], says: str) -> None:
+def test_an_error_names_file_key_and_value(make_site: MakeSite, changes: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=rf"alpha\.yaml: (?s:.)*{says}"):
         load_site_config(make_site(**changes))
 
 
 @pytest.mark.parametrize("name", ["Alpha", "../x", "", "a b", "x" * 64])
-def test_a_sites_name_is_plain(make_site: MakeSite, name: str) -> None:
+def test_a_site_name_has_lowercase_letters_digits_and_dashes_only(make_site: MakeSite, name: str) -> None:
     path = make_site()
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"site": name}))
     with pytest.raises(ConfigError, match=r"alpha\.yaml: site"):
         load_site_config(path)
 
 
-def test_two_sites_need_two_names_and_two_storage_folders(make_site: MakeSite, tmp_path: Path) -> None:
+def test_sites_share_neither_name_nor_storage_folder(make_site: MakeSite, tmp_path: Path) -> None:
     make_site("alpha")
     path = make_site("beta")
     content = yaml.safe_load(path.read_text())
@@ -76,26 +76,26 @@ def test_two_sites_need_two_names_and_two_storage_folders(make_site: MakeSite, t
         load_site_folder(tmp_path / "sites")
 
 
-def test_a_missing_and_an_empty_folder_of_sites_are_named(tmp_path: Path) -> None:
+def test_a_missing_or_empty_site_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no: the folder of site files does not exist"):
         load_site_folder(tmp_path / "no")
     with pytest.raises(ConfigError, match="no site file"):
         load_site_folder(tmp_path)
 
 
-def test_a_gpu_asked_for_by_name_must_be_there(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_named_in_the_file_must_exist(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"device = 'cuda:1': this machine offers 0 GPUs; accepted: auto, cpu"):
         load_site_config(make_site(device="cuda:1")).torch_device()
     assert load_site_config(make_site(device="auto")).torch_device() == torch.device("cpu")
 
 
-def test_auto_takes_a_gpu_where_there_is_one(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_picks_a_gpu_if_there_is_one(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert load_site_config(make_site(device="auto")).torch_device() == torch.device("cuda")
 
 
-def test_a_site_uses_the_plans_generalists_that_it_has(make_site: MakeSite) -> None:
+def test_usable_generalists_are_the_plans_that_the_site_has(make_site: MakeSite) -> None:
     plan = tiny_plan("pseudo_labels.generalists=[lite-medsam, fake]")
     config = load_site_config(make_site(generalists={"fake": {}, "lite-medsam": {}}))
     assert usable_generalists(config, plan) == ("lite-medsam", "fake")
@@ -103,7 +103,7 @@ def test_a_site_uses_the_plans_generalists_that_it_has(make_site: MakeSite) -> N
     assert usable_generalists(config, tiny_plan("pseudo_labels=null")) == ()
 
 
-def test_a_site_says_which_of_the_plans_classes_its_labels_mark(make_site: MakeSite) -> None:
+def test_annotated_classes_are_the_plans_that_the_site_labels(make_site: MakeSite) -> None:
     plan = tiny_plan("task.classes=[{name: a, value: 4}, {name: b, value: 9}, {name: c, value: 1}]")
     assert annotated_classes(load_site_config(make_site()), plan) == (1, 2, 3)
     for names, classes in ((["c", "a"], (1, 3)), (["b"], (2,)), ("all", (1, 2, 3))):
@@ -111,7 +111,7 @@ def test_a_site_says_which_of_the_plans_classes_its_labels_mark(make_site: MakeS
         assert annotated_classes(config, plan) == classes
 
 
-def test_a_class_that_the_plan_lacks_is_named_before_any_work(make_site: MakeSite) -> None:
+def test_a_class_that_the_plan_lacks_is_an_error_before_any_work(make_site: MakeSite) -> None:
     config = load_site_config(make_site(data={"labeled_classes": ["blob", "liver"]}))
     says = r"site alpha: data\.labeled_classes names liver; the plan's classes are blob\. Accepted: all, or a list"
     with pytest.raises(ConfigError, match=says):

@@ -1,4 +1,4 @@
-"""A lead and three hospitals, each in a folder of its own, worked by the commands that the deployment pages name."""
+"""A lead and three hospitals, each in its own folder, operated by the commands of the deployment pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND_S = 180.0
 WAIT_S = 240.0
 SLOW_LINE = 200_000.0
-# Site -> labeled and validation cases. The last one is wholly unlabeled, and far away.
+# Site -> labeled and validation cases. The last one has no labels, and a slow line.
 HOSPITALS: Mapping[str, tuple[list[str], list[str]]] = {
     "north": (["case-0"], ["case-2"]),
     "south": (["case-0", "case-1"], ["case-2"]),
@@ -36,14 +36,14 @@ Found = TypeVar("Found")
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of somebody who has activated the virtual environment."""
+    """Return an environment with the virtual environment activated."""
     programs = Path(sys.executable).parent
     own = {"PYTHONPATH": str(ROOT), "COLUMNS": "160", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     return dict(os.environ) | own | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
 
 
 def begin(*arguments: str | Path, out: Path) -> subprocess.Popen[bytes]:
-    """Type a `semisam` command and do not wait for its end; what it prints goes to a file."""
+    """Start a `semisam` command without waiting for it; its output goes to a file."""
     with out.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "cli.main", *map(str, arguments)],
@@ -55,7 +55,7 @@ def begin(*arguments: str | Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def semisam(*arguments: str | Path, expected: int = 0, seconds: float = COMMAND_S) -> str:
-    """Type a `semisam` command; return what it prints."""
+    """Run a `semisam` command; return its output."""
     done = subprocess.run(
         [sys.executable, "-m", "cli.main", *map(str, arguments)],
         env=environment(),
@@ -70,10 +70,10 @@ def semisam(*arguments: str | Path, expected: int = 0, seconds: float = COMMAND_
 
 
 def eventually(what: str, condition: Callable[[], Found], seconds: float = WAIT_S) -> Found:
-    """Return what a condition returns once it is true.
+    """Wait for a condition to become true; return its value.
 
     Raises:
-        AssertionError: it never was.
+        AssertionError: it did not within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -84,7 +84,7 @@ def eventually(what: str, condition: Callable[[], Found], seconds: float = WAIT_
 
 
 class Hospital:
-    """A site in its folder.
+    """A site and its folder.
 
     Args:
         name: the site's name.
@@ -96,11 +96,11 @@ class Hospital:
         self.name, self.folder, self.data = name, folder, data
 
     def semisam(self, command: str, *arguments: str | Path) -> str:
-        """Type a `semisam site` command in this folder; return what it prints."""
+        """Run a `semisam site` command in this folder; return its output."""
         return semisam("site", command, *arguments, "--folder", self.folder)
 
     def join(self, invitation: Path) -> Path:
-        """Do what a hospital does first; return the public key to send."""
+        """Set the site up as a hospital does; return the public key to send."""
         images, labels = self.data / "images", self.data / "labels"
         self.semisam("init", invitation, "--images", images, "--labels", labels)
         labeled, validation = HOSPITALS[self.name]
@@ -111,18 +111,18 @@ class Hospital:
         return self.folder / "keys" / "site-key.pub"
 
     def connect_by(self, line: Line) -> None:
-        """Reach the server by another address."""
+        """Reach the server over a line."""
         path = self.folder / "deployment.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"address": line.address}))
 
     @property
     def works(self) -> bool:
-        """Whether a message is being worked on."""
+        """Whether the site is processing a message."""
         return any((self.folder / "running").glob("task-*"))
 
     @property
     def audit(self) -> list[dict[str, Any]]:
-        """What was booked."""
+        """The audit log."""
         return read_json_lines(self.folder / "storage" / "audit.jsonl")
 
     @property
@@ -144,7 +144,7 @@ class Hospital:
         return found
 
     def kill(self, program: str = "") -> None:
-        """Kill this site's processes, or those of one program, as a power cut does."""
+        """Kill this site's processes, or those of one program, as a power cut would."""
         found = self.processes(program)
         assert found, f"{self.name} has no process of {program or 'its own'}"
         for process in found:
@@ -173,18 +173,18 @@ class Deployment:
         self.agree(plan)
 
     def agree(self, plan: Plan) -> None:
-        """Make a plan the study's, from the next run on."""
+        """Make `plan` the study's plan from the next run on."""
         text = yaml.safe_dump(plan.model_dump(mode="json"))
         for path in (self.folder / "plan.yaml", self.study / "plan.yaml"):
             if path.parent.exists():
                 path.write_text(text)
 
     def lead(self, command: str, *arguments: str | Path, expected: int = 0, seconds: float = COMMAND_S) -> str:
-        """Type a `semisam lead` command; return what it prints."""
+        """Run a `semisam lead` command; return its output."""
         return semisam("lead", command, *arguments, "--study", self.study, expected=expected, seconds=seconds)
 
     def set_up(self) -> None:
-        """Go the whole way of both pages, until all sites are connected."""
+        """Follow both pages until all sites are connected."""
         semisam(
             "lead", "init", self.study, "--plan", self.folder / "plan.yaml", "--port", str(self.port), "--sites", "3"
         )
@@ -194,11 +194,11 @@ class Deployment:
         self.hospitals["east"].connect_by(self.line)
         self.lead("start")
         for site in self.hospitals.values():
-            site.semisam("doctor")  # exit status 0: nothing stands in the way
+            site.semisam("doctor")  # exit status 0: no problem found
         self.start_sites()
 
     def start_sites(self) -> None:
-        """Start all hospitals, each by a command of its own, side by side."""
+        """Start all hospitals in parallel, each by its own command."""
         logs = {name: self.folder / f"{name}-start.log" for name in self.hospitals}
         commands = {
             name: begin("site", "start", "--folder", site.folder, out=logs[name])
@@ -208,13 +208,13 @@ class Deployment:
             assert command.wait(COMMAND_S) == 0, logs[name].read_text()
 
     def kill_server(self) -> None:
-        """Kill the SuperLink alone, as the system does when memory runs out."""
+        """Kill only the SuperLink, as the system does when memory runs out."""
         process = psutil.Process(json.loads((self.study / "server" / "superlink.json").read_text())["pid"])
         process.kill()
         psutil.wait_procs([process], timeout=10)
 
     def end(self) -> None:
-        """Stop by the commands what was not stopped before."""
+        """Stop whatever is still running."""
         try:
             for site in self.hospitals.values():
                 if (site.folder / "running" / "process.json").exists():
@@ -227,12 +227,12 @@ class Deployment:
 
     @property
     def run_folder(self) -> Path:
-        """The folder of the run that was begun last."""
+        """The folder of the latest run."""
         return max((self.study / "runs").iterdir(), key=lambda path: path.stat().st_ctime)
 
 
 class Run:
-    """What a run writes about itself.
+    """What a run writes about itself, as it is now.
 
     Args:
         folder: its run folder.
@@ -243,26 +243,26 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What sites know it by."""
+        """The run's name at the sites."""
         return str(json.loads((self.folder / "run.json").read_text())["run"])
 
     @property
     def state(self) -> str:
-        """How it stands."""
+        """The run's state."""
         return str(self._status().get("state"))
 
     @property
     def training(self) -> int:
-        """The round that sites train in now, or 0."""
+        """The round in which sites are training, or 0."""
         return self._round_of("training")
 
     @property
     def evaluating(self) -> int:
-        """The round whose specialist sites score now, or 0."""
+        """The round whose specialist sites are evaluating, or 0."""
         return self._round_of("evaluating")
 
     def events(self, *kinds: str, **matching: object) -> list[dict[str, Any]]:
-        """Return the lines of the metrics of these kinds that have these values."""
+        """Return the metrics lines of these kinds with these values."""
         lines = read_json_lines(self.folder / "metrics.jsonl")
         return [
             line

@@ -1,4 +1,4 @@
-"""A line between a site and the server that can be slow, and that can be cut."""
+"""A network link between a site and the server that can be slow and can be cut."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LOOPBACK = "127.0.0.1"
 
 
 class Line:
-    """Carries TCP connections from a port of its own to another one, as they are, TLS included.
+    """Forwards TCP connections from its own port to another, unchanged, TLS included.
 
     Args:
-        port: where they are carried to.
-        bytes_per_s: how much goes through in both directions together; may be changed at any time.
+        port: the target port.
+        bytes_per_s: throughput of both directions together; may be changed at any time.
     """
 
     def __init__(self, port: int, bytes_per_s: float) -> None:
@@ -35,11 +35,11 @@ class Line:
 
     @property
     def address(self) -> str:
-        """Where a site finds the server by this line."""
+        """The server's address over this line."""
         return f"{LOOPBACK}:{self.port}"
 
     def cut(self) -> None:
-        """End every connection; new ones are refused by the system."""
+        """Close all connections and refuse new ones."""
         with self._lock:
             listener, self._listener = self._listener, None
             sockets, self._open = self._open, set()
@@ -49,7 +49,7 @@ class Line:
             each.close()
 
     def restore(self) -> None:
-        """Take connections again, at the same port."""
+        """Accept connections again, on the same port."""
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((LOOPBACK, self.port))
@@ -88,7 +88,7 @@ class Line:
                 continue
             try:
                 far = socket.create_connection((LOOPBACK, self._target), timeout=5)
-            except OSError:  # nobody is there, and that is what the site shall see
+            except OSError:  # the server is down, and the site must see that
                 near.close()
                 continue
             with self._lock:

@@ -1,4 +1,4 @@
-"""Three hospitals and a lead, by the commands of the deployment pages: the same weights as in one process, always."""
+"""Three hospitals and a lead, run by the commands of the deployment pages: the same weights as in one process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAN = (
     "training.rounds=3",
     "evaluation.every_rounds=100",
     "aggregation.minimum_sites=2",
-    # Starting processes takes long where other work goes on beside.
+    # Starting processes is slow on a busy machine.
     "aggregation.join_deadline_s=200",
     "aggregation.round_deadline_s=200",
 )
@@ -53,14 +53,14 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 @pytest.fixture(scope="module")
 def first(deployed: Deployment) -> Run:
-    """Return the first run, which nothing disturbs but a slow line."""
+    """Return the first run, undisturbed except for a slow line."""
     deployed.lead("run", seconds=RUN_S)
     return Run(deployed.run_folder)
 
 
 @pytest.fixture(scope="module")
 def simulated(deployed: Deployment, first: Run) -> Path:
-    """Return the run folder of the same study in one process, with the sites' storage beside it."""
+    """Return the run folder of the same study run in one process, next to its sites' storage."""
     place = deployed.folder / "simulated"
     for name, site in deployed.hospitals.items():
         content = yaml.safe_load((site.folder / "site.yaml").read_text())
@@ -87,18 +87,14 @@ def test_a_deployed_study_publishes_the_weights_of_the_same_study_in_one_process
     assert [(line["round"], line["sha256"]) for line in first.events("aggregated")] == expected
 
 
-def test_a_deployed_site_trains_on_what_the_generalist_says_of_its_unlabeled_scans(
-    deployed: Deployment, first: Run
-) -> None:
-    told = {line["site"]: line["accepted"] + line["gated"] for line in first.events("trained", round=3)}
-    assert told == {"north": 1, "south": 0, "east": 3}  # one class, so as many as unlabeled scans
+def test_a_deployed_site_trains_on_pseudo_labels_of_its_unlabeled_scans(deployed: Deployment, first: Run) -> None:
+    judged = {line["site"]: line["accepted"] + line["gated"] for line in first.events("trained", round=3)}
+    assert judged == {"north": 1, "south": 0, "east": 3}  # one class, so as many as unlabeled scans
     for name in ("north", "east"):
         assert any((deployed.hospitals[name].folder / "storage" / "embeddings").rglob("*.safetensors"))
 
 
-def test_what_a_site_booked_as_sent_is_what_it_sends_in_one_process(
-    deployed: Deployment, first: Run, simulated: Path
-) -> None:
+def test_a_sites_audit_log_is_the_same_as_in_one_process(deployed: Deployment, first: Run, simulated: Path) -> None:
     for name, site in deployed.hospitals.items():
         alone = read_json_lines(simulated.parent / "storage" / name / "audit.jsonl")
         booked = [_booked(line) for line in site.audit if line.get("run") == first.name]
@@ -111,7 +107,7 @@ def test_what_a_site_booked_as_sent_is_what_it_sends_in_one_process(
 
 
 def _booked(line: dict[str, Any]) -> dict[str, Any]:
-    """Return what a line of an audit log says, without the run's name and how long anything took."""
+    """Return a line of an audit log without the run's name and durations."""
     scalars = {name: value for name, value in line["scalars"].items() if name != "seconds"}
     return {key: value for key, value in line.items() if key not in ("time", "run")} | {"scalars": scalars}
 
@@ -128,16 +124,16 @@ def test_a_sites_status_counts_what_left_it(deployed: Deployment, first: Run) ->
 
 @dataclass(frozen=True)
 class Survived:
-    """A run to which everything happened that can, and what was seen meanwhile.
+    """A run that was disturbed in every way, and what was observed.
 
     Attributes:
         run: the run.
-        uploading_in: the round in which the site east was killed while its update was on its way.
+        uploading_in: the round in which the site east was killed during its upload.
         cut_in: the round in which the line of the site east was cut.
         killed_in: the round in which the server was killed.
-        codes: exit codes of `lead run`: the server was killed; the run was stopped; a site was killed while it scored.
-        stopped: what `lead stop --run` said.
-        stopped_status: what `lead status` said then.
+        codes: exit codes of `lead run`: server killed; run stopped; a site killed during evaluation.
+        stopped: the output of `lead stop --run`.
+        stopped_status: `lead status` afterwards.
     """
 
     run: Run
@@ -170,7 +166,7 @@ def survived(deployed: Deployment, first: Run) -> Survived:
     codes = [following.wait(60)]
     deployed.lead("start")
     following = begin("lead", "run", "--resume", "--study", deployed.study, out=deployed.folder / "third.log")
-    eventually("it goes on", lambda: run.events("resumed") and run.training and south.works)
+    eventually("it resumes", lambda: run.events("resumed") and run.training and south.works)
     stopped = deployed.lead("stop", "--run")
     codes.append(following.wait(60))
     status = json.loads(deployed.lead("status", "--json"))
@@ -184,14 +180,14 @@ def survived(deployed: Deployment, first: Run) -> Survived:
 
 
 def _starts_again(run: Run, site: Hospital) -> None:
-    """Wait until the server has noticed that a site is gone, start it, and wait until it is back."""
+    """Wait until the server notices that a site left, start the site, and wait until it has rejoined."""
     eventually("the server notices", lambda: run.events("left", site=site.name))
     site.semisam("start")
     eventually("it is back", lambda: run.events("rejoined", site=site.name))
 
 
 def _worker_is_killed(run: Run, site: Hospital) -> int:
-    """Kill the process in which a site trains, as soon as the next round has begun there; return that round."""
+    """Kill a site's training process as soon as the next round has started there; return that round."""
     number = run.training
     eventually("the next round begins", lambda: run.training > number and site.works and site.processes(WORKER))
     site.kill(WORKER)
@@ -200,7 +196,7 @@ def _worker_is_killed(run: Run, site: Hospital) -> int:
 
 
 def _killed_while_uploading(deployed: Deployment, run: Run, site: Hospital, after: int) -> int:
-    """Kill a site when its update is booked as sent and has not arrived, in a later round; return the round."""
+    """Kill a site in a later round, when its update is booked but has not arrived; return the round."""
     number = eventually("the next round", lambda: run.training > after and site.works and run.training)
     deployed.line.bytes_per_s = TRICKLE
     booked = {"kind": "train", "round": number, "run": run.name}
@@ -211,7 +207,7 @@ def _killed_while_uploading(deployed: Deployment, run: Run, site: Hospital, afte
 
 
 def _cut_until_the_round_has_ended(deployed: Deployment, run: Run, site: Hospital) -> int:
-    """Cut a site's line while it trains, until the others have ended that round; return the round."""
+    """Cut a site's line while it trains, until that round has ended; return the round."""
     number = eventually("a round in which it trains", lambda: site.works and run.training)
     deployed.line.cut()
     eventually("the round ends", lambda: run.events("aggregated", round=number))
@@ -220,20 +216,20 @@ def _cut_until_the_round_has_ended(deployed: Deployment, run: Run, site: Hospita
     return number
 
 
-def test_a_site_that_is_killed_does_not_stop_the_round(survived: Survived) -> None:
+def test_a_killed_site_does_not_stop_the_round(survived: Survived) -> None:
     first_round = survived.run.events("aggregated", round=1)[0]
     assert set(first_round["weights"]) == {"south", "east"}
     assert first_round["seconds"] < 200
 
 
-def test_a_site_that_was_killed_contributes_again_once_it_is_started(survived: Survived) -> None:
+def test_a_killed_site_contributes_again_once_restarted(survived: Survived) -> None:
     left, back = (survived.run.events(kind, site="north")[0] for kind in ("left", "rejoined"))
     assert left["time"] < back["time"]
     later = [line for line in survived.run.events("aggregated") if line["round"] in (back["round"], back["round"] + 1)]
     assert any("north" in line["weights"] for line in later)
 
 
-def test_a_killed_process_of_a_site_is_reported_by_a_word_and_costs_it_one_round(survived: Survived) -> None:
+def test_a_killed_worker_is_reported_by_rule_and_costs_its_site_one_round(survived: Survived) -> None:
     refused = survived.run.events("refused", site="south")[0]
     assert "process-ended" in refused["reason"]
     rounds = {line["round"]: line["weights"] for line in survived.run.events("aggregated")}
@@ -241,26 +237,26 @@ def test_a_killed_process_of_a_site_is_reported_by_a_word_and_costs_it_one_round
     assert "south" in rounds[refused["round"] + 1]
 
 
-def test_a_site_that_is_killed_while_its_update_is_on_its_way_does_not_stop_the_round(survived: Survived) -> None:
+def test_a_site_killed_during_its_upload_does_not_stop_the_round(survived: Survived) -> None:
     rounds = {line["round"]: line["weights"] for line in survived.run.events("aggregated")}
     assert set(rounds[survived.uploading_in]) == {"north", "south"}
     assert survived.run.events("rejoined", site="east")[0]["round"] > survived.uploading_in
 
 
-def test_a_cut_line_stops_no_round_and_the_site_is_back_after_it(survived: Survived) -> None:
+def test_a_cut_line_stops_no_round_and_the_site_rejoins(survived: Survived) -> None:
     rounds = {line["round"]: line["weights"] for line in survived.run.events("aggregated")}
     assert set(rounds[survived.cut_in]) == {"north", "south"}
     assert "east" in rounds[ROUNDS]
 
 
-def test_the_server_is_killed_and_the_run_goes_on_after_its_last_finished_round(survived: Survived) -> None:
+def test_a_run_resumes_after_its_last_finished_round_when_the_server_was_killed(survived: Survived) -> None:
     assert survived.codes[0] == 2
     assert survived.run.events("resumed")[0]["round"] == survived.killed_in - 1
     assert [line["round"] for line in survived.run.events("aggregated")] == [*range(1, ROUNDS + 1)]
     assert survived.run.state == "completed"
 
 
-def test_a_run_that_is_stopped_says_so_and_goes_on_by_resume(survived: Survived) -> None:
+def test_a_stopped_run_says_so_and_can_be_resumed(survived: Survived) -> None:
     assert str(survived.run.folder) in survived.stopped
     assert survived.codes[1] == 1
     assert survived.stopped_status["superlink"]["running"]
@@ -268,13 +264,15 @@ def test_a_run_that_is_stopped_says_so_and_goes_on_by_resume(survived: Survived)
     assert "stop --run" in survived.stopped_status["run"]["reason"]
 
 
-def test_a_site_that_is_killed_while_it_scores_does_not_stop_the_study(survived: Survived) -> None:
+def test_a_site_killed_during_evaluation_does_not_stop_the_study(survived: Survived) -> None:
     assert survived.codes[2] == 0
     assert {line["site"] for line in survived.run.events("evaluated", round=ROUNDS)} == {"north", "east"}
     assert survived.run.events("left", site="south", round=ROUNDS)
 
 
-def test_whatever_the_server_took_in_was_booked_at_the_site_first(deployed: Deployment, survived: Survived) -> None:
+def test_every_update_the_server_received_was_first_booked_at_the_site(
+    deployed: Deployment, survived: Survived
+) -> None:
     for name, site in deployed.hospitals.items():
         sent = [line for line in site.audit if line.get("run") == survived.run.name and "refused" not in line]
         booked = Counter(line["round"] for line in sent if line["kind"] == "train")
@@ -283,7 +281,7 @@ def test_whatever_the_server_took_in_was_booked_at_the_site_first(deployed: Depl
         assert all(line["bytes"] > 0 and len(line["sha256"]) == 64 for line in sent if line["kind"] == "train")
 
 
-def test_after_the_last_command_no_process_is_left(deployed: Deployment, survived: Survived) -> None:
+def test_no_process_is_left_after_the_last_command(deployed: Deployment, survived: Survived) -> None:
     for site in deployed.hospitals.values():
         assert "has stopped" in site.semisam("stop")
     assert "has ended" in deployed.lead("stop")

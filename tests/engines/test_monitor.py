@@ -1,4 +1,4 @@
-"""What people see of a run's faults: a line each, with the names of sites."""
+"""How a run's faults are shown: one line each, with site names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from engines.monitor import RunMonitor
 from server.run_folder import RunFolder
 
 EVENTS = [
-    ("late", {"round": 2, "site": "beta", "seconds": 31.4}, "the answer of beta came 31 s late and is not used"),
-    ("left", {"round": 2, "site": "beta", "reason": "no heartbeats"}, "round 2: beta is gone: no heartbeats"),
+    ("late", {"round": 2, "site": "beta", "seconds": 31.4}, "the reply of beta came 31 s late and is not used"),
+    ("left", {"round": 2, "site": "beta", "reason": "no heartbeats"}, "round 2: beta left: no heartbeats"),
     ("silent", {"round": 2, "sites": 1, "names": ["beta"], "seconds": 60.0}, "beta did not answer within 60 s"),
     ("waiting", {"round": 2, "sites": ["beta"], "seconds": 600.0}, "too few sites; waiting up to 600 s for beta"),
     ("excluded", {"round": 2, "site": "beta", "until": 4, "reason": "x"}, "beta is left out until round 4: x"),
     ("set-aside", {"checkpoint": 2, "reason": "it is torn"}, "a checkpoint was set aside: it is torn"),
-    ("resumed", {"round": 2}, "goes on from round 2"),
+    ("resumed", {"round": 2}, "resumed from round 2"),
     ("refused", {"round": 2, "site": "beta", "reason": "refused by rule storage"}, "beta is left out: refused"),
     (
         "rejoined",

@@ -1,4 +1,4 @@
-"""Nothing that was started stays running, however it hides and however we end."""
+"""No child process outlives us, however it hides and however we end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engines.processes import ProcessTree
 
 HIDING = """
 import os, subprocess, sys, time
-# A child of a child in a session of its own, whose parent is gone: nothing but its environment tells where it is from.
+# A grandchild in its own session whose parent has ended: only its environment tells where it came from.
 child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
 middle = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)"
 subprocess.run([sys.executable, "-c", middle])

@@ -1,4 +1,4 @@
-"""The real `flwr run`: real SuperLink, real sites, real LiteMedSAM; what it leaves, and what it leaves running."""
+"""The real `flwr run`: real SuperLink, real sites, real LiteMedSAM; what it writes, and that no process is left."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def study(make_site: MakeSite, tmp_path: Path) -> tuple[Path, Path]:
         "pseudo_labels.prompting.threshold=0.3",
         "pseudo_labels.gates.minimum_volume_ml=0.0",
         "training.steps_per_round=3",
-        # Starting Flower's processes takes long where other work goes on beside.
+        # Starting Flower's processes is slow on a busy machine.
         "aggregation.join_deadline_s=300",
         "aggregation.round_deadline_s=300",
     )
@@ -92,9 +92,7 @@ def test_a_study_by_flwr_run_gives_the_weights_of_the_same_study_in_one_process(
 
 
 @pytest.mark.slow
-def test_a_study_that_fails_exits_with_one_though_flower_itself_says_nothing(
-    study: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_failed_study_exits_with_one_though_flower_reports_nothing(study: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("alpha", "beta"):
         for image in (tmp_path / "data" / name / "images").iterdir():
             image.write_bytes(b"torn")
@@ -105,7 +103,7 @@ def test_a_study_that_fails_exits_with_one_though_flower_itself_says_nothing(
 
 
 @pytest.mark.slow
-def test_ctrl_c_cleans_up_and_the_run_goes_on_with_resume(study: tuple[Path, Path], tmp_path: Path) -> None:
+def test_ctrl_c_cleans_up_and_resume_continues_the_run(study: tuple[Path, Path], tmp_path: Path) -> None:
     more = ("--set", "training.rounds=3", "--set", "pseudo_labels=null")
     process = subprocess.Popen(
         _command(study, tmp_path / "run", *more), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -123,7 +121,7 @@ def test_ctrl_c_cleans_up_and_the_run_goes_on_with_resume(study: tuple[Path, Pat
 
 
 @pytest.mark.slow
-def test_flwr_run_by_itself_works_as_a_researcher_types_it(study: tuple[Path, Path], tmp_path: Path) -> None:
+def test_flwr_run_works_as_a_researcher_types_it(study: tuple[Path, Path], tmp_path: Path) -> None:
     from engines.processes import ProcessTree
 
     binary = Path(sys.executable).parent
@@ -146,7 +144,7 @@ def test_flwr_run_by_itself_works_as_a_researcher_types_it(study: tuple[Path, Pa
     assert json.loads(status.read_text())["state"] == "completed"
 
 
-def test_what_is_staged_is_what_the_projects_own_settings_say(tmp_path: Path) -> None:
+def test_the_staged_app_matches_the_projects_own_settings(tmp_path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     staged = tomllib.loads(APP_SETTINGS)["tool"]["flwr"]["app"]
     for key in ("publisher", "components", "config"):

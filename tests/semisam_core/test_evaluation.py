@@ -1,4 +1,4 @@
-"""Scores of a prediction against a label: overlaps, distances in millimetres, and what is empty."""
+"""Scores of a prediction against a label: overlaps, distances in millimetres, and empty masks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _random(seed: int, classes: int, density: float) -> Tensor:
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10_000), density=st.floats(0.2, 1.0), classes=st.integers(1, 3))
-def test_dice_and_jaccard_count_the_same_voxels_as_sets_of_places(seed: int, density: float, classes: int) -> None:
+def test_dice_and_jaccard_match_set_arithmetic(seed: int, density: float, classes: int) -> None:
     prediction, label = _random(seed, classes, density), _random(seed + 1, classes, density)
     scores = score_case(prediction, label, classes, SPACING, 1.0)
     assert len(scores) == classes
@@ -53,17 +53,17 @@ def test_dice_and_jaccard_count_the_same_voxels_as_sets_of_places(seed: int, den
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10_000), density=st.floats(0.3, 1.0))
-def test_prediction_and_label_may_change_places(seed: int, density: float) -> None:
+def test_scores_are_symmetric(seed: int, density: float) -> None:
     one, other = _random(seed, 1, density), _random(seed + 1, 1, density)
     assume(bool(one.any()) and bool(other.any()))
-    forwards, backwards = _score(one, other), _score(other, one)
-    assert forwards.dice == backwards.dice
-    assert forwards.hd95_mm == pytest.approx(backwards.hd95_mm)
-    assert forwards.asd_mm == pytest.approx(backwards.asd_mm)
-    assert forwards.surface_dice == pytest.approx(backwards.surface_dice)
+    forward, backward = _score(one, other), _score(other, one)
+    assert forward.dice == backward.dice
+    assert forward.hd95_mm == pytest.approx(backward.hd95_mm)
+    assert forward.asd_mm == pytest.approx(backward.asd_mm)
+    assert forward.surface_dice == pytest.approx(backward.surface_dice)
 
 
-def test_a_prediction_that_is_the_label_is_perfect() -> None:
+def test_a_perfect_prediction_has_perfect_scores() -> None:
     assert _score(_cube(), _cube()) == ClassScore(1.0, 1.0, 0.0, 0.0, 1.0)
 
 
@@ -76,19 +76,42 @@ def test_hd95_of_a_shifted_cube_is_the_shift_in_millimetres(axis: int, voxels: i
 
 
 @pytest.mark.parametrize("shift", [(2, 0, 0), (0, 1, 0), (0, 0, 5), (1, 1, 1)])
-def test_asd_is_the_mean_distance_between_surfaces_in_millimetres(shift: tuple[int, int, int]) -> None:
+def test_asd_is_the_mean_distance_between_surfaces(shift: tuple[int, int, int]) -> None:
     one, other = _cube(shift), _cube()
     assert _score(one, other).asd_mm == pytest.approx(_brute_force_asd(one, other), rel=1e-4)
 
 
-def _brute_force_asd(one: Tensor, other: Tensor) -> float:
-    """Average over both surfaces; a voxel is of the surface where one of its six neighbours is outside."""
+def _brute_force_distances(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distance of every surface voxel to the other surface, for both surfaces, in mm."""
     surfaces = [_surface(each) * torch.tensor(SPACING) for each in (one, other)]
     distances = torch.cdist(surfaces[0], surfaces[1])
-    return float(torch.cat([distances.amin(0), distances.amin(1)]).mean())
+    return distances.amin(1), distances.amin(0)
+
+
+def _brute_force_asd(one: Tensor, other: Tensor) -> float:
+    return float(torch.cat(_brute_force_distances(one, other)).mean())
+
+
+def _brute_force_hd95(one: Tensor, other: Tensor) -> float:
+    return max(float(torch.quantile(each, 0.95)) for each in _brute_force_distances(one, other))
+
+
+@settings(deadline=None, max_examples=15)
+@given(shift=st.tuples(*(st.integers(0, 4) for _ in range(3))), side=st.integers(2, 8))
+def test_hd95_is_the_95th_percentile_of_distances_between_surfaces(shift: tuple[int, int, int], side: int) -> None:
+    one, other = _cube(shift, side), _cube()
+    one[22, 18, 38] = 1
+    assert _score(one, other).hd95_mm == pytest.approx(_brute_force_hd95(one, other), rel=1e-4, abs=1e-4)
+
+
+def test_one_stray_voxel_does_not_change_hd95() -> None:
+    stray = _cube()
+    stray[22, 18, 38] = 1
+    assert _score(stray, _cube()).hd95_mm == 0.0
 
 
 def _surface(mask: Tensor) -> Tensor:
+    """Return the voxels with one of their six neighbours outside, (N, 3)."""
     inner = mask.bool()
     for axis in range(3):
         inner = inner & mask.bool().roll(1, axis) & mask.bool().roll(-1, axis)
@@ -96,7 +119,7 @@ def _surface(mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
-def test_distances_grow_with_the_voxel(scale: float) -> None:
+def test_distances_scale_with_the_voxel(scale: float) -> None:
     one, other = _cube((2, 1, 3)), _cube()
     near = _score(one, other)
     (far,) = score_case(one, other, 1, [scale * side for side in SPACING], 1.0)
@@ -108,7 +131,7 @@ def test_distances_grow_with_the_voxel(scale: float) -> None:
     assert far.dice == near.dice
 
 
-def test_the_surface_dice_forgives_what_lies_within_the_tolerance() -> None:
+def test_surface_dice_ignores_distances_within_the_tolerance() -> None:
     assert _score(_cube((1, 0, 0)), _cube(), tolerance_mm=1.5).surface_dice == pytest.approx(1.0)
     strict = _score(_cube((1, 0, 0)), _cube(), tolerance_mm=0.5).surface_dice
     assert strict is not None
@@ -119,7 +142,7 @@ def test_the_surface_dice_forgives_what_lies_within_the_tolerance() -> None:
 @example(place=(16, 12, 32))
 @settings(deadline=None, max_examples=15)
 @given(place=st.tuples(st.integers(0, 16), st.integers(0, 12), st.integers(0, 32)))
-def test_scores_do_not_depend_on_where_in_the_scan_it_lies(place: tuple[int, int, int]) -> None:
+def test_scores_do_not_depend_on_position(place: tuple[int, int, int]) -> None:
     def placed(grow: int) -> Tensor:
         volume = torch.zeros(SHAPE, dtype=torch.uint8)
         volume[tuple(slice(start, start + 6 + grow) for start in place)] = 1
@@ -143,16 +166,16 @@ def test_a_prediction_where_the_label_is_empty_has_no_overlap_and_no_distances()
     assert _score(_cube(), torch.zeros(SHAPE)) == ClassScore(0.0, 0.0, None, None, 0.0)
 
 
-def test_a_class_that_neither_has_is_not_scored() -> None:
+def test_a_class_absent_from_both_is_not_scored() -> None:
     assert score_case(2 * _cube(), 2 * _cube(), 3, SPACING, 1.0) == [None, ClassScore(1.0, 1.0, 0.0, 0.0, 1.0), None]
 
 
-def test_shapes_that_differ_are_refused_with_both() -> None:
+def test_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"prediction \(2, 3, 4\) and label \(4, 3, 2\) differ in shape"):
         score_case(torch.zeros(2, 3, 4), torch.zeros(4, 3, 2), 1, SPACING, 1.0)
 
 
-def test_a_case_without_distances_counts_as_missing_and_not_as_zero() -> None:
+def test_a_case_without_distances_counts_as_missing_not_as_zero() -> None:
     scores = [ClassScore(0.8, 0.6, 4.0, 1.0, 0.9), ClassScore(0.0, 0.0, None, None, 0.0), None]
     assert summarise(scores) == Summary(
         dice=pytest.approx(0.4),
@@ -165,13 +188,13 @@ def test_a_case_without_distances_counts_as_missing_and_not_as_zero() -> None:
     )
 
 
-def test_where_no_case_has_distances_the_summary_has_none() -> None:
+def test_a_summary_has_no_distances_if_no_case_has_any() -> None:
     summary = summarise([ClassScore(0.0, 0.0, None, None, 0.0)] * 2)
     assert summary == Summary(0.0, 0.0, None, None, 0.0, cases=2, missing_distances=2)
 
 
 @pytest.mark.parametrize("scores", [[], [None, None]])
-def test_where_no_case_has_the_class_there_is_no_summary(scores: list[ClassScore | None]) -> None:
+def test_a_class_that_no_case_has_gets_no_summary(scores: list[ClassScore | None]) -> None:
     assert summarise(scores) is None
 
 

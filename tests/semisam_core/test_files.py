@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and logs that survive a torn last line."""
+"""Atomic files, and logs that survive a torn last line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from semisam_core.files import append_json_line, read_json_lines, write_atomically
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_atomically(tmp_path / "file", b"old")
 
     def fail(*_: object) -> None:
@@ -28,7 +26,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_file_is_readable_by_no_more_than_the_umask_lets(tmp_path: Path) -> None:
+def test_file_modes_respect_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
         write_atomically(tmp_path / "file", b"a scan")
@@ -37,7 +35,7 @@ def test_a_file_is_readable_by_no_more_than_the_umask_lets(tmp_path: Path) -> No
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
 
 
-def test_a_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
+def test_a_line_appended_after_a_torn_one_is_intact(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     append_json_line(path, {"n": 1})
     with path.open("ab") as file:
@@ -46,7 +44,7 @@ def test_a_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
     assert [line["n"] for line in read_json_lines(path)] == [1, 3]
 
 
-def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_a_missing_log_is_empty(tmp_path: Path) -> None:
     assert read_json_lines(tmp_path / "absent.jsonl") == []
 
 

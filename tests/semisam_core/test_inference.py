@@ -1,4 +1,4 @@
-"""Prediction of a whole scan by the specialist alone: probabilities on the scan's grid, and nothing left behind."""
+"""Sliding-window prediction of a whole scan: probabilities for every voxel, and no side effects."""
 
 from __future__ import annotations
 
@@ -17,14 +17,26 @@ TWO_CLASSES = "task.classes=[{name: first, value: 1}, {name: second, value: 2}]"
 
 
 class Bright(nn.Module):
-    """A specialist that needs no training: each voxel's own intensity is the logit of the only class."""
+    """A fixed specialist: a voxel's intensity is the logit of the only class."""
 
     def forward(self, patches: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(patches), patches], 1)
 
 
-class Moody(nn.Module):
-    """A specialist that answers otherwise while it is trained."""
+class Counting(Bright):
+    """A specialist that counts the windows it is asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.windows = 0
+
+    def forward(self, patches: Tensor) -> Tensor:
+        self.windows += len(patches)
+        return super().forward(patches)
+
+
+class ModeDependent(nn.Module):
+    """A specialist whose answers differ between training and evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,9 +53,9 @@ def _image(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(
     "shape",
     [
-        pytest.param((16, 16, 8), id="the patch"),
+        pytest.param((16, 16, 8), id="one patch"),
         pytest.param((32, 32, 16), id="a multiple of the patch"),
-        pytest.param((21, 35, 11), id="no multiple of the patch"),
+        pytest.param((21, 35, 11), id="not a multiple of the patch"),
         pytest.param((5, 9, 4), id="smaller than the patch"),
         pytest.param((40, 6, 9), id="smaller along one axis"),
     ],
@@ -61,7 +73,7 @@ def test_every_voxel_of_the_scan_gets_probabilities_that_sum_to_one(shape: tuple
     shape=st.tuples(st.integers(4, 30), st.integers(4, 30), st.integers(4, 20)),
     overlap=st.sampled_from([0.0, 0.25, 0.5]),
 )
-def test_windows_meet_without_seams_and_every_voxel_stays_in_its_place(
+def test_windows_join_without_seams_and_every_voxel_keeps_its_place(
     shape: tuple[int, int, int], overlap: float
 ) -> None:
     image = _image(*shape)
@@ -69,7 +81,15 @@ def test_windows_meet_without_seams_and_every_voxel_stays_in_its_place(
     assert torch.allclose(probability[1], torch.sigmoid(image[0]), atol=1e-4)
 
 
-def test_every_channel_is_seen() -> None:
+@pytest.mark.parametrize(("overlap", "windows"), [(0.0, 2), (0.25, 3), (0.5, 3), (0.75, 5)])
+def test_windows_overlap_as_much_as_asked(overlap: float, windows: int) -> None:
+    image, by_plan, by_argument = _image(32, 16, 8), Counting(), Counting()
+    predict(by_plan, image, tiny_plan(f"evaluation.overlap={overlap}"), CPU)
+    predict(by_argument, image, tiny_plan("evaluation.overlap=0.9"), CPU, overlap)
+    assert by_plan.windows == by_argument.windows == windows
+
+
+def test_every_channel_is_used() -> None:
     plan = tiny_plan("task.channels=[t1, t2]")
     image = torch.cat([_image(16, 16, 8), _image(16, 16, 8, seed=1)])
     network = new_specialist(plan)
@@ -78,12 +98,12 @@ def test_every_channel_is_seen() -> None:
     assert not torch.allclose(predict(network, image, plan, CPU), predict(network, changed, plan, CPU))
 
 
-def test_the_same_scan_gets_the_same_answer(plan: Plan) -> None:
+def test_prediction_is_deterministic(plan: Plan) -> None:
     network, image = new_specialist(plan), _image(20, 18, 9)
     assert torch.equal(predict(network, image, plan, CPU), predict(network, image, plan, CPU))
 
 
-def test_the_specialist_of_a_plan_is_always_the_same(plan: Plan) -> None:
+def test_initial_weights_depend_on_the_plan_alone(plan: Plan) -> None:
     image = _image(16, 16, 8)
     one, other = (predict(new_specialist(plan), image, plan, CPU) for _ in range(2))
     assert torch.equal(one, other)
@@ -91,16 +111,16 @@ def test_the_specialist_of_a_plan_is_always_the_same(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_prediction_is_made_in_evaluation_mode_and_the_networks_own_mode_comes_back(plan: Plan, training: bool) -> None:
-    network, image = Moody(), _image(20, 18, 9)
+def test_prediction_runs_in_evaluation_mode_and_restores_the_networks_own(plan: Plan, training: bool) -> None:
+    network, image = ModeDependent(), _image(20, 18, 9)
     expected = predict(network.eval(), image, plan, CPU)
     network.train(training)
     assert torch.equal(predict(network, image, plan, CPU), expected)
     assert all(module.training is training for module in network.modules())
 
 
-def test_weights_statistics_gradients_and_the_scan_stay_as_they_were(plan: Plan) -> None:
-    network, image = Moody().train(), _image(20, 18, 9)
+def test_prediction_changes_neither_weights_nor_statistics_nor_gradients_nor_the_scan(plan: Plan) -> None:
+    network, image = ModeDependent().train(), _image(20, 18, 9)
     before, untouched = {name: each.clone() for name, each in network.state_dict().items()}, image.clone()
     probability = predict(network, image, plan, CPU)
     assert all(torch.equal(each, before[name]) for name, each in network.state_dict().items())
@@ -109,7 +129,7 @@ def test_weights_statistics_gradients_and_the_scan_stay_as_they_were(plan: Plan)
     assert not probability.requires_grad
 
 
-def test_random_numbers_go_on_as_if_nothing_had_been_predicted(plan: Plan) -> None:
+def test_prediction_draws_no_random_numbers(plan: Plan) -> None:
     network = new_specialist(plan).train()
     before = torch.get_rng_state()
     predict(network, _image(20, 18, 9), plan, CPU)

@@ -16,8 +16,7 @@ from semisam_core.data.scans import keep_classes
 from semisam_core.generalists import EmbeddingStore
 from semisam_core.inference import new_specialist
 from semisam_core.losses import merge_rest, supervised_loss
-from semisam_core.pseudo_labels.calibration import LabeledExample, calibrate
-from semisam_core.pseudo_labels.fusion import Calibration
+from semisam_core.pseudo_labels.calibration import Calibration, LabeledExample, calibrate
 from semisam_core.regularizers import Step
 from tests.conftest import balls, tiny_plan
 from tests.semisam_core.generalists.fake import FakeGeneralist

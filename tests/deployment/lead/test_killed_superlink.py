@@ -1,4 +1,4 @@
-"""A SuperLink that is killed in a run and not started again: what it had started ends, and what is left says why."""
+"""A SuperLink that is killed during a run and not restarted: its children end, and the status says why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ END_S = 30.0
 
 @pytest.fixture
 def patient(tmp_path: Path) -> StudyFolder:
-    """Return a study whose run waits for its sites for longer than any test lasts."""
+    """Return a study whose run waits for sites longer than any test lasts."""
     plan = tmp_path / "plan.yaml"
     content = tiny_plan("pseudo_labels=null", "aggregation.join_deadline_s=3600").model_dump(mode="json")
     plan.write_text(yaml.safe_dump(content))
@@ -38,14 +38,14 @@ def _status(study: StudyFolder) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_killed_server_leaves_no_process_and_a_status_that_says_how_to_go_on(patient: StudyFolder) -> None:
+def test_a_killed_server_leaves_no_process_and_a_status_that_says_how_to_resume(patient: StudyFolder) -> None:
     try:
         service = start(patient)
         with control_of(patient) as control:
             new_run(patient, control, 2)
         assert wait_until(lambda: _status(patient).get("phase") == "joining", START_S)
         os.kill(service.pid, signal.SIGKILL)
-        os.waitpid(service.pid, 0)  # as init does, which not every container has
+        os.waitpid(service.pid, 0)  # as init would; not every container has one
         assert wait_until(lambda: processes_of(patient.folder) == [], GONE_S + END_S)
     finally:
         stop(patient)
@@ -55,4 +55,4 @@ def test_a_killed_server_leaves_no_process_and_a_status_that_says_how_to_go_on(p
     code, output = call("status", "--study", patient.folder)
     assert code == 0
     assert "failed" in output
-    assert "`semisam lead start`, then `semisam lead run --resume` go on" in output
+    assert "`semisam lead start`, then `semisam lead run --resume`" in output

@@ -1,4 +1,4 @@
-"""Certificates: a site that holds ca.crt believes this server under its names, and no other."""
+"""Certificates: a site that holds ca.crt trusts this server under its own names, and no other server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_server_certificate_verifies_with_the_authority_under_every_name(tmp
         _verify(tmp_path, x509.DNSName("elsewhere.example.org"))
 
 
-def test_another_studys_authority_does_not_vouch_for_this_server(tmp_path: Path) -> None:
+def test_another_studys_authority_does_not_verify_this_server(tmp_path: Path) -> None:
     for name in ("ours", "theirs"):
         write_certificates(tmp_path / name, "atrium", [], 30)
     with pytest.raises(VerificationError):
@@ -65,13 +65,13 @@ def test_keys_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     assert (tmp_path / "tls").stat().st_mode & 0o777 == 0o700
 
 
-def test_certificates_end_when_they_were_asked_to(tmp_path: Path) -> None:
+def test_certificates_expire_when_asked(tmp_path: Path) -> None:
     write_certificates(tmp_path, "atrium", [], 30)
     left = expiry(tmp_path / "server.crt") - datetime.datetime.now(datetime.UTC)
     assert datetime.timedelta(days=29) < left <= datetime.timedelta(days=30)
 
 
 @pytest.mark.parametrize("host", ["https://lead.example.org", "lead:8443", "lead example", "", "-lead"])
-def test_a_host_that_no_certificate_can_name_is_refused(tmp_path: Path, host: str) -> None:
+def test_an_invalid_host_is_refused(tmp_path: Path, host: str) -> None:
     with pytest.raises(ConfigError, match="host name"):
         write_certificates(tmp_path, "atrium", [host], 30)

@@ -1,4 +1,4 @@
-"""Two commands at once must not make two programs write one run folder."""
+"""Runs: never two processes for one run folder, and the truth about how each ended."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import psutil
 import pytest
 from rich.console import Console
 
+import deployment.lead.run as run_module
 from deployment.lead.run import LeadRun, RunRecord, new_run, resumed_run
 from deployment.lead.study_folder import LeadError, StudyFolder
 from engines.flower_control import FlowerControl, FlowerRun
 from engines.processes import birth
+from engines.run_state import run_state
 from semisam_core.files import write_atomically, write_json
 
 
 class SlowControl:
-    """A control API at which it takes a moment until a run that is submitted is known."""
+    """A control API that lists a submitted run only after a moment."""
 
     def __init__(self) -> None:
         self.runs: list[FlowerRun] = []
@@ -38,14 +40,14 @@ class SlowControl:
 
 @pytest.fixture
 def serving_already(study: StudyFolder) -> StudyFolder:
-    """Return a study whose SuperLink runs, for all that is known of it."""
+    """Return a study whose SuperLink appears to be running."""
     process = psutil.Process(os.getpid())
     record = {"pid": process.pid, "birth": birth(process), "mark": "a mark that no process carries"}
     write_json(study.server / "superlink.json", record)
     return study
 
 
-def _cut_short(study: StudyFolder) -> Path:
+def _interrupted(study: StudyFolder) -> Path:
     folder = study.runs / "a-run"
     folder.mkdir()
     write_atomically(folder / "plan.yaml", study.plan_path.read_bytes())
@@ -62,21 +64,53 @@ def _new(study: StudyFolder, control: FlowerControl) -> LeadRun:
 
 
 @pytest.mark.parametrize("second", [_resume, _new])
-def test_while_one_command_submits_a_run_a_second_one_submits_none(
+def test_while_one_command_submits_a_run_another_submits_none(
     serving_already: StudyFolder, second: Callable[[StudyFolder, FlowerControl], LeadRun]
 ) -> None:
-    folder, slow = _cut_short(serving_already), SlowControl()
-    control, begun = cast(FlowerControl, slow), list[LeadRun]()
-    first = threading.Thread(target=lambda: begun.append(_resume(serving_already, control)))
+    folder, slow = _interrupted(serving_already), SlowControl()
+    control, submitted = cast(FlowerControl, slow), list[LeadRun]()
+    first = threading.Thread(target=lambda: submitted.append(_resume(serving_already, control)))
     first.start()
     try:
         assert slow.asked.wait(20)
-        threading.Timer(2.0, slow.go_on.set).start()  # a second that gets through must not wait for ever
+        threading.Timer(2.0, slow.go_on.set).start()  # a second command that gets through must not hang
         with pytest.raises(LeadError, match=r"another .* is submitting a run"):
             second(serving_already, control)
     finally:
         slow.go_on.set()
         first.join(20)
-    assert [run.folder for run in begun] == [folder]
+    assert [run.folder for run in submitted] == [folder]
     assert len(slow.runs) == 1
-    assert _resume(serving_already, control).run_id == 1  # once it is known, it is followed
+    assert _resume(serving_already, control).run_id == 1  # once listed, it is followed
+
+
+class EndedControl:
+    """A control API that reports how a run ended."""
+
+    def __init__(self, end: str) -> None:
+        self._end = end
+
+    def run(self, run_id: int) -> FlowerRun:
+        return FlowerRun(run_id, "finished", self._end, "", {})
+
+
+@pytest.mark.parametrize(
+    ("flower", "own", "completed"),
+    [
+        ("completed", "completed", True),
+        ("completed", "failed", False),
+        ("completed", "running", False),
+        ("failed", "completed", False),
+        ("stopped", "running", False),
+        ("", "completed", False),
+    ],
+)
+def test_a_run_completed_only_if_both_flower_and_the_run_say_so(
+    serving_already: StudyFolder, monkeypatch: pytest.MonkeyPatch, flower: str, own: str, completed: bool
+) -> None:
+    monkeypatch.setattr(run_module, "ASK_EVERY_S", 0.0)
+    folder = _interrupted(serving_already)
+    write_json(folder / "status.json", {"state": own, "reason": "as the run says"})
+    run = LeadRun(serving_already, folder, 1, serving_already.plan())
+    assert run.follow(cast(FlowerControl, EndedControl(flower)), Console(quiet=True)) is completed
+    assert (run_state(folder) == "completed") is completed

@@ -1,4 +1,4 @@
-"""A real SuperLink, started as a lead starts it: what its two ports serve, and that it ends with all it started."""
+"""A real SuperLink, started as a lead starts it: what its two ports serve, and that nothing outlives it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROTOBUF = {"content-type": "application/protobuf"}
 
 @pytest.fixture
 def public(serving: StudyFolder) -> Iterator[httpx.Client]:
-    """Return a client that trusts the study's authority and talks to the public port."""
+    """Return a client of the public port that trusts the study's authority."""
     verify = ssl.create_default_context(cafile=str(serving.ca))
     base = f"https://{serving.settings.address}"
     with httpx.Client(base_url=base, verify=verify, trust_env=False, timeout=20) as client:
@@ -44,7 +44,7 @@ def public(serving: StudyFolder) -> Iterator[httpx.Client]:
 
 
 def _activate(study: StudyFolder, key: ec.EllipticCurvePrivateKey) -> int:
-    """Connect as a SuperNode does; return the node's number."""
+    """Connect as a SuperNode does; return the node id."""
     with FleetHttpClient.from_server_address(
         study.settings.address, False, study.ca.read_bytes(), [NodeAuthHttpInterceptor(key, key.public_key())]
     ) as client:
@@ -53,7 +53,7 @@ def _activate(study: StudyFolder, key: ec.EllipticCurvePrivateKey) -> int:
 
 
 def _activated_again(study: StudyFolder, key: ec.EllipticCurvePrivateKey) -> int | None:
-    """Connect; None while the server still takes the node for connected, up to two heartbeats after its last."""
+    """Connect; None while the server still thinks the node is connected, up to two heartbeats after the last one."""
     try:
         return _activate(study, key)
     except httpx.HTTPStatusError as error:
@@ -68,7 +68,7 @@ def _public_half(key: ec.EllipticCurvePrivateKey, path: Path) -> Path:
 
 
 def _raw(study: StudyFolder, request: bytes) -> bytes:
-    """Send bytes as they are, which a well-behaved client would tidy up first; return the first line of the answer."""
+    """Send raw bytes, which a well-behaved client would normalize; return the answer's first line."""
     context = ssl.create_default_context(cafile=str(study.ca))
     address = ("127.0.0.1", study.settings.port)
     with (
@@ -86,9 +86,9 @@ def test_the_control_api_is_not_served_at_the_public_port(serving: StudyFolder, 
         assert public.post(path, headers=PROTOBUF).status_code == 404
         assert public.get(path).status_code == 404
     with FlowerControl(serving.settings.address, serving.ca) as control:
-        with pytest.raises(FlowerError, match="would not submit"):
+        with pytest.raises(FlowerError, match="refused to submit"):
             control.submit(serving.code(), {})
-        with pytest.raises(FlowerError, match="would not register"):
+        with pytest.raises(FlowerError, match="refused to register"):
             control.register("intruder", b"key")
 
 
@@ -143,9 +143,7 @@ def test_a_websocket_to_the_public_port_is_refused(serving: StudyFolder) -> None
 
 
 @pytest.mark.parametrize("media_type", ["application/protobuf", "text/plain"])
-def test_a_body_without_measure_does_not_fill_the_memory(
-    serving: StudyFolder, public: httpx.Client, media_type: str
-) -> None:
+def test_an_endless_body_does_not_fill_the_memory(serving: StudyFolder, public: httpx.Client, media_type: str) -> None:
     def pieces() -> Iterator[bytes]:
         for _ in range(256):
             yield bytes(2**20)
@@ -202,33 +200,33 @@ def _connections(study: StudyFolder) -> dict[str, str]:
     return {site["site"]: site["connection"] for site in status["sites"]}
 
 
-def test_a_server_that_runs_is_not_started_twice(serving: StudyFolder) -> None:
+def test_a_running_server_is_not_started_twice(serving: StudyFolder) -> None:
     before = find(serving)
     code, output = call("start", "--study", serving.folder)
     assert code == 2
-    assert "runs already" in output
+    assert "already running" in output
     assert find(serving) == before
 
 
-def test_a_process_that_got_the_number_of_an_ended_server_is_not_taken_for_it(study: StudyFolder) -> None:
+def test_a_process_with_the_pid_of_a_dead_server_is_not_mistaken_for_it(study: StudyFolder) -> None:
     write_json(study.server / "superlink.json", {"pid": os.getpid(), "birth": "another boot 1.00", "mark": "gone"})
     assert find(study) is None
     assert not stop(study)
     assert Service(os.getpid(), birth(psutil.Process()), "x").alive
 
 
-def test_without_a_server_there_is_no_run_and_status_says_so(study: StudyFolder) -> None:
+def test_without_a_server_runs_are_refused_and_status_says_so(study: StudyFolder) -> None:
     for arguments in (("run",), ("run", "--resume"), ("stop", "--run")):
         code, output = call(*arguments, "--study", study.folder)
         assert code == 2
         assert "`semisam lead start` starts it" in output
     code, output = call("status", "--study", study.folder)
     assert code == 0
-    assert "does not run" in output
+    assert "is not running" in output
 
 
 @pytest.mark.slow
-def test_a_killed_server_starts_again_with_its_registrations_and_stop_leaves_nothing(
+def test_a_killed_server_restarts_with_its_registrations_and_stop_leaves_no_process(
     study: StudyFolder, tmp_path: Path
 ) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
@@ -249,7 +247,7 @@ def test_a_killed_server_starts_again_with_its_registrations_and_stop_leaves_not
         stopped = typed("stop", "--study", str(study.folder))
     assert "has ended" in stopped.stdout
     assert processes_of(study.folder) == []
-    assert "did not run" in typed("stop", "--study", str(study.folder)).stdout
+    assert "was not running" in typed("stop", "--study", str(study.folder)).stdout
 
 
 @pytest.mark.slow
@@ -280,7 +278,7 @@ def _healthy(client: httpx.Client, study: StudyFolder) -> bool:
         return False
 
 
-def test_a_port_that_is_taken_is_reported_and_nothing_stays_behind(study: StudyFolder) -> None:
+def test_a_taken_port_is_reported_and_no_process_is_left(study: StudyFolder) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", study.settings.port))
         taken.listen()

@@ -1,4 +1,4 @@
-"""The study folder: made once, whole; invitations of what is in it; code that is changed on purpose only."""
+"""The study folder: made whole or not at all; invitations match it; its code changes only on purpose."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.deployment.lead.conftest import call, write_key
 TEMPLATE = Path(__file__).resolve().parents[3] / "site_configs" / "left-atrium" / "plan.yaml"
 
 
-def test_a_new_study_has_all_that_a_lead_needs(tmp_path: Path, supervised_plan: Path) -> None:
+def test_a_new_study_has_everything_a_lead_needs(tmp_path: Path, supervised_plan: Path) -> None:
     folder = tmp_path / "Left Atrium"
     code, output = call("init", folder, "--plan", supervised_plan, "--host", "lead.example.org", "--sites", "3")
     assert code == 0, output
@@ -41,13 +41,22 @@ def test_a_new_study_has_all_that_a_lead_needs(tmp_path: Path, supervised_plan: 
     }
 
 
-def test_a_study_without_a_plan_begins_with_the_commented_template(tmp_path: Path) -> None:
+def test_a_study_without_a_plan_starts_from_the_commented_template(tmp_path: Path) -> None:
     assert call("init", tmp_path / "atrium")[0] == 0
     assert (tmp_path / "atrium" / "plan.yaml").read_bytes() == TEMPLATE.read_bytes()
 
 
 def test_a_study_without_a_host_listens_on_this_machine_only(study: StudyFolder) -> None:
     assert study.settings.bind == "127.0.0.1"
+
+
+def test_a_study_file_without_bounds_on_connections_has_the_defaults_and_may_set_its_own(study: StudyFolder) -> None:
+    path = study.folder / "study.yaml"
+    assert "connections" not in yaml.safe_load(path.read_text())
+    assert study.settings.connections.per_address == 256
+    path.write_text(path.read_text() + "connections: {per_address: 1000}\n")
+    changed = StudyFolder.load(study.folder).settings.connections
+    assert (changed.per_address, changed.headers_s) == (1000, study.settings.connections.headers_s)
 
 
 def test_every_key_of_study_yaml_is_explained(study: StudyFolder) -> None:
@@ -73,14 +82,14 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, study: StudyFo
         (("--plan", "no.yaml"), "no.yaml"),
     ],
 )
-def test_a_wrong_call_makes_nothing(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_an_invalid_call_creates_nothing(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
     code, output = call("init", tmp_path / "atrium", *arguments)
     assert code == 2
     assert says in output
     assert not (tmp_path / "atrium").exists()
 
 
-def test_a_wrong_plan_makes_nothing(tmp_path: Path, supervised_plan: Path) -> None:
+def test_an_invalid_plan_creates_nothing(tmp_path: Path, supervised_plan: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(supervised_plan.read_text().replace("rounds:", "round:"))
     code, output = call("init", tmp_path / "atrium", "--plan", wrong)
@@ -99,7 +108,7 @@ def test_a_wrong_plan_makes_nothing(tmp_path: Path, supervised_plan: Path) -> No
         ("address", "x", "unknown key"),
     ],
 )
-def test_a_wrong_study_file_is_refused_by_key(study: StudyFolder, key: str, value: object, says: str) -> None:
+def test_an_invalid_study_file_is_refused_by_key(study: StudyFolder, key: str, value: object, says: str) -> None:
     path = study.folder / "study.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"port": 9443, key: value}))
     with pytest.raises(ConfigError, match=says):
@@ -119,7 +128,7 @@ def test_an_invitation_holds_the_studys_plan_code_and_authority(study: StudyFold
     assert json.loads(output)["code_hash"] == invitation.code_hash
 
 
-def test_an_invitation_holds_nothing_secret_and_nothing_of_other_sites(study: StudyFolder, tmp_path: Path) -> None:
+def test_an_invitation_holds_no_secret_and_nothing_about_other_sites(study: StudyFolder, tmp_path: Path) -> None:
     call("admit", "secret-site", write_key(tmp_path / "key.pub"), "--study", study.folder)
     call("invite", "secret-site", "--study", study.folder)
     call("invite", "north", "--study", study.folder)
@@ -130,7 +139,7 @@ def test_an_invitation_holds_nothing_secret_and_nothing_of_other_sites(study: St
 
 
 @pytest.mark.parametrize("site", ["../north", "North", "north/x", ""])
-def test_a_name_that_no_site_can_have_is_refused(study: StudyFolder, site: str) -> None:
+def test_an_invalid_site_name_is_refused(study: StudyFolder, site: str) -> None:
     code, output = call("invite", site, "--study", study.folder)
     assert code == 2
     assert "site's name" in output
@@ -141,18 +150,18 @@ def test_the_same_code_makes_the_same_bundle() -> None:
     assert build_bundle() == build_bundle()
 
 
-def test_new_code_is_not_taken_before_the_lead_says_so(study: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_code_is_not_used_until_the_lead_says_so(study: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = study.code()
     call("invite", "north", "--study", study.folder)
     monkeypatch.setattr(study_module, "build_bundle", lambda: b"other code")
     code, output = call("invite", "south", "--study", study.folder)
     assert code == 0
-    assert "not the study's code" in output
+    assert "study's code" in output
     assert study.code() == kept
     code, output = call("code", "--study", study.folder, "--update")
     assert code == 0
     assert sha256(b"other code") in output
-    assert "Invite every site anew" in output
+    assert "Invite every site again" in output
     assert study.code() == b"other code"
     assert stale_invitations(study) == ["north", "south"]
 
@@ -164,11 +173,11 @@ def test_a_changed_plan_makes_invitations_stale(study: StudyFolder) -> None:
     assert stale_invitations(study) == ["north"]
 
 
-def test_a_folder_that_is_no_study_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_study_is_named(tmp_path: Path) -> None:
     for command in (("invite", "north"), ("status",), ("start",), ("stop",), ("run",)):
         code, output = call(*command, "--study", tmp_path)
         assert code == 2
-        assert "no study folder" in output
+        assert "not a study folder" in output
 
 
 def test_every_command_explains_itself_with_an_example() -> None:

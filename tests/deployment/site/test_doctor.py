@@ -58,6 +58,11 @@ def _elsewhere(data: Path) -> None:
     write_nifti(data / "labels" / "case-0.nii.gz", label, np.diag([3.0, 2.0, 2.0, 1.0]))
 
 
+def _nearly_one(data: Path) -> None:
+    _, label = blob()
+    write_nifti(data / "labels" / "case-0.nii.gz", label * np.float32(0.9999))
+
+
 def _foreign_value(data: Path) -> None:
     _, label = blob()
     write_nifti(data / "labels" / "case-0.nii.gz", label * 7)
@@ -80,7 +85,8 @@ def _nothing_marked(data: Path) -> None:
     [
         (_nan, "NaN"),
         (_truncated, "cannot be read"),
-        (_elsewhere, "lies elsewhere"),
+        (_elsewhere, "does not lie on the image"),
+        (_nearly_one, "0.9999 were rounded to whole numbers"),
         (_foreign_value, "accept [0, 1]"),
         (_no_affine, "no usable affine"),
         (_nothing_marked, "marks nothing"),

@@ -1,4 +1,4 @@
-"""A tiny study to compare on, and a runner that stays in this process, where the fake generalist is known."""
+"""A tiny study to compare on, and a runner inside this process, where the fake generalist is registered."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_study(make_site: MakeSite, folder: Path, *assignments: str) -> tuple[P
 
 
 class Recorder:
-    """Runs each run in this process, and keeps what was run; may be told to be interrupted."""
+    """Runs jobs in this process and records them; can simulate Ctrl-C before a given job."""
 
     def __init__(self, interrupt_at: int | None = None) -> None:
         self.ran: list[Job] = []
@@ -42,7 +42,7 @@ class Recorder:
         if len(self.ran) == self._interrupt_at:
             raise KeyboardInterrupt
         self.ran.append(job)
-        with contextlib.suppress(SemiSAMError):  # the run folder says so too
+        with contextlib.suppress(SemiSAMError):  # also in the run folder
             if isinstance(job.arm, OracleArm):
                 oracle.execute(job.plan_path, job.sites, job.folder, job.arm.generalist, job.arm.clicks)
             else:
@@ -54,7 +54,7 @@ class Recorder:
 
 
 def prepare(study: tuple[Path, Path], out: Path, resume: bool = False, **changes: Any) -> tuple[Comparison, Console]:
-    """Prepare a comparison; return it and the console that it writes to."""
+    """Prepare a comparison; return it and the console it prints to."""
     console = Console(file=io.StringIO(), width=300)
     assignments = changes.pop("assignments", [])
     request = Request(study[0], study[1], out, assignments, changes.pop("file", None), changes, resume)
@@ -62,6 +62,6 @@ def prepare(study: tuple[Path, Path], out: Path, resume: bool = False, **changes
 
 
 def shown(console: Console) -> str:
-    """Return what a console was written."""
+    """Return what was printed to a console."""
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

@@ -68,7 +68,7 @@ def test_ctrl_c_keeps_finished_rounds_and_resume_ends_with_the_report(study: tup
     done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line["round"] for line in read_json_lines(metrics) if line["event"] == "aggregated"] == [1, 2]
-    assert "[1/2]" not in done.stdout  # the oracle was finished
+    assert "[1/2]" not in done.stdout  # the oracle had completed
     assert f"[2/2] {ARM}, labels all, seed 3" in done.stdout
     trained, oracle = json.loads((out / "results.json").read_text())["arms"]
     assert (trained["arm"], oracle["arm"]) == (ARM, "oracle-lite-medsam-boxes")

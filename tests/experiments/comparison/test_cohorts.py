@@ -1,4 +1,4 @@
-"""Site files of a comparison: first labels only, and one virtual site that links to all sites' files."""
+"""Site files of a comparison: the first labels of each site, and one pooled site that links to all files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from client.site_config import inventory, load_site_folder
 from experiments.checks import check_study
-from experiments.comparison.cohorts import Cohort, lend_storage, narrowed, write_cohort
+from experiments.comparison.cohorts import Cohort, fingerprint, lend_storage, narrowed, write_cohort
 from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError
 from tests.conftest import tiny_plan, write_site
@@ -48,7 +48,7 @@ def test_sites_keep_their_storage(study: Study, tmp_path: Path) -> None:
     assert kept == {config.site: config.storage.folder for config in load_site_folder(study[1])} == cohort.storages
 
 
-def test_the_pooled_site_has_every_case_in_its_role_under_its_sites_name(study: Study, tmp_path: Path) -> None:
+def test_the_pooled_site_has_every_case_in_its_role_and_named_after_its_site(study: Study, tmp_path: Path) -> None:
     cohort = _cohort(study, tmp_path / "out", "1")
     assert _ids(cohort.pooled_sites, Role.LABELED)["pooled"] == ["alpha--case-1", "beta--case-0"]
     assert _ids(cohort.pooled_sites, Role.VALIDATION)["pooled"] == [
@@ -62,7 +62,7 @@ def test_the_pooled_site_has_every_case_in_its_role_under_its_sites_name(study: 
     assert (one.get_fdata() == nib.load(tmp_path / "data/beta/images/case-3.nii.gz").get_fdata()).all()
 
 
-def test_the_pooled_site_has_no_label_of_an_unlabeled_case(study: Study, tmp_path: Path) -> None:
+def test_the_pooled_site_has_no_labels_of_unlabeled_cases(study: Study, tmp_path: Path) -> None:
     cohort = _cohort(study, tmp_path / "out", "1,0")
     labels = {path.name for path in (cohort.pooled_sites / "labels").iterdir()}
     assert labels == {f"{name}.nii.gz" for name in _ids(cohort.pooled_sites, Role.VALIDATION)["pooled"]} | {
@@ -70,7 +70,7 @@ def test_the_pooled_site_has_no_label_of_an_unlabeled_case(study: Study, tmp_pat
     }
 
 
-def test_channels_are_linked_under_their_numbers(make_site: MakeSite, tmp_path: Path) -> None:
+def test_channels_keep_their_numbers_at_the_pooled_site(make_site: MakeSite, tmp_path: Path) -> None:
     make_site("alpha", data={"validation": []}, cases=1)
     images = tmp_path / "data" / "alpha" / "images"
     (images / "case-0.nii.gz").rename(images / "case-0_0000.nii.gz")
@@ -88,13 +88,13 @@ def test_without_a_pooled_arm_nothing_is_linked(study: Study, tmp_path: Path) ->
     assert not cohort.pooled_sites.exists()
 
 
-def test_sites_that_have_drawn_different_classes_cannot_be_pooled(study: Study, tmp_path: Path) -> None:
+def test_sites_with_labels_of_different_classes_cannot_be_pooled(study: Study, tmp_path: Path) -> None:
     write_site(tmp_path, "beta", data={"labeled_classes": ["blob"]})
-    with pytest.raises(ConfigError, match="site beta has drawn other classes than site alpha"):
+    with pytest.raises(ConfigError, match="site beta has labels of other classes than site alpha"):
         _cohort(study, tmp_path / "out", "1", pooled=True)
 
 
-def test_sites_with_other_weights_of_one_generalist_cannot_be_pooled(study: Study, tmp_path: Path) -> None:
+def test_sites_with_different_weights_of_a_generalist_cannot_be_pooled(study: Study, tmp_path: Path) -> None:
     weights = tmp_path / "fake.pth"
     weights.touch()
     other = {"weights": str(weights), "sha256": "0" * 64}
@@ -105,12 +105,12 @@ def test_sites_with_other_weights_of_one_generalist_cannot_be_pooled(study: Stud
     _cohort(study, tmp_path / "out", "1", pooled=False)
 
 
-def test_no_label_anywhere_is_refused(study: Study, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="labeled: 0: no site has a labeled case"):
+def test_a_label_count_without_any_label_is_refused(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="labeled: 0: no site would have a labeled case"):
         _cohort(study, tmp_path / "out", "0")
 
 
-def test_lent_files_are_links_and_follow_what_the_sites_evict(study: Study, tmp_path: Path) -> None:
+def test_lent_files_are_links_that_survive_eviction_on_either_side(study: Study, tmp_path: Path) -> None:
     cohort = _cohort(study, tmp_path / "out", "1")
     kept = cohort.storages["alpha"] / "embeddings" / "a.safetensors"
     kept.parent.mkdir(parents=True)
@@ -124,3 +124,21 @@ def test_lent_files_are_links_and_follow_what_the_sites_evict(study: Study, tmp_
     lend_storage(cohort)
     lent.unlink()
     assert kept.read_bytes() == b"two"
+
+
+def _fingerprint(study: Study) -> str:
+    return fingerprint(check_study(*study, []).sites)
+
+
+def test_the_fingerprint_changes_with_files_and_settings_and_with_nothing_else(study: Study, tmp_path: Path) -> None:
+    before = _fingerprint(study)
+    image = tmp_path / "data" / "alpha" / "images" / "case-2.nii.gz"
+    content = image.read_bytes()
+    image.write_bytes(content)
+    assert _fingerprint(study) == before
+    image.write_bytes(content + b"x")
+    assert _fingerprint(study) != before
+    image.write_bytes(content)
+    site = study[1] / "beta.yaml"
+    site.write_text(site.read_text().replace("threads: 1", "threads: 2"))
+    assert _fingerprint(study) != before

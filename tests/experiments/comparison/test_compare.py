@@ -1,4 +1,4 @@
-"""A whole comparison of tiny arms on real files: what is run, what is kept, what is said."""
+"""A whole comparison of tiny arms on real files: which runs, which results, which report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _results(out: Path) -> dict[str, Any]:
     return content
 
 
-def test_every_arm_is_run_with_every_seed_and_ends_in_one_report(study: Study, tmp_path: Path) -> None:
+def test_every_arm_runs_with_every_seed_and_ends_in_one_report(study: Study, tmp_path: Path) -> None:
     runner = Recorder()
     arms = ["federated-supervised", "alone-supervised", "federated-semisam", "pooled-regularizer"]
     comparison, console = prepare(study, tmp_path / "out", arms=arms, seeds=[0, 1])
@@ -63,7 +63,7 @@ def test_every_arm_is_run_with_every_seed_and_ends_in_one_report(study: Study, t
     assert "federated-supervised (baseline)" in shown(console)
 
 
-def test_each_arm_takes_as_many_steps_at_each_place(study: Study, tmp_path: Path) -> None:
+def test_every_arm_takes_the_same_number_of_steps_at_each_site(study: Study, tmp_path: Path) -> None:
     runner = Recorder()
     arms = ["federated-supervised", "alone-semisam", "pooled-regularizer"]
     prepare(study, tmp_path / "out", arms=arms, oracles=False)[0].execute(runner)
@@ -72,7 +72,7 @@ def test_each_arm_takes_as_many_steps_at_each_place(study: Study, tmp_path: Path
         assert {line["site"]: line["steps"] for line in trained} == dict.fromkeys(job.storages, 2)
 
 
-def test_arms_differ_in_the_terms_of_the_loss_that_their_names_say(study: Study, tmp_path: Path) -> None:
+def test_arms_differ_in_the_loss_terms_that_their_names_say(study: Study, tmp_path: Path) -> None:
     runner = Recorder()
     arms = ["federated-supervised", "federated-regularizer", "federated-semisam"]
     prepare(study, tmp_path / "out", arms=arms, oracles=False)[0].execute(runner)
@@ -87,14 +87,14 @@ def test_arms_differ_in_the_terms_of_the_loss_that_their_names_say(study: Study,
     ]
 
 
-def test_a_seed_of_the_definition_is_the_seed_of_the_run(study: Study, tmp_path: Path) -> None:
+def test_seeds_of_the_definition_give_different_initial_weights(study: Study, tmp_path: Path) -> None:
     runner = Recorder()
     prepare(study, tmp_path / "out", arms=["federated-supervised"], seeds=[0, 5], oracles=False)[0].execute(runner)
     starts = [load_file(job.folder / "checkpoints" / "round-00000.safetensors") for job in runner.ran]
     assert any(bool((starts[0][name] != starts[1][name]).any()) for name in starts[0])
 
 
-def test_pooled_trains_on_every_sites_labels_and_is_scored_by_original_site(study: Study, tmp_path: Path) -> None:
+def test_a_pooled_arm_trains_on_all_labels_and_is_scored_by_original_site(study: Study, tmp_path: Path) -> None:
     runner = Recorder()
     prepare(study, tmp_path / "out", arms=["pooled-supervised"], oracles=False)[0].execute(runner)
     joined = [line for line in read_json_lines(runner.ran[0].folder / "metrics.jsonl") if line["event"] == "joined"]
@@ -117,10 +117,10 @@ def test_an_oracle_is_marked_and_better_than_an_untrained_specialist(study: Stud
     assert oracle["classes"][0]["overall"]["dice"]["mean"] > 0.85
     assert oracle["classes"][0]["overall"]["dice"]["mean"] > trained["classes"][0]["overall"]["dice"]["mean"]
     for text in (shown(console), (tmp_path / "out" / "report.md").read_text()):
-        assert "oracle-fake-boxes (oracle: uses the truth, not a result one can have)" in text
+        assert "oracle-fake-boxes (oracle: prompted with the truth, an upper bound)" in text
 
 
-def test_the_report_says_which_labels_trained_and_which_selected(study: Study, tmp_path: Path) -> None:
+def test_the_report_says_which_labels_trained_and_how_the_round_was_selected(study: Study, tmp_path: Path) -> None:
     for selection, says in (("last", "no label was used to select"), ("validation", "validation labels were used")):
         out = tmp_path / selection
         changes = {"arms": ["federated-supervised"], "oracles": False, "assignments": [f"selection={selection}"]}
@@ -130,7 +130,7 @@ def test_the_report_says_which_labels_trained_and_which_selected(study: Study, t
         assert says in report
 
 
-def test_label_counts_take_the_first_of_each_sites_list_and_give_a_picture(study: Study, tmp_path: Path) -> None:
+def test_label_counts_take_the_first_of_each_sites_list_and_are_plotted(study: Study, tmp_path: Path) -> None:
     runner = Recorder()
     changes = {"arms": ["federated-supervised", "alone-supervised"], "labeled": ["1,0", "1", "all"]}
     prepare(study, tmp_path / "out", **changes)[0].execute(runner)
@@ -143,7 +143,7 @@ def test_label_counts_take_the_first_of_each_sites_list_and_give_a_picture(study
     assert runner.titles.count("oracle-fake-boxes") == 1
 
 
-def test_an_interrupted_comparison_goes_on_and_runs_nothing_twice(study: Study, tmp_path: Path) -> None:
+def test_an_interrupted_comparison_resumes_and_runs_nothing_twice(study: Study, tmp_path: Path) -> None:
     out, arms = tmp_path / "out", ["federated-supervised", "alone-supervised"]
     with pytest.raises(KeyboardInterrupt):
         prepare(study, out, arms=arms)[0].execute(Recorder(interrupt_at=2))
@@ -157,7 +157,7 @@ def test_an_interrupted_comparison_goes_on_and_runs_nothing_twice(study: Study, 
     assert (out / "results.json").read_bytes() == before
 
 
-def test_a_resumed_comparison_may_be_given_more_seeds(study: Study, tmp_path: Path) -> None:
+def test_a_resumed_comparison_can_take_more_seeds(study: Study, tmp_path: Path) -> None:
     prepare(study, tmp_path / "out", arms=["federated-supervised"], oracles=False)[0].execute(Recorder())
     again = Recorder()
     prepare(study, tmp_path / "out", resume=True, seeds=[0, 1])[0].execute(again)
@@ -167,7 +167,7 @@ def test_a_resumed_comparison_may_be_given_more_seeds(study: Study, tmp_path: Pa
 
 def test_a_changed_plan_is_refused(study: Study, tmp_path: Path) -> None:
     prepare(study, tmp_path / "out", arms=["federated-supervised"])
-    with pytest.raises(ConfigError, match="compares by another plan"):
+    with pytest.raises(ConfigError, match="compares with another plan"):
         prepare(study, tmp_path / "out", resume=True, assignments=["training.steps_per_round=3"])
 
 
@@ -179,7 +179,7 @@ def test_changed_sites_are_refused(study: Study, tmp_path: Path) -> None:
         prepare(study, tmp_path / "out", resume=True)
 
 
-def test_a_case_that_came_later_is_refused(study: Study, tmp_path: Path) -> None:
+def test_a_new_case_is_refused(study: Study, tmp_path: Path) -> None:
     prepare(study, tmp_path / "out", arms=["federated-supervised"])
     images = tmp_path / "data" / "beta" / "images"
     (images / "case-9.nii.gz").write_bytes((images / "case-0.nii.gz").read_bytes())
@@ -188,15 +188,15 @@ def test_a_case_that_came_later_is_refused(study: Study, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_folder_of_something_else_is_left_alone(study: Study, tmp_path: Path, resume: bool) -> None:
+def test_a_folder_with_other_files_is_left_alone(study: Study, tmp_path: Path, resume: bool) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
-    with pytest.raises(ConfigError, match="no folder of `semisam compare`" if resume else "the folder is not empty"):
+    with pytest.raises(ConfigError, match="not a folder of `semisam compare`" if resume else "the folder is not empty"):
         prepare(study, tmp_path / "out", resume=resume)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
-def test_a_run_that_fails_is_said_so_and_the_others_go_on(study: Study, tmp_path: Path) -> None:
+def test_a_failed_run_is_reported_and_the_others_still_run(study: Study, tmp_path: Path) -> None:
     for image in (tmp_path / "data" / "beta" / "images").iterdir():
         image.write_bytes(b"torn")
     arms = ["alone-supervised", "federated-supervised"]
@@ -208,15 +208,15 @@ def test_a_run_that_fails_is_said_so_and_the_others_go_on(study: Study, tmp_path
     assert federated["classes"][0]["overall"]["dice"]["cases"] == 2
 
 
-def test_time_left_is_told_from_finished_runs(study: Study, tmp_path: Path) -> None:
+def test_time_left_is_estimated_from_finished_runs(study: Study, tmp_path: Path) -> None:
     comparison, console = prepare(study, tmp_path / "out", arms=["federated-supervised"], seeds=[0, 1], oracles=False)
     comparison.execute(Recorder())
     text = shown(console)
-    assert "[1/2] federated-supervised, labels all, seed 0; time left unknown as yet" in text
+    assert "[1/2] federated-supervised, labels all, seed 0; time left not known yet" in text
     assert "[2/2] federated-supervised, labels all, seed 1; about 0." in text
 
 
-def test_nothing_is_prepared_twice_when_data_are_pooled(study: Study, tmp_path: Path) -> None:
+def test_pooled_arms_reuse_what_the_sites_prepared(study: Study, tmp_path: Path) -> None:
     arms = ["federated-semisam", "pooled-semisam"]
     runner = Recorder()
     prepare(study, tmp_path / "out", arms=arms, oracles=False)[0].execute(runner)

@@ -1,4 +1,4 @@
-"""What a comparison's definition accepts, and what it says of the rest."""
+"""What the definition of a comparison accepts, and how it refuses everything else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import tiny_plan
 from tests.semisam_core.generalists.fake import CARD
 
 
-def test_without_anything_said_it_is_every_arm_of_the_plan_with_the_plans_seed() -> None:
+def test_the_defaults_are_every_arm_of_the_plan_with_the_plans_seed() -> None:
     definition = define({}, tiny_plan("seed=7"), "comparison")
     assert definition.arms == tuple(
         f"{who}-{what}" for who in ("federated", "alone", "pooled") for what in ("supervised", "regularizer", "semisam")
@@ -37,13 +37,13 @@ def test_arms_that_the_plan_cannot_run_are_not_among_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({"arms": ["federated"]}, "'federated': no arm is called so; accepted: federated-supervised, "),
+        ({"arms": ["federated"]}, "'federated': there is no such arm; accepted: federated-supervised, "),
         ({"arms": []}, "comparison: arms"),
-        ({"arms": ["alone-semisam", "alone-semisam"]}, "each is named once"),
-        ({"baseline": "pooled-none"}, "baseline = 'pooled-none': it is none of the arms"),
-        ({"seeds": [1, 1]}, "each is named once"),
-        ({"seeds": [-1]}, "seeds lie between 0 and 2147483647"),
-        ({"labeled": ["some"]}, "'some' is no label count; accepted: all, a number, or one a site as in 1,1,0"),
+        ({"arms": ["alone-semisam", "alone-semisam"]}, "name each only once"),
+        ({"baseline": "pooled-none"}, "baseline = 'pooled-none': not one of the arms"),
+        ({"seeds": [1, 1]}, "name each only once"),
+        ({"seeds": [-1]}, "seeds are between 0 and 2147483647"),
+        ({"labeled": ["some"]}, "'some' is not a label count; accepted: all, a number, or one per site as in 1,1,0"),
         ({"labelled": ["all"]}, "labelled: unknown key"),
     ],
 )
@@ -53,14 +53,14 @@ def test_a_mistake_is_a_sentence_with_its_key(content: dict[str, Any], says: str
     assert says in str(caught.value)
 
 
-def test_an_arm_without_its_part_of_the_plan_says_which_part_it_needs() -> None:
+def test_an_arm_that_the_plan_cannot_run_says_what_is_missing() -> None:
     with pytest.raises(ConfigError, match="the plan has no pseudo_labels section"):
         arm_of("alone-semisam", tiny_plan("pseudo_labels=null"))
     with pytest.raises(ConfigError, match="the plan's regularizer is none"):
         arm_of("alone-regularizer", tiny_plan("regularizer.name=none"))
 
 
-def test_an_arm_leaves_out_terms_and_nothing_else() -> None:
+def test_an_arm_leaves_out_loss_terms_and_nothing_else() -> None:
     plan = tiny_plan("aggregation.minimum_sites=2")
     assert arm_of("federated-semisam", plan).plan(plan, plan.seed) == plan
     alone = arm_of("alone-supervised", plan).plan(plan, 3)
@@ -69,7 +69,7 @@ def test_an_arm_leaves_out_terms_and_nothing_else() -> None:
     assert (alone.training, alone.data, alone.specialist) == (plan.training, plan.data, plan.specialist)
 
 
-def test_a_generalist_is_clicked_on_where_it_takes_clicks_and_boxed_where_it_does_not() -> None:
+def test_an_oracle_clicks_where_the_generalist_takes_clicks_and_draws_boxes_elsewhere() -> None:
     plan = tiny_plan(
         "pseudo_labels.generalists=[lite-medsam, sam, sam-med3d]",
         "pseudo_labels.prompting.strategy=uncertainty-rectified",
@@ -84,11 +84,11 @@ def test_a_generalist_is_clicked_on_where_it_takes_clicks_and_boxed_where_it_doe
     ]
 
 
-def test_every_generalist_without_clicks_has_a_reason_and_one_with_them_has_none(
+def test_only_generalists_without_a_click_oracle_get_a_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def no_loader(*_: object) -> Generalist:
-        raise WeightsError("never loaded here")
+        raise WeightsError("must not be loaded")
 
     monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
     masked = replace(CARD, name="masked", prompt_kinds=frozenset({PromptKind.MASK_2D}))
@@ -96,7 +96,7 @@ def test_every_generalist_without_clicks_has_a_reason_and_one_with_them_has_none
     plan = tiny_plan("pseudo_labels.generalists=[lite-medsam, sam, sam-med3d, masked]")
     available = frozenset({"lite-medsam", "sam", "masked"})
     assert oracle_omissions(plan, available) == (
-        "lite-medsam has no oracle with 1, 3, 5 and 10 points, since it takes no points; it is given boxes.",
+        "lite-medsam has no oracle with 1, 3, 5 and 10 points, since it takes no points; it gets boxes.",
         "sam-med3d has no oracle: no site with validation cases has it.",
         "masked has no oracle, since it takes neither points nor boxes.",
     )
@@ -107,21 +107,22 @@ def test_every_generalist_without_clicks_has_a_reason_and_one_with_them_has_none
 LISTED = {"beta": ["x"], "alpha": ["a", "b", "c"]}
 
 
-def test_label_counts_are_one_for_all_or_one_a_site_in_name_order() -> None:
+def test_a_label_count_is_one_for_all_sites_or_one_per_site_in_name_order() -> None:
     assert label_counts("all", LISTED) == {"alpha": 3, "beta": 1}
     assert label_counts("1", LISTED) == {"alpha": 1, "beta": 1}
     assert label_counts("2,0", LISTED) == {"alpha": 2, "beta": 0}
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"), [("2", "beta lists only 1 labeled cases"), ("1,1,1", "one number, or 2, for alpha, beta")]
+    ("setting", "says"),
+    [("2", "beta lists only 1 labeled cases"), ("1,1,1", "one number, or 2: one each for alpha, beta")],
 )
 def test_label_counts_that_do_not_fit_are_refused(setting: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         label_counts(setting, LISTED)
 
 
-def test_options_become_keys_of_the_definition_and_what_is_not_given_stays_out() -> None:
+def test_options_become_keys_of_the_definition_and_omitted_ones_do_not() -> None:
     assert definition_changes("a-b, c-d", None, "0,2", ["1,0", "all"], False, "in-process") == {
         "arms": ["a-b", "c-d"],
         "seeds": [0, 2],
@@ -131,8 +132,8 @@ def test_options_become_keys_of_the_definition_and_what_is_not_given_stays_out()
     assert definition_changes(None, None, None, None, None, "in-process") == {}
 
 
-def test_seeds_and_engines_that_cannot_be_had_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--seeds 1;2: expected are numbers by commas"):
+def test_invalid_seeds_and_engines_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--seeds 1;2: expected numbers separated by commas"):
         definition_changes(None, None, "1;2", None, None, "in-process")
     with pytest.raises(ConfigError, match="--engine flower: accepted: in-process"):
         definition_changes(None, None, None, None, None, "flower")

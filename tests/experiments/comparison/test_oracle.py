@@ -1,4 +1,4 @@
-"""A generalist with true clicks or boxes: what reaches it, and how it is scored, case by case, as a run is."""
+"""Generalists prompted with the true masks: which prompts reach them, and how each case is scored."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _write_plan(folder: Path, *assignments: str) -> Path:
 
 
 def _ask(folder: Path, clicks: int, *assignments: str) -> list[dict[str, Any]]:
-    """Run the oracle of the sites in a folder and return what alpha's storage has of it."""
+    """Run the oracle on the sites in a folder and return the scores in alpha's storage."""
     run = folder / f"oracle-{clicks}"
     execute(_write_plan(folder, *assignments), folder / "sites", run, "clicker", clicks)
     status = json.loads((run / "status.json").read_text())
@@ -81,7 +81,7 @@ def _ask(folder: Path, clicks: int, *assignments: str) -> list[dict[str, Any]]:
     return list(read_json_lines(folder / "storage" / "alpha" / "runs" / status["run"] / "scores.jsonl"))
 
 
-def test_true_clicks_are_put_one_after_another_and_more_of_them_find_more(
+def test_clicks_follow_one_another_and_more_of_them_find_more(
     make_site: MakeSite, tmp_path: Path, clicker: Clicker
 ) -> None:
     make_site(**HAS_CLICKER)
@@ -95,16 +95,14 @@ def test_true_clicks_are_put_one_after_another_and_more_of_them_find_more(
     assert dice[0] < dice[1] <= dice[2]
 
 
-def test_a_generalist_looks_on_the_grid_on_which_it_makes_pseudo_labels(
-    make_site: MakeSite, tmp_path: Path, clicker: Clicker
-) -> None:
+def test_a_generalist_sees_the_grid_of_its_pseudo_labels(make_site: MakeSite, tmp_path: Path, clicker: Clicker) -> None:
     make_site(**HAS_CLICKER)
     _ask(tmp_path, 1, "data.spacing_mm=[4, 4, 4]", "pseudo_labels.spacing_mm=[2, 2, 2]")
     assert {grid.spacing_mm for grid in clicker.grids} == {(2.0, 2.0, 2.0)}
     assert {grid.shape for grid in clicker.grids} == {(24, 24, 16)}
 
 
-def test_no_clicks_in_other_classes_are_added_to_those_that_are_counted(tmp_path: Path, clicker: Clicker) -> None:
+def test_no_negative_clicks_in_other_classes_are_added(tmp_path: Path, clicker: Clicker) -> None:
     write_balls(tmp_path / "data" / "alpha", 3)
     write_site(tmp_path, "alpha", **HAS_CLICKER)
     lines = _ask(tmp_path, 1, *TWO)
@@ -112,7 +110,7 @@ def test_no_clicks_in_other_classes_are_added_to_those_that_are_counted(tmp_path
     assert [[point.positive for point in prompts.points] for prompts in clicker.prompts] == [[True], [True]]
 
 
-def test_only_classes_that_the_site_marks_are_prompted_and_scored(tmp_path: Path, clicker: Clicker) -> None:
+def test_only_classes_that_the_site_annotates_are_prompted_and_scored(tmp_path: Path, clicker: Clicker) -> None:
     write_balls(tmp_path / "data" / "alpha", 3)
     write_site(tmp_path, "alpha", data={"labeled_classes": ["second"]}, **HAS_CLICKER)
     (line,) = _ask(tmp_path, 1, *TWO)
@@ -120,10 +118,10 @@ def test_only_classes_that_the_site_marks_are_prompted_and_scored(tmp_path: Path
     assert line["dice"] > 0.1
     assert len(clicker.prompts) == 1
     _ask(tmp_path, 1, *TWO)
-    assert len(clicker.prompts) == 1  # all that is to be scored was there
+    assert len(clicker.prompts) == 1  # every case had its score
 
 
-def test_where_no_case_can_be_scored_it_fails_and_says_why(
+def test_an_oracle_that_can_score_no_case_fails_and_says_why(
     make_site: MakeSite, tmp_path: Path, clicker: Clicker, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_site(**HAS_CLICKER)

@@ -1,4 +1,4 @@
-"""SAM itself, tiny and random, as the oracle finds it: by the site file, through the registry, on ordinary scans."""
+"""A tiny random SAM as an oracle: loaded through the site file and the registry, on ordinary scans."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.semisam_core.generalists.tiny_sam import save, tiny_sam
 
 BOXES = None
 PLAN = ("pseudo_labels.generalists=[lite-medsam, sam]", "pseudo_labels.prompting.strategy=uncertainty-rectified")
-NO_CLICKS = "lite-medsam has no oracle with 1, 3, 5 and 10 points, since it takes no points; it is given boxes."
+NO_CLICKS = "lite-medsam has no oracle with 1, 3, 5 and 10 points, since it takes no points; it gets boxes."
 
 
 @dataclass(frozen=True)
 class Study:
-    """A plan and a site that has a tiny SAM, whose prompt encoder notes what it is given."""
+    """A plan and a site with a tiny SAM whose prompt encoder records its inputs."""
 
     folder: Path
     plan: Path
@@ -61,38 +61,38 @@ def study(make_site: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mo
     plan.write_text(yaml.safe_dump(tiny_plan("training.rounds=1", *PLAN).model_dump(mode="json")))
     given: list[tuple[int, bool]] = []
 
-    def note(_: object, __: object, prompts: dict[str, Any]) -> None:
+    def record(_: object, __: object, prompts: dict[str, Any]) -> None:
         points, boxes = prompts["points"], prompts["boxes"]
         given.append((0 if points is None else points[0].shape[1], boxes is not None))
 
     sam = load_generalist("sam", torch.device("cpu"), weights, entry["sha256"])
     assert isinstance(sam, Sam)
-    sam.network.prompt_encoder.register_forward_pre_hook(note, with_kwargs=True)
+    sam.network.prompt_encoder.register_forward_pre_hook(record, with_kwargs=True)
     return Study(tmp_path, plan, entry, given)
 
 
-def test_every_number_of_points_and_boxes_end_in_scores_and_all_of_them_reach_the_network(study: Study) -> None:
+def test_every_number_of_clicks_and_boxes_reach_the_network_and_are_scored(study: Study) -> None:
     dice, most = [], []
     for clicks in CLICKS:
         dice.append(study.ask(clicks)["dice"])
         most.append(max(count for count, _ in study.given))
         assert not any(boxed for _, boxed in study.given)
     assert most[:3] == [1, 3, 5]
-    assert 5 < most[3] <= 10  # a slice whose next click would be one that was given before is not clicked on again
+    assert 5 < most[3] <= 10  # a slice gets no further click once the next one would repeat an earlier one
     assert len(set(dice)) == len(CLICKS)
     boxed = study.ask(BOXES)["dice"]
     assert set(study.given) == {(0, True)}
     assert boxed not in dice
 
 
-def test_a_run_that_was_finished_asks_nothing_again(study: Study) -> None:
+def test_a_completed_run_prompts_nothing_again(study: Study) -> None:
     first = study.ask(1)
     assert study.given
     assert study.ask(1) == first
     assert not study.given
 
 
-def test_weights_that_are_not_those_of_the_site_file_are_refused_and_the_run_says_so(study: Study) -> None:
+def test_weights_with_another_hash_than_in_the_site_file_are_refused_and_recorded(study: Study) -> None:
     save(tiny_sam(seed=2).state_dict(), Path(study.entry["weights"]))
     registry._loaded.clear()
     with pytest.raises(WeightsError, match="expected"):
@@ -101,9 +101,9 @@ def test_weights_that_are_not_those_of_the_site_file_are_refused_and_the_run_say
     assert (status["state"], "tiny.pth" in status["reason"]) == ("failed", True)
 
 
-def test_what_a_generalist_does_not_take_is_left_out_and_the_report_says_why(study: Study) -> None:
+def test_prompts_that_a_generalist_does_not_take_are_left_out_and_the_report_says_why(study: Study) -> None:
     def skip(job: Job) -> None:
-        """Run nothing: what is asked of whom is settled before."""
+        """Run nothing: the jobs are known beforehand."""
 
     out = study.folder / "out"
     comparison, console = prepare((study.plan, study.folder / "sites"), out, arms=["federated-supervised"])
@@ -117,7 +117,7 @@ def test_what_a_generalist_does_not_take_is_left_out_and_the_report_says_why(stu
         assert "sam has no oracle: no site" not in text
 
 
-def test_a_site_without_validation_cases_brings_no_oracle_and_the_others_are_compared(
+def test_a_site_without_validation_cases_has_no_oracle_and_the_others_are_compared(
     study: Study, make_site: Callable[..., Path]
 ) -> None:
     make_site("alpha", data={"labeled": ["case-0"], "validation": []}, generalists={"sam": study.entry})

@@ -1,8 +1,10 @@
-"""What the tables say: the worst site first, missing distances counted, differences signed, oracles marked."""
+"""The report: worst site first, missing distances counted, differences signed, oracles marked."""
 
 from __future__ import annotations
 
 import io
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,25 +78,51 @@ def test_a_difference_is_paired_with_the_baseline_where_both_were_scored(results
     assert "+0.050 [+0.050, +0.050]" in _report(results).markdown()
 
 
-def test_an_oracle_comes_last_is_marked_and_is_compared_with_nothing(results: list[ArmResult]) -> None:
+def test_an_arm_is_compared_with_the_baseline_under_the_same_label_count(tmp_path: Path) -> None:
+    jobs = {}
+    for setting, shift in (("1", 0.0), ("all", 0.05)):
+        cohort = replace(_cohort(tmp_path), setting=setting)
+        jobs[Job(BASELINE, cohort, 0, None, tmp_path)] = _scores(shift, 0)
+        jobs[Job(BETTER, cohort, 0, None, tmp_path)] = _scores(shift + 0.02, 0)
+    differences = [each.classes[0].dice_difference for each in gather(list(jobs), jobs, ["blob"], BASELINE.name)]
+    assert [each and round(each.mean, 6) for each in differences] == [None, 0.02, None, 0.02]
+
+
+@pytest.mark.parametrize("width", [60, 80, 250])
+def test_the_report_is_whole_at_any_width(results: list[ArmResult], width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    _report(results).show(console)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(len(line) for line in lines) <= width
+    intervals = [line for line in lines if "0.580 [" in line]
+    assert intervals
+    listed = [line.strip() for line in lines if line.strip().startswith("Dice: ")]
+    assert all(re.fullmatch(r"Dice: \d\.\d{3}( \[\d\.\d{3}, \d\.\d{3}\])?", line) for line in listed)
+    assert any("beta (worst)" in line for line in lines)
+    if width < 100:
+        assert "arm: federated-supervised (baseline)" in [line.rstrip() for line in lines]
+
+
+def test_an_oracle_comes_last_and_is_marked_and_has_no_difference(results: list[ArmResult]) -> None:
     assert results[-1].standing is Standing.ORACLE
     assert results[-1].classes[0].dice_difference is None
     console = Console(file=io.StringIO(), width=300)
     _report(results).show(console)
     assert isinstance(console.file, io.StringIO)
-    assert "oracle-fake-3-points (oracle: uses the truth, not a result one can have)" in console.file.getvalue()
+    assert "oracle-fake-3-points (oracle: prompted with the truth, an upper bound)" in console.file.getvalue()
 
 
 def test_runs_without_scores_are_named(results: list[ArmResult]) -> None:
-    assert "left out above: federated-semisam, labels all, seed 1." in _report(results).markdown()
+    assert "since they have no scores: federated-semisam, labels all, seed 1." in _report(results).markdown()
 
 
-def test_an_arm_without_any_score_has_a_row_that_says_so(tmp_path: Path) -> None:
+def test_an_arm_without_scores_has_a_row_that_says_so(tmp_path: Path) -> None:
     results = gather([Job(BASELINE, _cohort(tmp_path), 0, None, tmp_path)], {}, ["blob"], BASELINE.name)
     assert "| federated-supervised | all | - | no scores |" in _report(results).markdown()
 
 
-def test_time_left_comes_from_the_same_arm_and_else_from_any_that_trains(tmp_path: Path) -> None:
+def test_time_left_comes_from_runs_of_the_same_arm_or_else_of_any_that_trains(tmp_path: Path) -> None:
     cohort = _cohort(tmp_path)
     jobs = [
         Job(arm, cohort, seed, None, tmp_path / f"{arm.name}{seed}") for arm in (BASELINE, BETTER) for seed in (0, 1)
@@ -111,7 +139,7 @@ def test_time_left_comes_from_the_same_arm_and_else_from_any_that_trains(tmp_pat
     assert seconds_left([oracle, *jobs]) == 100 + 15
 
 
-def test_two_label_counts_that_come_to_as_many_labels_can_be_drawn(results: list[ArmResult], tmp_path: Path) -> None:
+def test_label_counts_with_the_same_total_can_be_plotted(results: list[ArmResult], tmp_path: Path) -> None:
     plan = tiny_plan()
     definition = define({"arms": [BASELINE.name, BETTER.name], "labeled": ["1", "all"]}, plan, "comparison")
     draw_curve([*results, *results], plan, definition, tmp_path / "curve.png")

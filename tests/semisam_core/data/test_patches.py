@@ -1,4 +1,4 @@
-"""Training patches: seeded, of one shape, image and label cut alike."""
+"""Training patches: seeded, of one shape, with image and label aligned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from semisam_core.data.patches import PatchStream, TrainingScan
 from tests.conftest import blob, tiny_plan
 
-STILL = "training.augmentation={flip: 0, rotation_degrees: 0, scale: 0, affine_probability: 0, intensity: 0, noise: 0}"
+NO_AUGMENTATION = (
+    "training.augmentation={flip: 0, rotation_degrees: 0, scale: 0, affine_probability: 0, intensity: 0, noise: 0}"
+)
 
 
 def _scan(seed: int = 0, shape: tuple[int, int, int] = (24, 24, 16)) -> TrainingScan:
@@ -22,7 +24,7 @@ def _stream(*scans: TrainingScan, seed: int = 0, batch: int = 1, changes: tuple[
     return PatchStream(lambda k: scans[k], len(scans), tiny_plan(*changes), batch, seed)
 
 
-def test_the_same_seed_draws_the_same_patches() -> None:
+def test_equal_seeds_draw_equal_patches() -> None:
     first, second = _stream(_scan(), _scan(1)), _stream(_scan(), _scan(1))
     for _ in range(3):
         one, other = first.next(), second.next()
@@ -64,7 +66,7 @@ def test_labels_stay_class_indices() -> None:
         assert set(label.unique().tolist()) <= {0, 1}
 
 
-def test_every_scan_is_seen_once_before_any_is_seen_twice() -> None:
+def test_every_scan_is_drawn_once_before_any_is_drawn_again() -> None:
     seen: list[int] = []
     scans = [_scan(k) for k in range(4)]
 
@@ -78,12 +80,12 @@ def test_every_scan_is_seen_once_before_any_is_seen_twice() -> None:
     assert sorted(seen[:4]) == sorted(seen[4:]) == [0, 1, 2, 3]
 
 
-def test_patches_are_centred_on_foreground_as_often_as_asked() -> None:
+def test_the_foreground_share_sets_how_often_patches_contain_foreground() -> None:
     label = torch.zeros(40, 40, 24, dtype=torch.uint8)
     label[2:4, 2:4, 2:4] = 1
     scan = TrainingScan(torch.zeros(1, 40, 40, 24), label)
-    always = _stream(scan, changes=(STILL, "data.foreground_share=1.0"))
-    never = _stream(scan, changes=(STILL, "data.foreground_share=0.0"))
+    always = _stream(scan, changes=(NO_AUGMENTATION, "data.foreground_share=1.0"))
+    never = _stream(scan, changes=(NO_AUGMENTATION, "data.foreground_share=0.0"))
     assert all(bool((always.next().label == 1).any()) for _ in range(5))
     hits = sum(bool((never.next().label == 1).any()) for _ in range(10))
     assert hits < 10
@@ -96,24 +98,24 @@ def test_an_unlabeled_stream_carries_no_label() -> None:
     assert not batch.valid.any()
 
 
-def test_without_augmentation_a_patch_is_cut_from_the_scan() -> None:
+def test_without_augmentation_a_patch_is_a_plain_crop() -> None:
     scan = _scan(shape=(16, 16, 8))
-    batch = _stream(scan, changes=(STILL,)).next()
+    batch = _stream(scan, changes=(NO_AUGMENTATION,)).next()
     assert torch.equal(batch.image[0], scan.image)
 
 
-def test_a_stream_of_nothing_is_an_error() -> None:
+def test_a_stream_without_scans_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one scan"):
         _stream()
 
 
-def test_a_small_class_is_drawn_as_often_as_a_large_one() -> None:
+def test_a_small_class_is_sampled_as_often_as_a_large_one() -> None:
     label = torch.zeros(60, 40, 24, dtype=torch.uint8)
     label[:20] = 1
     label[50:52, 20:22, 12:14] = 3
     scan = TrainingScan(torch.zeros(1, 60, 40, 24), label)
     classes = "task.classes=[{name: a, value: 1}, {name: b, value: 2}, {name: c, value: 3}]"
-    stream = _stream(scan, changes=(STILL, classes, "data.foreground_share=1.0"))
+    stream = _stream(scan, changes=(NO_AUGMENTATION, classes, "data.foreground_share=1.0"))
     hits = 0
     for _ in range(40):
         found = stream.next().label
@@ -122,12 +124,12 @@ def test_a_small_class_is_drawn_as_often_as_a_large_one() -> None:
     assert 10 <= hits <= 30
 
 
-def test_pseudo_labels_of_a_small_class_are_drawn_as_often_too() -> None:
+def test_a_small_class_of_a_pseudo_label_is_sampled_as_often_as_a_large_one() -> None:
     target = torch.zeros(2, 60, 40, 24)
     target[0, :20] = 0.9
     target[1, 50:52, 20:22, 12:14] = 0.9
     scan = TrainingScan(torch.zeros(1, 60, 40, 24), None, target, torch.zeros_like(target), torch.tensor([True, True]))
     classes = "task.classes=[{name: a, value: 1}, {name: b, value: 2}]"
-    stream = _stream(scan, changes=(STILL, classes, "data.foreground_share=1.0"))
+    stream = _stream(scan, changes=(NO_AUGMENTATION, classes, "data.foreground_share=1.0"))
     hits = sum(bool((stream.next().target[0, 1] > 0.5).any()) for _ in range(40))
     assert 10 <= hits <= 30

@@ -1,4 +1,4 @@
-"""Phantom hospitals: reproducible, written as a scanner would write them, and not solved by a threshold."""
+"""Phantom hospitals: reproducible, written like a scanner's files, and not solvable by a threshold."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _as_ras(file: Any) -> NDArray[Any]:
 
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**31))
-def test_the_same_seed_gives_the_same_patient_and_another_seed_another(seed: int) -> None:
+def test_the_seed_selects_the_patient(seed: int) -> None:
     scan, organs = make_phantom(COARSE, seed)
     again, organs_again = make_phantom(COARSE, seed)
     assert np.array_equal(scan, again)
@@ -75,7 +75,7 @@ def test_a_patient_has_every_organ_on_a_grid_of_the_scanners_spacing(name: str) 
     assert np.allclose(extent, (206, 206, 128), atol=max(scanner.spacing_mm))
 
 
-def test_the_liver_lies_to_the_right_and_the_spine_behind() -> None:
+def test_the_liver_is_on_the_right_and_the_spine_is_posterior() -> None:
     centres = []
     for seed in range(5):
         _, organs = make_phantom(COARSE, seed)
@@ -96,7 +96,7 @@ def test_the_livers_signal_overlaps_other_organs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(DEMO_SCANNERS))
-def test_no_window_of_intensity_segments_the_liver(name: str) -> None:
+def test_no_intensity_window_segments_the_liver(name: str) -> None:
     scan, organs = make_phantom(DEMO_SCANNERS[name], 0)
     liver = organs == LIVER
     best = 0.0
@@ -116,16 +116,16 @@ def test_the_demo_hospitals_differ_in_axes_spacing_and_intensity() -> None:
     assert all(one * 1.5 < next_one for one, next_one in pairwise(means))
 
 
-def test_a_hospital_is_written_as_one_image_and_one_label_a_patient(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    write_phantom_site(tmp_path, COARSE, 3, 7, "west", progress=lambda *done: told.append(done))
+def test_a_hospital_gets_one_image_and_one_label_per_patient(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    write_phantom_site(tmp_path, COARSE, 3, 7, "west", progress=lambda *done: calls.append(done))
     for kind in ("images", "labels"):
         names = sorted(path.name for path in (tmp_path / kind).iterdir())
         assert names == ["west-00.nii.gz", "west-01.nii.gz", "west-02.nii.gz"]
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_a_hospital_written_twice_has_the_same_voxels_and_no_patient_twice(tmp_path: Path) -> None:
+def test_writing_a_hospital_is_reproducible_and_its_patients_differ(tmp_path: Path) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
         write_phantom_site(folder, COARSE, 2, 7, "west")
     scans = [np.asarray(_read(tmp_path / site, "images", f"west-0{k}").dataobj) for site in "ab" for k in (0, 1)]
@@ -136,7 +136,7 @@ def test_a_hospital_written_twice_has_the_same_voxels_and_no_patient_twice(tmp_p
 
 @settings(deadline=None, max_examples=12)
 @given(axes=AXES)
-def test_files_have_the_scanners_axes_and_turned_back_the_patients_voxels(
+def test_files_follow_the_scanners_axes_and_hold_the_patients_voxels(
     tmp_path_factory: pytest.TempPathFactory, axes: tuple[str, str, str]
 ) -> None:
     folder = tmp_path_factory.mktemp("site")
@@ -152,7 +152,7 @@ def test_files_have_the_scanners_axes_and_turned_back_the_patients_voxels(
 
 
 @pytest.mark.parametrize("name", sorted(DEMO_SCANNERS))
-def test_files_are_ordinary_nifti_in_millimetres_centred_on_the_isocentre(tmp_path: Path, name: str) -> None:
+def test_files_are_nifti_in_millimetres_centred_on_the_isocentre(tmp_path: Path, name: str) -> None:
     scanner = DEMO_SCANNERS[name]
     write_phantom_site(tmp_path, scanner, 1, 0, name)
     for kind in ("images", "labels"):
@@ -165,7 +165,7 @@ def test_files_are_ordinary_nifti_in_millimetres_centred_on_the_isocentre(tmp_pa
         assert centre[:3] == pytest.approx((0, 0, 0), abs=1e-4)
 
 
-def test_target_organs_are_labelled_1_2_and_so_on_in_the_order_given(tmp_path: Path) -> None:
+def test_target_organs_are_numbered_in_the_given_order(tmp_path: Path) -> None:
     targets = ("spleen", "liver", "aorta")
     write_phantom_site(tmp_path, COARSE, 1, 7, "west", targets)
     label = _as_ras(_read(tmp_path, "labels", "west-00"))
@@ -175,14 +175,14 @@ def test_target_organs_are_labelled_1_2_and_so_on_in_the_order_given(tmp_path: P
     assert set(np.unique(label)) == {0, 1, 2, 3}
 
 
-def test_an_unknown_organ_is_refused_with_the_accepted_ones_before_anything_is_written(tmp_path: Path) -> None:
+def test_an_unknown_organ_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"no organ is called \['heart'\]; accepted are {', '.join(ORGAN_NAMES)}"):
         write_phantom_site(tmp_path / "site", COARSE, 1, 7, "west", ("liver", "heart"))
     assert not (tmp_path / "site").exists()
 
 
 @pytest.mark.parametrize("name", sorted(DEMO_SCANNERS))
-def test_files_load_as_any_scan_does(tmp_path: Path, name: str) -> None:
+def test_files_load_like_any_scan(tmp_path: Path, name: str) -> None:
     write_phantom_site(tmp_path, DEMO_SCANNERS[name], 1, 0, name, ("liver", "spleen"))
     plan = tiny_plan(
         "task.classes=[{name: liver, value: 1}, {name: spleen, value: 2}]", "data.spacing_mm=[4.0, 4.0, 4.0]"
@@ -193,10 +193,10 @@ def test_files_load_as_any_scan_does(tmp_path: Path, name: str) -> None:
     assert scan.label is not None
     assert scan.label.unique().tolist() == [0, 1, 2]
     liver, spleen = (float((scan.label == k).nonzero()[:, 0].float().mean()) for k in (1, 2))
-    assert liver > scan.label.shape[0] / 2 > spleen  # the first axis runs to the right, whatever the file's does
+    assert liver > scan.label.shape[0] / 2 > spleen  # the first axis runs to the right, in every file
 
 
-def test_the_plan_of_organs_has_a_small_one_and_one_that_touches_the_liver() -> None:
+def test_the_organ_plan_has_a_small_organ_and_one_that_touches_the_liver() -> None:
     plan = load_plan(SHIPPED / "plan-organs.yaml")
     values = {target.name: target.value for target in plan.task.classes}
     assert set(values) == {"liver", "gallbladder", "right-kidney"}
@@ -213,7 +213,7 @@ def test_the_plan_of_organs_has_a_small_one_and_one_that_touches_the_liver() -> 
 
 
 @pytest.mark.parametrize("plan", sorted(SHIPPED.glob("plan*.yaml")), ids=lambda path: path.stem)
-def test_labels_of_all_organs_suit_every_shipped_plan(tmp_path: Path, plan: Path) -> None:
+def test_labels_fit_every_shipped_plan(tmp_path: Path, plan: Path) -> None:
     write_phantom_site(tmp_path, DEMO_SCANNERS["north"], 1, 0, "north", LABELED_ORGANS)
     files = [tmp_path / kind / "north-00.nii.gz" for kind in ("images", "labels")]
     scan = load_scan(Case("north-00", (files[0],), files[1], Role.LABELED), load_plan(plan))
@@ -222,7 +222,7 @@ def test_labels_of_all_organs_suit_every_shipped_plan(tmp_path: Path, plan: Path
 
 
 @pytest.mark.parametrize("plan", sorted(SHIPPED.glob("plan*.yaml")), ids=lambda path: path.stem)
-def test_an_organ_that_a_shipped_plan_calls_connected_is_one_piece_in_every_patient(plan: Path) -> None:
+def test_connected_organs_of_shipped_plans_are_one_component_in_every_patient(plan: Path) -> None:
     connected = [target.name for target in load_plan(plan).task.classes if target.connected]
     assert connected
     for scanner in DEMO_SCANNERS.values():

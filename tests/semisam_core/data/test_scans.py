@@ -1,39 +1,44 @@
-"""Scans onto the plan's grid and predictions back, and everything that is wrong with a bad file."""
+"""Scans onto the plan's grid and predictions back; NaN; and prepared copies."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from torch import Tensor
 
 from semisam_core.data.cases import Case, Role
-from semisam_core.data.scans import load_original_label, load_scan, to_original
+from semisam_core.data.geometry import Geometry
+from semisam_core.data.scans import load_original_label, load_scan, resample, to_original
 from semisam_core.errors import CaseError
-from semisam_core.plan import Plan
-from tests.conftest import blob, tiny_plan, write_nifti
+from semisam_core.plan import Plan, plan_from_json
+from tests.conftest import blob, tiny_plan
+from tests.semisam_core.data.files import AFFINE, load, stored_along, the_case, write_pair, write_volume
 
 AXES = st.permutations(["RL", "AP", "SI"]).flatmap(lambda pairs: st.tuples(*(st.sampled_from(pair) for pair in pairs)))
+ZERO = "data.nan=zero"
 
 
-def _case(folder: Path, image: Any = None, label: Any = None, role: Role = Role.LABELED, affine: Any = None) -> Case:
-    default_image, default_label = blob()
-    images = (write_nifti(folder / "i.nii.gz", default_image if image is None else image, affine),)
-    if role is Role.UNLABELED:
-        return Case("case", images, None, role)
-    return Case(
-        "case", images, write_nifti(folder / "l.nii.gz", default_label if label is None else label, affine), role
-    )
+def _geometry(shape: tuple[int, int, int], spacing: float, start_mm: float = 0.0) -> Geometry:
+    affine = torch.diag(torch.tensor([spacing, spacing, spacing, 1.0], dtype=torch.float64))
+    affine[:3, 3] = start_mm
+    return Geometry(shape, affine)
 
 
-def test_a_scan_already_on_the_grid_keeps_its_voxels(tmp_path: Path, plan: Plan) -> None:
-    scan = load_scan(_case(tmp_path), plan)
+def _right_mm(grid: Geometry) -> Tensor:
+    """Return how far right each voxel's centre lies, (1, X, Y, Z)."""
+    right = grid.affine[0, 0] * torch.arange(grid.shape[0]) + grid.affine[0, 3]
+    return right.float()[None, :, None, None].expand(1, *grid.shape).contiguous()
+
+
+def test_a_scan_already_on_the_grid_keeps_its_voxels(tmp_path: Path) -> None:
+    scan = load(write_pair(tmp_path))
     assert scan.image.shape == (1, 24, 24, 16)
     assert scan.label is not None
     assert np.array_equal(scan.label.numpy(), blob()[1])
@@ -43,27 +48,20 @@ def test_a_scan_already_on_the_grid_keeps_its_voxels(tmp_path: Path, plan: Plan)
 
 @settings(deadline=None, max_examples=12)
 @given(axes=AXES)
-def test_orientation_is_undone_whatever_the_file_uses(axes: tuple[str, str, str]) -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        image, label = blob((24, 20, 16))
-        affine = np.diag([2.0, 2.0, 2.0, 1.0])
-        change = ornt_transform(io_orientation(affine), axcodes2ornt(axes))
-        turned = [nib.orientations.apply_orientation(each, change) for each in (image, label)]
-        turned_affine = affine @ inv_ornt_aff(change, image.shape)
-        case = _case(Path(folder), *turned, affine=turned_affine)
-        scan = load_scan(case, tiny_plan())
-        assert scan.label is not None
-        assert np.array_equal(scan.label.numpy(), label)
-        back = to_original(scan.label[None].float(), scan)
-        assert np.array_equal(back[0].round().numpy().astype(np.uint8), turned[1])
+def test_any_orientation_is_undone(tmp_path_factory: pytest.TempPathFactory, axes: tuple[str, str, str]) -> None:
+    image, label = blob((24, 20, 16))
+    turned_image, affine = stored_along(image, AFFINE, axes)
+    turned_label, _ = stored_along(label, AFFINE, axes)
+    scan = load(write_pair(tmp_path_factory.mktemp("site"), turned_image, turned_label, affine))
+    assert scan.label is not None
+    assert np.array_equal(scan.label.numpy(), label)
+    back = to_original(scan.label[None].float(), scan)
+    assert np.array_equal(back[0].round().numpy().astype(np.uint8), turned_label)
 
 
-def test_spacing_is_changed_and_undone(tmp_path: Path, plan: Plan) -> None:
+def test_spacing_is_changed_and_undone(tmp_path: Path) -> None:
     image, label = blob((48, 40, 20))
-    case = _case(tmp_path, image, label, affine=np.diag([1.0, 1.0, 3.0, 1.0]))
-    scan = load_scan(case, plan)
+    scan = load(write_pair(tmp_path, image, label, np.diag([1.0, 1.0, 3.0, 1.0])))
     assert scan.grid.spacing_mm == pytest.approx((2.0, 2.0, 2.0), abs=1e-5)
     assert scan.label is not None
     back = to_original(scan.label[None].float(), scan)[0] > 0.5
@@ -72,111 +70,99 @@ def test_spacing_is_changed_and_undone(tmp_path: Path, plan: Plan) -> None:
     assert overlap > 0.9
 
 
-def test_label_values_become_class_indices(tmp_path: Path) -> None:
-    plan = tiny_plan("task.classes=[{name: first, value: 7}, {name: second, value: 3}]")
+def test_resampled_labels_keep_to_their_classes(tmp_path: Path) -> None:
     label = np.zeros((24, 24, 16), np.uint8)
-    label[:5], label[10:15] = 7, 3
-    case = _case(tmp_path, label=label)
-    indices, _ = load_original_label(case, plan)
-    assert indices[0, 0, 0] == 1
-    assert indices[12, 0, 0] == 2
-
-
-UNION = "task.classes=[{name: whole, values: [4, 1, 2]}, {name: other, value: 3}]"
-
-
-def _with_parts() -> Any:
-    label = np.zeros((24, 24, 16), np.uint8)
-    label[:4], label[4:8], label[8:12], label[12:16] = 1, 2, 4, 3
-    return label
-
-
-def test_the_values_of_a_union_become_one_class(tmp_path: Path) -> None:
-    plan = tiny_plan(UNION)
-    case = _case(tmp_path, label=_with_parts())
-    expected = np.zeros((24, 24, 16), np.uint8)
-    expected[:12], expected[12:16] = 1, 2
-    assert np.array_equal(load_original_label(case, plan)[0].numpy(), expected)
-    scan = load_scan(case, plan)
+    label[5:15, 5:15, 4:12] = 3
+    classes = "task.classes=[{name: a, value: 1}, {name: b, value: 2}, {name: c, value: 3}]"
+    scan = load(write_pair(tmp_path, label=label), classes, "data.spacing_mm=[1.3, 1.7, 0.9]")
     assert scan.label is not None
-    assert np.array_equal(scan.label.numpy(), expected)
+    assert scan.label.unique().tolist() == [0, 3]
 
 
-def test_a_value_beside_a_union_is_foreign(tmp_path: Path) -> None:
-    plan = tiny_plan("task.classes=[{name: whole, values: [1, 2, 4]}]")
-    with pytest.raises(CaseError, match=r"the label has the values 3; the plan's classes accept \[0, 1, 2, 4\]"):
-        load_scan(_case(tmp_path, label=_with_parts()), plan)
+@pytest.mark.parametrize(("spacing", "start_mm"), [(0.7, 3.0), (1.0, 2.5), (3.0, 4.0)])
+def test_resampling_keeps_every_value_where_it_is_in_the_patient(spacing: float, start_mm: float) -> None:
+    source, target = _geometry((20, 6, 6), 2.0), _geometry((10, 3, 3), spacing, start_mm)
+    assert torch.allclose(resample(_right_mm(source), source, target), _right_mm(target), atol=1e-3)
 
 
-def test_a_scan_is_prepared_anew_for_a_plan_that_unites_other_values(tmp_path: Path) -> None:
-    case = _case(tmp_path, label=_with_parts())
-    plans = (
-        tiny_plan(f"task.classes=[{classes}]")
-        for classes in ("{name: a, values: [1, 2]}, {name: b, values: [3, 4]}", "{name: a, values: [1, 2, 3, 4]}")
-    )
-    labels = [load_scan(case, plan, tmp_path / "prepared").label for plan in plans]
-    assert [int(label.max()) for label in labels if label is not None] == [2, 1]
-    assert len(list((tmp_path / "prepared").iterdir())) == 2
+def test_beyond_the_source_values_stay_those_of_its_edge() -> None:
+    source, target = _geometry((10, 6, 6), 2.0), _geometry((20, 10, 10), 2.0, -6.0)
+    moved = resample(_right_mm(source), source, target)
+    assert torch.allclose(moved, _right_mm(target).clamp(0.0, 18.0), atol=1e-3)
+
+
+def test_predictions_cover_files_that_extend_beyond_the_plans_grid(tmp_path: Path) -> None:
+    image, label = blob((23, 23, 23))  # centres up to 44 mm
+    scan = load(write_pair(tmp_path, image, label), "data.spacing_mm=[7.0, 7.0, 7.0]")
+    assert scan.grid.shape == (7, 7, 7)  # centres up to 42 mm
+    back = to_original(torch.ones((2, *scan.grid.shape)), scan)
+    assert torch.allclose(back, torch.ones(2, 23, 23, 23), atol=1e-4)
 
 
 def test_a_windowed_scan_lies_between_zero_and_one(tmp_path: Path) -> None:
-    plan = tiny_plan("data.intensity={kind: window, lower: 0, upper: 50}")
-    scan = load_scan(_case(tmp_path), plan)
+    scan = load(write_pair(tmp_path), "data.intensity={kind: window, lower: 0, upper: 50}")
     assert float(scan.image.min()) == 0.0
     assert float(scan.image.max()) == 1.0
 
 
 def test_an_unlabeled_case_has_no_label_to_read(tmp_path: Path, plan: Plan) -> None:
-    case = _case(tmp_path, role=Role.UNLABELED)
+    case = Case("a", (write_pair(tmp_path) / "images" / "a.nii.gz",), None, Role.UNLABELED)
     assert load_scan(case, plan).label is None
     with pytest.raises(CaseError, match="no label to read"):
         load_original_label(case, plan)
 
 
+def _with_missing(where: Callable[[Any], Any]) -> Any:
+    image, label = blob()
+    return np.where(where(label), np.nan, image).astype(np.float32)
+
+
+def _corner(label: Any) -> Any:
+    missing = np.zeros(label.shape, bool)
+    missing[:3] = True
+    return missing
+
+
+def test_nan_is_refused_unless_the_plan_says_otherwise(tmp_path: Path) -> None:
+    write_pair(tmp_path, _with_missing(_corner))
+    with pytest.raises(
+        CaseError, match=r"1152 NaN or infinite voxels.*background only, the plan may say data.nan: zero"
+    ):
+        load(tmp_path)
+
+
+def test_a_background_of_nan_becomes_zero_where_the_plan_says_so(tmp_path: Path) -> None:
+    write_pair(tmp_path, np.where(_corner(blob()[1]), 0, blob()[0]).astype(np.float32))
+    expected = load(tmp_path)
+    write_pair(tmp_path, _with_missing(_corner))
+    found = load(tmp_path, ZERO)
+    assert torch.equal(found.image, expected.image)
+    assert found.notes == ("1152 NaN voxels were set to 0, as the plan's data.nan says",)
+
+
 @pytest.mark.parametrize(
     ("image", "says"),
     [
-        (np.zeros((24, 24), np.float32), "2D"),
-        (np.zeros((24, 24, 16, 2), np.float32), "4D"),
-        (np.zeros((24, 24, 2), np.float32), "at least 4 voxels"),
-        (np.where(blob()[1] > 0, np.nan, blob()[0]), "NaN or infinite"),
+        (_with_missing(lambda label: label > 0), "NaN where the label marks a structure"),
+        (_with_missing(lambda label: label >= 0), "every voxel of a channel is NaN"),
+        (np.where(blob()[1] == 0, np.inf, blob()[0]), "NaN or infinite voxels"),
     ],
 )
-def test_an_image_that_is_no_finite_volume_is_a_bad_case(tmp_path: Path, plan: Plan, image: Any, says: str) -> None:
+def test_nan_beyond_the_background_and_infinity_are_always_refused(tmp_path: Path, image: Any, says: str) -> None:
+    write_pair(tmp_path, image)
     with pytest.raises(CaseError, match=says):
-        load_scan(_case(tmp_path, image), plan)
+        load(tmp_path, ZERO)
 
 
-def test_a_truncated_file_is_a_bad_case(tmp_path: Path, plan: Plan) -> None:
-    case = _case(tmp_path)
-    content = case.images[0].read_bytes()
-    case.images[0].write_bytes(content[: len(content) // 2])
-    with pytest.raises(CaseError, match="case: the image file cannot be read"):
-        load_scan(case, plan)
-
-
-def test_a_label_of_another_shape_is_a_bad_case(tmp_path: Path, plan: Plan) -> None:
-    with pytest.raises(CaseError, match=r"label has shape \(23, 24, 16\), the image has \(24, 24, 16\)"):
-        load_scan(_case(tmp_path, label=blob()[1][1:]), plan)
-
-
-def test_a_label_that_lies_elsewhere_is_a_bad_case(tmp_path: Path, plan: Plan) -> None:
-    case = _case(tmp_path)
-    assert case.label is not None
-    shifted = np.diag([2.0, 2.0, 2.0, 1.0])
-    shifted[0, 3] = 4.0
-    write_nifti(case.label, blob()[1], shifted)
-    with pytest.raises(CaseError, match="affines differ by up to 4 mm"):
-        load_scan(case, plan)
-
-
-def test_a_label_with_foreign_values_is_a_bad_case(tmp_path: Path, plan: Plan) -> None:
-    with pytest.raises(CaseError, match=r"the label has the values 5; the plan's classes accept \[0, 1\]"):
-        load_scan(_case(tmp_path, label=5 * blob()[1]), plan)
+def test_the_canonical_plan_has_nan_only_if_it_is_used() -> None:
+    assert tiny_plan("data.nan=refuse").hash == tiny_plan().hash
+    assert '"nan"' not in tiny_plan().canonical_json()
+    assert tiny_plan(ZERO).hash != tiny_plan().hash
+    assert plan_from_json(tiny_plan(ZERO).canonical_json()).data.nan == "zero"
 
 
 def test_a_prepared_scan_is_the_same_scan(tmp_path: Path, plan: Plan) -> None:
-    case = _case(tmp_path)
+    case = the_case(write_pair(tmp_path))
     fresh = load_scan(case, plan)
     for _ in range(2):
         kept = load_scan(case, plan, tmp_path / "prepared")
@@ -188,14 +174,32 @@ def test_a_prepared_scan_is_the_same_scan(tmp_path: Path, plan: Plan) -> None:
     assert len(list((tmp_path / "prepared").iterdir())) == 1
 
 
-def test_a_changed_file_is_prepared_anew_and_a_damaged_copy_is_ignored(tmp_path: Path, plan: Plan) -> None:
-    case = _case(tmp_path)
+def test_a_changed_file_is_prepared_again_and_a_damaged_copy_is_replaced(tmp_path: Path, plan: Plan) -> None:
+    case = the_case(write_pair(tmp_path))
     before = load_scan(case, plan, tmp_path / "prepared")
-    write_nifti(case.images[0], blob(seed=9)[0])
+    write_volume(case.images[0], blob(seed=9)[0])
     assert not torch.equal(load_scan(case, plan, tmp_path / "prepared").image, before.image)
     for path in (tmp_path / "prepared").iterdir():
         path.write_bytes(b"torn")
     load_scan(case, plan, tmp_path / "prepared")
+    assert sorted(path.stat().st_size > 4 for path in (tmp_path / "prepared").iterdir()) == [False, True]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data.spacing_mm=[2.0, 2.0, 3.0]",
+        "data.intensity={kind: window, lower: 0, upper: 50}",
+        "task.classes=[{name: a, value: 1}, {name: b, value: 2}]",
+        "task.ignore_other_values=true",
+        ZERO,
+    ],
+)
+def test_a_scan_is_prepared_again_for_a_plan_that_reads_it_differently(tmp_path: Path, change: str) -> None:
+    case, prepared = the_case(write_pair(tmp_path)), tmp_path / "prepared"
+    for plan in (tiny_plan(), tiny_plan(change), tiny_plan("seed=3")):
+        load_scan(case, plan, prepared)
+    assert len(list(prepared.iterdir())) == 2
 
 
 def test_real_scans_come_back_where_they_were(left_atrium: Path) -> None:
@@ -208,24 +212,3 @@ def test_real_scans_come_back_where_they_were(left_atrium: Path) -> None:
     back = to_original(scan.label[None].float(), scan)[0] > 0.5
     assert tuple(back.shape) == geometry.shape
     assert 2 * int((back & (label > 0)).sum()) / (int(back.sum()) + int((label > 0).sum())) > 0.95
-
-
-def test_other_label_values_are_background_only_where_the_plan_says_so(tmp_path: Path) -> None:
-    label = blob()[1]
-    more = label.copy()
-    more[0, 0, :3] = (2, 7, 255)
-    case, ignoring = _case(tmp_path, label=more), tiny_plan("task.ignore_other_values=true")
-    scan = load_scan(case, ignoring, tmp_path / "prepared")
-    assert scan.label is not None
-    assert np.array_equal(scan.label.numpy(), label)
-    assert np.array_equal(load_original_label(case, ignoring)[0].numpy(), label)
-    with pytest.raises(CaseError, match=r"the label has the values 2, 7, 255; the plan's classes accept \[0, 1\]"):
-        load_scan(case, tiny_plan(), tmp_path / "prepared")
-
-
-@pytest.mark.parametrize("value", [0.4, -1.0, float("nan")])
-def test_what_is_no_label_value_at_all_is_never_ignored(tmp_path: Path, value: float) -> None:
-    label = blob()[1].astype(np.float32)
-    label[0, 0, 0] = value
-    with pytest.raises(CaseError, match="the label has the values"):
-        load_scan(_case(tmp_path, label=label), tiny_plan("task.ignore_other_values=true"))

@@ -1,4 +1,4 @@
-"""A generalist without weights: it takes the bright voxels inside each box, and counts what it is asked."""
+"""A generalist without weights that segments bright voxels inside each box and records what it is given."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FakeGeneralist:
         return {unit: volume[:, :, unit].clone() for unit in units}
 
     def feature_map(self, embedding: Tensor) -> Tensor:
-        """Return dark and bright as two features that exclude each other, (2, 32, 32)."""
+        """Return two complementary features, dark and bright, (2, 32, 32)."""
         framed = self.framing.pad(self.framing.frames(embedding[None]), float(embedding.min()))
         bright = torch.sigmoid(6 * functional.adaptive_avg_pool2d(framed[None], FEATURES)[0, 0])
         return torch.stack([1 - bright, bright])
@@ -66,6 +66,6 @@ _SPEC = GeneralistSpec(CARD, _load, packaged=True)
 
 
 def register_fake() -> None:
-    """Make `fake` known by name, once a process."""
+    """Register `fake`, once per process."""
     if "fake" not in generalist_names():
         register(_SPEC)

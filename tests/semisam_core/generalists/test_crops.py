@@ -1,4 +1,4 @@
-"""Where scans, clicks, masks and answers lie in the cubes of a 3D encoder, and which cubes answer a prompt set."""
+"""How scans, clicks, masks and answers map to the cubes of a 3D encoder, and which cubes answer a prompt set."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def voxels(draw: Any, grid: VolumeGrid) -> tuple[int, int, int]:
 
 
 def _lattice(*shape: int) -> CropLattice:
-    """Return the cubes of a scan that is at 1.5 mm already."""
+    """Return the cubes of a scan that has 1.5 mm voxels already."""
     h, w, d = shape
     return CropLattice(VolumeGrid((h, w, d), (1.5, 1.5, 1.5)), SIDE)
 
 
 def _places(lattice: CropLattice) -> list[Tensor]:
-    """Return, for each axis, the scan (H, W, D) that shows at every voxel where its centre lies when resampled."""
+    """Return, for each axis, a scan (H, W, D) whose voxels contain their own coordinate in the resampled scan."""
     h, w, d = ((torch.arange(n) + 0.5) * s for n, s in zip(lattice.grid.shape, lattice.scale, strict=True))
     return list(torch.meshgrid(h, w, d, indexing="ij"))
 
 
 @settings(deadline=None, max_examples=50)
 @given(grid=grids())
-def test_a_resampled_scan_is_as_long_as_the_scan_to_half_a_voxel(grid: VolumeGrid) -> None:
+def test_a_resampled_scan_has_the_scans_length_to_within_half_a_voxel(grid: VolumeGrid) -> None:
     lattice = CropLattice(grid, SIDE)
     for new, old, mm in zip(lattice.size, grid.shape, grid.spacing_mm, strict=True):
         assert abs(new * lattice.spacing_mm - old * mm) <= lattice.spacing_mm / 2 + 1e-9
@@ -67,7 +67,7 @@ def test_a_scan_thinner_than_half_a_voxel_keeps_one() -> None:
 
 
 @given(length=st.integers(1, 128))
-def test_a_short_axis_has_one_cube_that_holds_it_in_its_middle(length: int) -> None:
+def test_a_short_axis_has_one_centred_cube(length: int) -> None:
     (start,) = axis_starts(length, 128)
     before, after = -start, 128 + start - length
     assert before >= 0
@@ -91,7 +91,7 @@ def test_cubes_are_numbered_along_the_last_axis_first() -> None:
 
 
 @pytest.mark.parametrize("unit", [-1, 16])
-def test_a_cube_that_the_scan_has_not_is_refused(unit: int) -> None:
+def test_a_cube_that_does_not_exist_is_refused(unit: int) -> None:
     with pytest.raises(ValueError, match=f"there is no crop {unit}; this scan has crops 0 to 15"):
         _lattice(33, 40, 50).origin(unit)
 
@@ -101,27 +101,27 @@ def test_a_cube_that_the_scan_has_not_is_refused(unit: int) -> None:
     [((0, 4, 4), (1.0, 1.0, 1.0)), ((4, 4, 4), (1.0, 0.0, 1.0)), ((4, 4, 4), (1.0, 1.0, math.nan))],
 )
 def test_a_grid_without_voxels_or_sizes_is_refused(shape: Any, spacing: Any) -> None:
-    with pytest.raises(ValueError, match="cannot be resampled; accepted are at least one voxel along each axis"):
+    with pytest.raises(ValueError, match="cannot be resampled; it needs at least one voxel along each axis"):
         CropLattice(VolumeGrid(shape, spacing), SIDE)
 
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data(), grid=grids())
-def test_a_click_on_a_voxel_reaches_that_voxel_of_its_cube(data: Any, grid: VolumeGrid) -> None:
+def test_a_click_on_a_voxel_maps_to_that_voxel_in_its_cube(data: Any, grid: VolumeGrid) -> None:
     lattice, voxel = CropLattice(grid, SIDE), data.draw(voxels(grid))
     ((unit, clicks),) = crop_prompts(lattice, Prompts(points=(Point(voxel),))).items()
     (position,) = clicks.positions
     for axis, places in enumerate(_places(lattice)):
         cube = lattice.cut(lattice.resample(places), unit)
         nearest = tuple(min(max(round(at), 0), SIDE - 1) for at in position)
-        # Interpolation repeats the outermost voxels of the scan, half a voxel at most, where it is upsampled.
+        # Upsampling repeats the outermost voxels of the scan over at most half a voxel.
         tolerance = 0.5 + 0.5 * max(lattice.scale[axis], 1)
         assert float(cube[nearest]) == pytest.approx(float(places[voxel]), abs=tolerance + 1e-3)
 
 
 @settings(deadline=None, max_examples=40)
 @given(grid=grids())
-def test_resampling_moves_nothing(grid: VolumeGrid) -> None:
+def test_resampling_shifts_nothing(grid: VolumeGrid) -> None:
     lattice = CropLattice(grid, SIDE)
     for axis, places in enumerate(_places(lattice)):
         resampled = lattice.resample(places).movedim(axis, 0)
@@ -163,7 +163,7 @@ def _profile(mass: Tensor, axis: int) -> Tensor:
 
 @settings(deadline=None, max_examples=25)
 @given(data=st.data(), grid=grids())
-def test_an_answer_comes_back_to_where_it_was_given(data: Any, grid: VolumeGrid) -> None:
+def test_an_answer_maps_back_to_where_it_was_given(data: Any, grid: VolumeGrid) -> None:
     lattice = CropLattice(grid, SIDE)
     place = data.draw(st.tuples(*(st.floats(0, n) for n in lattice.size)))
     blob = _blob(lattice, place)
@@ -173,7 +173,7 @@ def test_an_answer_comes_back_to_where_it_was_given(data: Any, grid: VolumeGrid)
 
 @settings(deadline=None, max_examples=25)
 @given(data=st.data(), grid=grids())
-def test_an_answer_in_one_cube_is_whole_inside_and_nothing_outside(data: Any, grid: VolumeGrid) -> None:
+def test_an_answer_in_one_cube_is_complete_inside_and_zero_outside(data: Any, grid: VolumeGrid) -> None:
     lattice = CropLattice(grid, SIDE)
     unit = data.draw(st.integers(0, len(lattice) - 1))
     answer = lattice.restore({unit: torch.ones(SIDE, SIDE, SIDE)})
@@ -199,7 +199,7 @@ def test_where_cubes_overlap_their_answers_are_averaged() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data(), grid=grids())
-def test_a_window_holds_the_voxels_whose_centres_are_in_the_cube(data: Any, grid: VolumeGrid) -> None:
+def test_a_window_contains_the_voxels_whose_centres_are_in_the_cube(data: Any, grid: VolumeGrid) -> None:
     lattice = CropLattice(grid, SIDE)
     unit = data.draw(st.integers(0, len(lattice) - 1))
     expected = torch.ones(grid.shape, dtype=torch.bool)
@@ -221,7 +221,7 @@ INTERVALS = st.integers(1, 700).flatmap(
 
 @settings(deadline=None, max_examples=200)
 @given(drawn=INTERVALS)
-def test_cubes_cover_what_was_asked_without_a_gap(drawn: tuple[int, list[float]]) -> None:
+def test_cubes_cover_the_interval_without_a_gap(drawn: tuple[int, list[float]]) -> None:
     length, (low, high) = drawn
     starts = [axis_starts(length, 128)[index] for index in axis_cover(low, high, axis_starts(length, 128), 128)]
     assert starts == sorted(set(starts))
@@ -232,7 +232,7 @@ def test_cubes_cover_what_was_asked_without_a_gap(drawn: tuple[int, list[float]]
 
 @settings(deadline=None, max_examples=200)
 @given(drawn=INTERVALS)
-def test_what_fits_in_one_cube_gets_the_one_whose_middle_is_nearest(drawn: tuple[int, list[float]]) -> None:
+def test_an_interval_that_fits_in_one_cube_gets_the_one_with_the_nearest_centre(drawn: tuple[int, list[float]]) -> None:
     length, (low, high) = drawn
     starts = axis_starts(length, 128)
     fitting = [start for start in starts if start <= low and high <= start + 128]
@@ -245,17 +245,17 @@ def test_what_fits_in_one_cube_gets_the_one_whose_middle_is_nearest(drawn: tuple
 
 @settings(deadline=None, max_examples=200)
 @given(drawn=INTERVALS)
-def test_what_does_not_fit_in_one_cube_gets_hardly_more_than_needed(drawn: tuple[int, list[float]]) -> None:
+def test_an_interval_too_long_for_one_cube_gets_hardly_more_cubes_than_needed(drawn: tuple[int, list[float]]) -> None:
     length, (low, high) = drawn
     starts = axis_starts(length, 128)
     fewest, reached = 0, low
-    while fewest == 0 or reached < high:  # always the cube that reaches furthest
+    while fewest == 0 or reached < high:  # always the cube that reaches farthest
         reached = max(start for start in starts if start <= reached) + 128
         fewest += 1
     assert fewest <= len(axis_cover(low, high, starts, 128)) <= fewest + 1
 
 
-def test_a_click_that_wanders_along_a_scan_meets_each_cube_once() -> None:
+def test_a_click_moved_along_a_scan_enters_each_cube_once() -> None:
     lattice = CropLattice(VolumeGrid((600, 200, 100), (0.7, 1.5, 2.0)), 128)
     walked = [tuple(crop_prompts(lattice, Prompts(points=(Point((row, 100, 50)),)))) for row in range(600)]
     met = [unit for unit, _ in itertools.groupby(walked)]
@@ -264,7 +264,7 @@ def test_a_click_that_wanders_along_a_scan_meets_each_cube_once() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(move=st.tuples(*[st.floats(-22, 22)] * 3))
-def test_clicks_within_22_mm_of_a_cubes_middle_find_that_cube(move: tuple[float, float, float]) -> None:
+def test_clicks_within_22_mm_of_a_cubes_centre_use_that_cube(move: tuple[float, float, float]) -> None:
     lattice = CropLattice(VolumeGrid((400, 500, 200), (1.0, 0.8, 2.0)), 128)
     unit = len(lattice) // 2
     middle = [(start + 64) / scale - 0.5 for start, scale in zip(lattice.origin(unit), lattice.scale, strict=True)]
@@ -274,7 +274,7 @@ def test_clicks_within_22_mm_of_a_cubes_middle_find_that_cube(move: tuple[float,
 
 @settings(deadline=None, max_examples=25)
 @given(data=st.data(), grid=grids())
-def test_every_foreground_voxel_of_a_mask_lies_in_a_cube(data: Any, grid: VolumeGrid) -> None:
+def test_every_foreground_voxel_of_a_mask_is_in_a_cube(data: Any, grid: VolumeGrid) -> None:
     lattice = CropLattice(grid, SIDE)
     mask = torch.zeros(grid.shape)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -284,7 +284,7 @@ def test_every_foreground_voxel_of_a_mask_lies_in_a_cube(data: Any, grid: Volume
     held = torch.zeros(grid.shape, dtype=torch.bool)
     for unit in units:
         held[lattice.window(unit)] = True
-        assert bool((mask[lattice.window(unit)] > 0.5).any())  # and no cube is there for nothing
+        assert bool((mask[lattice.window(unit)] > 0.5).any())  # and no cube is superfluous
     assert bool(held[mask > 0.5].all())
 
 
@@ -296,7 +296,7 @@ def test_a_mask_of_the_whole_scan_is_covered_whole() -> None:
     assert bool((answer == 1).all())
 
 
-def test_cubes_follow_from_grid_and_prompts_alone() -> None:
+def test_cubes_depend_on_grid_and_prompts_alone() -> None:
     grid = VolumeGrid((90, 80, 30), (0.9, 1.1, 2.5))
     points = (Point((5, 6, 7)), Point((80, 70, 20)), Point((40, 3, 2), positive=False))
     first = crop_prompts(CropLattice(grid, SIDE), Prompts(points=points))
@@ -305,14 +305,14 @@ def test_cubes_follow_from_grid_and_prompts_alone() -> None:
     assert len(first) > 1
 
 
-def test_cubes_between_clicks_that_hold_nothing_are_left_out() -> None:
+def test_empty_cubes_between_clicks_are_left_out() -> None:
     lattice = _lattice(120, 32, 32)
     found = crop_prompts(lattice, Prompts(points=(Point((2, 16, 16)), Point((117, 16, 16)))))
     assert [lattice.origin(unit)[0] for unit in found] == [0, 88]
     assert [clicks.positions for clicks in found.values()] == [((2, 16, 16),), ((29, 16, 16),)]
 
 
-def test_a_negative_click_nearby_is_held_by_the_same_cube() -> None:
+def test_a_negative_click_nearby_is_in_the_same_cube() -> None:
     lattice = _lattice(96, 32, 32)
     alone = crop_prompts(lattice, Prompts(points=(Point((40, 16, 16)),)))
     assert [lattice.origin(unit)[0] for unit in alone] == [24]
@@ -324,7 +324,7 @@ def test_a_negative_click_nearby_is_held_by_the_same_cube() -> None:
     assert clicks.positive == (True, False)
 
 
-def test_a_negative_click_far_away_costs_no_cube_and_is_left_out() -> None:
+def test_a_negative_click_far_away_is_left_out_instead_of_adding_a_cube() -> None:
     lattice = _lattice(96, 32, 32)
     alone = crop_prompts(lattice, Prompts(points=(Point((10, 16, 16)),)))
     points = (Point((10, 16, 16)), Point((90, 16, 16), positive=False))
@@ -336,7 +336,7 @@ def test_a_negative_click_far_away_costs_no_cube_and_is_left_out() -> None:
     [Prompts(), Prompts(points=(Point((5, 5, 5), positive=False),)), Prompts(mask=torch.full((40, 40, 40), 0.5))],
     ids=["nothing", "a negative click", "a mask without foreground"],
 )
-def test_nothing_positive_asks_for_no_cube(prompts: Prompts) -> None:
+def test_without_a_positive_prompt_no_cube_is_needed(prompts: Prompts) -> None:
     assert crop_prompts(_lattice(40, 40, 40), prompts) == {}
 
 
@@ -346,7 +346,7 @@ def test_a_click_outside_the_scan_is_refused(position: tuple[float, float, float
         crop_prompts(_lattice(40, 40, 40), Prompts(points=(Point((1, 1, 1)), Point(position, positive=False))))
 
 
-def test_clicks_at_the_very_borders_are_held() -> None:
+def test_clicks_at_the_very_borders_are_in_a_cube() -> None:
     lattice = CropLattice(VolumeGrid((37, 50, 11), (1.3, 1.7, 4.9)), SIDE)
     corners = itertools.product(*((-0.5, length - 0.5 - 1e-9) for length in lattice.grid.shape))
     for h, w, d in corners:
@@ -355,13 +355,13 @@ def test_clicks_at_the_very_borders_are_held() -> None:
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the mask has shape \(4, 4, 4\), the scan \(40, 40, 40\)"):
+    with pytest.raises(ValueError, match=r"the mask has shape \(4, 4, 4\), but the scan has \(40, 40, 40\)"):
         crop_prompts(_lattice(40, 40, 40), Prompts(mask=torch.ones(4, 4, 4)))
 
 
 @settings(deadline=None, max_examples=12)
 @given(axes=AXES, data=st.data(), spacing=st.tuples(*[st.sampled_from([1.0, 1.6, 2.5, 4.0])] * 3))
-def test_whatever_the_files_orientation_a_click_on_its_label_reaches_it_in_the_cube(
+def test_a_click_on_the_label_maps_to_it_in_the_cube_for_any_orientation_of_the_file(
     axes: tuple[str, str, str], data: Any, spacing: tuple[float, float, float]
 ) -> None:
     h, w, d = (round(mm / side) for mm, side in zip((52, 64, 76), spacing, strict=True))
@@ -387,7 +387,7 @@ def test_whatever_the_files_orientation_a_click_on_its_label_reaches_it_in_the_c
     cube = lattice.cut(lattice.resample(scan.image[0] - scan.image.min()), unit)
     found = [float((torch.arange(SIDE) * _profile(cube, axis)).sum() / cube.sum()) for axis in range(3)]
     assert found == pytest.approx(clicks.positions[0], abs=0.7)
-    # and the cube's voxel is, in the world, where the ball was put.
+    # and the cube's voxel is where the ball is in world coordinates.
     edges = [start + position + 0.5 for start, position in zip(lattice.origin(unit), clicks.positions[0], strict=True)]
     back = [edge / scale - 0.5 for edge, scale in zip(edges, lattice.scale, strict=True)]
     reached = scan.grid.affine.numpy() @ np.array([*back, 1.0])

@@ -1,4 +1,4 @@
-"""A scan is encoded once, whatever is killed, damaged or full meanwhile."""
+"""A scan is encoded once, despite kills, damaged files and full disks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _fetch(store: EmbeddingStore, model: FakeGeneralist, *units: int, seed: int 
     return store.fetch(model, scan_key(volume), volume, GRID, units)
 
 
-def test_a_scan_is_encoded_once_also_across_processes(tmp_path: Path) -> None:
+def test_a_scan_is_encoded_once_across_processes(tmp_path: Path) -> None:
     model = FakeGeneralist()
     first = _fetch(EmbeddingStore(tmp_path, ROOMY), model, 1, 2, 3)
     again = EmbeddingStore(tmp_path, ROOMY)
@@ -40,7 +40,7 @@ def test_a_scan_is_encoded_once_also_across_processes(tmp_path: Path) -> None:
     assert all(torch.equal(first[unit], second[unit]) for unit in (1, 2, 3))
 
 
-def test_only_the_units_that_are_missing_are_encoded(tmp_path: Path) -> None:
+def test_only_missing_units_are_encoded(tmp_path: Path) -> None:
     model, store = FakeGeneralist(), EmbeddingStore(tmp_path, ROOMY)
     _fetch(store, model, 1, 2)
     _fetch(store, model, 2, 3)
@@ -52,7 +52,7 @@ def test_embeddings_are_kept_in_half_precision(tmp_path: Path) -> None:
     assert torch.equal(kept, _volume()[:, :, 4].half().float())
 
 
-def test_another_scan_voxel_size_preprocessing_weights_or_unit_is_another_entry() -> None:
+def test_scan_voxel_size_preprocessing_weights_and_unit_each_make_another_entry() -> None:
     model, other, otherwise = FakeGeneralist(), FakeGeneralist("1" * 64), FakeGeneralist()
     otherwise.card = replace(otherwise.card, preprocessing="another")
     names = {
@@ -69,7 +69,7 @@ def test_another_scan_voxel_size_preprocessing_weights_or_unit_is_another_entry(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "swapped"])
-def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_entry_is_computed_again(tmp_path: Path, damage: str) -> None:
     model, store = FakeGeneralist(), EmbeddingStore(tmp_path, ROOMY)
     good = _fetch(store, model, 1, 2)
     one, two = sorted(tmp_path.iterdir())
@@ -80,7 +80,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
     assert all(torch.equal(good[unit], again[unit]) for unit in (1, 2))
 
 
-def test_the_limit_holds_and_the_least_recently_used_go_first(tmp_path: Path) -> None:
+def test_the_limit_holds_and_the_least_recently_used_entries_are_evicted(tmp_path: Path) -> None:
     model = FakeGeneralist()
     _fetch(EmbeddingStore(tmp_path, ROOMY), model, 0, 1, 2)
     for age, path in enumerate(tmp_path.iterdir()):
@@ -94,14 +94,14 @@ def test_the_limit_holds_and_the_least_recently_used_go_first(tmp_path: Path) ->
     assert len(model.embedded) == before
 
 
-def test_a_limit_of_nothing_keeps_nothing(tmp_path: Path) -> None:
+def test_a_limit_of_zero_keeps_nothing(tmp_path: Path) -> None:
     model = FakeGeneralist()
     for _ in range(2):
         _fetch(EmbeddingStore(tmp_path / "store", 0), model, 1)
     assert model.embedded == [1, 1]
 
 
-def test_a_full_disk_costs_time_and_is_said_once(
+def test_a_full_disk_costs_only_time_and_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object) -> None:
@@ -113,10 +113,10 @@ def test_a_full_disk_costs_time_and_is_said_once(
         got = _fetch(store, FakeGeneralist(), 1, 2, 3)
     assert sorted(got) == [1, 2, 3]
     assert store.write_failures == 3
-    assert sum("could not be kept on disk" in line for line in caplog.messages) == 1
+    assert sum("could not be written to disk" in line for line in caplog.messages) == 1
 
 
-def test_a_kill_loses_one_chunk_at_most(tmp_path: Path) -> None:
+def test_a_kill_loses_at_most_one_chunk(tmp_path: Path) -> None:
     class Killed(FakeGeneralist):
         def embed(self, volume: torch.Tensor, grid: VolumeGrid, units: object) -> dict[int, torch.Tensor]:
             if len(self.embedded) >= 4:
@@ -130,17 +130,17 @@ def test_a_kill_loses_one_chunk_at_most(tmp_path: Path) -> None:
     assert model.embedded == [4, 5]
 
 
-def test_progress_is_told_from_the_first_to_the_last(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+def test_progress_is_reported_from_first_to_last(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
     volume = _volume()
     store = EmbeddingStore(tmp_path, ROOMY, chunk=2)
-    store.fetch(FakeGeneralist(), scan_key(volume), volume, GRID, [0, 1, 2], lambda done, of: told.append((done, of)))
-    assert told == [(0, 3), (2, 3), (3, 3)]
+    store.fetch(FakeGeneralist(), scan_key(volume), volume, GRID, [0, 1, 2], lambda done, of: seen.append((done, of)))
+    assert seen == [(0, 3), (2, 3), (3, 3)]
 
 
 @settings(deadline=None, max_examples=20)
 @given(units=st.lists(st.integers(0, 9), unique=True, max_size=10))
-def test_any_units_in_any_order_have_the_same_values(
+def test_values_do_not_depend_on_which_units_are_fetched_in_what_order(
     tmp_path_factory: pytest.TempPathFactory, units: list[int]
 ) -> None:
     got = _fetch(EmbeddingStore(tmp_path_factory.mktemp("store"), ROOMY, chunk=3), FakeGeneralist(), *units)
@@ -148,7 +148,7 @@ def test_any_units_in_any_order_have_the_same_values(
     assert all(torch.equal(got[unit], _volume()[:, :, unit].half().float()) for unit in units)
 
 
-def test_a_folder_that_cannot_be_used_costs_time_only(tmp_path: Path) -> None:
+def test_an_unusable_folder_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "store").touch()
     got = _fetch(EmbeddingStore(tmp_path / "store", ROOMY), FakeGeneralist(), 1, 2)
     assert torch.equal(got[2], _volume()[:, :, 2].half().float())

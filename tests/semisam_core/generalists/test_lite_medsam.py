@@ -1,4 +1,4 @@
-"""LiteMedSAM with its published weights: what a box on a slice is answered, and how boxes and slices are framed."""
+"""LiteMedSAM with its published weights: answers to boxes on slices, and how boxes and slices are framed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LOWER = _ellipse((74, 24), (12, 15))
 
 
 def _scene() -> Tensor:
-    """Return a noisy scan with two bright ellipses on every slice, in a unit of its own."""
+    """Return a noisy scan with two bright ellipses on every slice, in arbitrary units."""
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     return 300 + 400 * (UPPER | LOWER)[:, :, None] + 25 * noise
 
@@ -66,17 +66,17 @@ def embeddings(model: LiteMedSAM) -> dict[int, Tensor]:
 
 @pytest.fixture(scope="module")
 def answer(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> Segmentation:
-    """Return what is answered to a box around the upper ellipse on each of three slices."""
+    """Return the answer to a box around the upper ellipse on each of three slices."""
     return model.segment(embeddings, Prompts(tuple(_box(UPPER, index) for index in SLICES)), GRID)
 
 
-def test_it_takes_boxes_under_the_published_weights_and_says_so(model: LiteMedSAM) -> None:
+def test_it_takes_boxes_and_has_the_published_weights(model: LiteMedSAM) -> None:
     assert model.card.prompt_kinds == {PromptKind.BOX_2D}
     assert (model.card.name, model.card.licence) == ("lite-medsam", "Apache-2.0")
     assert model.weights_sha256 == PACKAGED_SHA256
 
 
-def test_it_is_loaded_once_a_process(model: LiteMedSAM) -> None:
+def test_it_is_loaded_once_per_process(model: LiteMedSAM) -> None:
     assert load_generalist("lite-medsam", CPU) is model
 
 
@@ -86,7 +86,7 @@ def test_it_is_frozen(model: LiteMedSAM, embeddings: dict[int, Tensor], answer: 
     assert not any(each.requires_grad for each in (*embeddings.values(), answer.probability))
 
 
-def test_each_slice_that_has_a_box_is_one_unit(model: LiteMedSAM) -> None:
+def test_each_slice_with_a_box_is_one_unit(model: LiteMedSAM) -> None:
     boxes = tuple(SliceBox(index, (0, 0, 5, 5)) for index in (4, 1, 4, 2))
     assert model.units(Prompts(boxes), GRID) == (1, 2, 4)
     assert model.units(Prompts(), GRID) == ()
@@ -100,7 +100,7 @@ def test_an_embedding_is_an_ordinary_tensor_of_256_by_64_by_64(embeddings: dict[
         assert bool(torch.isfinite(each).all())
 
 
-def test_the_answer_is_a_probability_of_the_scans_shape_and_zero_where_not_prompted(answer: Segmentation) -> None:
+def test_the_answer_is_a_probability_of_the_scans_shape_and_zero_on_unprompted_slices(answer: Segmentation) -> None:
     assert (tuple(answer.probability.shape), answer.probability.dtype) == (SHAPE, torch.float32)
     assert bool(((answer.probability >= 0) & (answer.probability <= 1)).all())
     assert [index for index in range(SHAPE[2]) if bool(answer.probability[:, :, index].any())] == list(SLICES)
@@ -118,7 +118,7 @@ def test_without_boxes_the_answer_is_empty(model: LiteMedSAM) -> None:
 
 
 @pytest.mark.parametrize(("boxed", "other"), [(UPPER, LOWER), (LOWER, UPPER)], ids=["upper", "lower"])
-def test_the_answer_is_what_the_box_surrounds(
+def test_the_answer_is_the_object_in_the_box(
     model: LiteMedSAM, embeddings: dict[int, Tensor], boxed: Tensor, other: Tensor
 ) -> None:
     answer = model.segment(embeddings, Prompts((_box(boxed, 2),)), GRID).probability[:, :, 2] > 0.5
@@ -126,7 +126,7 @@ def test_the_answer_is_what_the_box_surrounds(
     assert dice_of(answer, other) < 0.1
 
 
-def test_several_boxes_on_a_slice_are_joined_by_the_higher_probability(
+def test_a_slice_takes_the_highest_probability_and_mean_quality_of_its_boxes(
     model: LiteMedSAM, embeddings: dict[int, Tensor]
 ) -> None:
     boxes = (_box(UPPER, 2), _box(LOWER, 2))
@@ -136,13 +136,13 @@ def test_several_boxes_on_a_slice_are_joined_by_the_higher_probability(
     assert both.quality[2] == pytest.approx((one.quality[2] + other.quality[2]) / 2)
 
 
-def test_a_box_beyond_the_border_is_cut_there(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> None:
+def test_a_box_across_the_border_is_clipped(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> None:
     beyond, within = SliceBox(2, (-30, -5.5, 50, 300)), SliceBox(2, (0, 0, 50, SHAPE[1] - 1))
     answers = [model.segment(embeddings, Prompts((box,)), GRID).probability for box in (beyond, within)]
     assert torch.equal(*answers)
 
 
-def test_a_batch_gives_what_one_at_a_time_gives(
+def test_batches_give_the_same_answers_as_one_box_at_a_time(
     model: LiteMedSAM, embeddings: dict[int, Tensor], answer: Segmentation
 ) -> None:
     batched = LiteMedSAM(model.network, model.weights_sha256, CPU, batch_size=2)
@@ -185,7 +185,7 @@ def test_real_atria_are_found_in_their_boxes(model: LiteMedSAM, left_atrium: Pat
     assert np.mean([dice_of(answer[:, :, index], label[:, :, index] > 0) for index in chosen]) > 0.6
 
 
-def test_loading_leaves_warnings_and_random_state_as_they_were() -> None:
+def test_loading_changes_neither_warning_filters_nor_random_state() -> None:
     script = """
 import json, warnings, torch
 from semisam_core.generalists.lite_medsam import LiteMedSAM
@@ -203,9 +203,9 @@ def test_weights_of_another_hash_are_refused() -> None:
         LiteMedSAM.load(CPU, sha256="0" * 64)
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other.pth: these weights are of another architecture"):
+    with pytest.raises(WeightsError, match=r"other.pth: these weights do not fit"):
         LiteMedSAM.load(CPU, tmp_path / "other.pth")
 
 
@@ -213,22 +213,24 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     ("volume", "units", "says"),
     [
         (torch.zeros(8, 8), [0], r"shape \(H, W, D\)"),
-        (torch.zeros(8, 0, 8), [0], "none of them 0"),
+        (torch.zeros(8, 0, 8), [0], "without zeros"),
         (torch.zeros(8, 8, 3), [0, 3, -1], r"slices \[3, -1\] are outside the scan, which has slices 0 to 2"),
         (torch.full((8, 8, 3), math.nan), [0], "not finite"),
     ],
 )
-def test_what_cannot_be_embedded_is_refused(model: LiteMedSAM, volume: Tensor, units: list[int], says: str) -> None:
+def test_scans_and_slices_that_cannot_be_encoded_are_refused(
+    model: LiteMedSAM, volume: Tensor, units: list[int], says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         model.embed(volume, GRID, units)
 
 
-def test_a_box_whose_slice_was_not_embedded_is_refused(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> None:
+def test_a_box_on_a_slice_without_an_embedding_is_refused(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"no embedding for the prompted slices \[0, 3\]"):
         model.segment(embeddings, Prompts(tuple(_box(UPPER, index) for index in (3, 2, 0))), GRID)
 
 
-def test_frames_lie_at_the_upper_left_between_0_and_1_with_zeros_around() -> None:
+def test_frames_are_between_0_and_1_and_padded_below_and_right_with_zeros() -> None:
     frames = to_frames(_scene(), SLICES, intensity_limits(_scene()))
     rows, columns = FRAMING.size(SHAPE[:2])
     assert (rows, columns) == (256, 192)

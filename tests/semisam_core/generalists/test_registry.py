@@ -1,4 +1,4 @@
-"""Generalists by name: errors that name what is accepted, and one loading a process."""
+"""Generalists by name: errors say what is accepted, and each is loaded once per process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Counting:
-    """A loader that remembers what it was asked."""
+    """A loader that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[torch.device, Path | None, str | None]] = []
@@ -50,12 +50,12 @@ def name(loader: Counting, monkeypatch: pytest.MonkeyPatch) -> str:
     return "counting"
 
 
-def test_lite_medsam_is_there_and_takes_boxes_and_nothing_else() -> None:
+def test_lite_medsam_is_registered_and_takes_only_boxes() -> None:
     assert "lite-medsam" in generalist_names()
     assert accepted_prompts("lite-medsam") == {PromptKind.BOX_2D}
 
 
-def test_the_accepted_names_are_in_alphabetical_order(name: str) -> None:
+def test_names_are_in_alphabetical_order(name: str) -> None:
     names = generalist_names()
     assert list(names) == sorted(names)
     assert {"lite-medsam", "sam", "medsam", "sam-med3d", "sam-med3d-turbo", "seganypet", "sam2", "vista3d", name} <= {
@@ -63,12 +63,12 @@ def test_the_accepted_names_are_in_alphabetical_order(name: str) -> None:
     }
 
 
-def test_what_a_generalist_takes_is_known_without_loading_it(name: str, loader: Counting) -> None:
+def test_the_prompts_of_a_generalist_are_known_without_loading_it(name: str, loader: Counting) -> None:
     assert accepted_prompts(name) == {PromptKind.POINTS_2D}
     assert loader.calls == []
 
 
-def test_an_unknown_name_is_answered_with_the_accepted_ones() -> None:
+def test_the_error_for_an_unknown_name_lists_the_accepted_ones() -> None:
     for ask in (lambda: accepted_prompts("sam-9"), lambda: load_generalist("sam-9", CPU)):
         with pytest.raises(ConfigError) as caught:
             ask()
@@ -88,12 +88,12 @@ def test_registering_the_same_one_twice_changes_nothing(name: str) -> None:
     assert generalist_names() == before
 
 
-def test_a_generalist_is_loaded_once_a_process(name: str, loader: Counting) -> None:
+def test_a_generalist_is_loaded_once_per_process(name: str, loader: Counting) -> None:
     assert load_generalist(name, CPU) is load_generalist(name, CPU)
     assert len(loader.calls) == 1
 
 
-def test_the_same_weights_named_otherwise_are_the_same_generalist(name: str, loader: Counting, tmp_path: Path) -> None:
+def test_the_same_weights_by_another_path_are_the_same_generalist(name: str, loader: Counting, tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"weights")
     (tmp_path / "inner").mkdir()
     sha256 = hashlib.sha256(b"weights").hexdigest()
@@ -102,7 +102,7 @@ def test_the_same_weights_named_otherwise_are_the_same_generalist(name: str, loa
     assert loader.calls == [(CPU, tmp_path / "w.pth", sha256)]
 
 
-def test_other_weights_another_hash_or_another_device_are_another_generalist(
+def test_other_weights_another_hash_or_another_device_make_another_generalist(
     name: str, loader: Counting, tmp_path: Path
 ) -> None:
     asked: list[tuple[torch.device, Path | None, str | None]] = [
@@ -117,7 +117,7 @@ def test_other_weights_another_hash_or_another_device_are_another_generalist(
     assert loader.calls == asked
 
 
-def test_a_loading_that_failed_is_tried_again(name: str) -> None:
+def test_a_failed_load_is_retried(name: str) -> None:
     attempts: list[int] = []
 
     def flaky(device: torch.device, weights: Path | None, sha256: str | None) -> FakeGeneralist:

@@ -1,4 +1,4 @@
-"""SAM and MedSAM with tiny random weights: loading, the prompts that they take, and the answers that they give."""
+"""SAM and MedSAM with tiny random weights: loading, prompts and answers."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def _mask() -> Tensor:
 
 @both
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
-def test_the_model_that_was_saved_is_the_one_that_is_loaded(
-    card: GeneralistCard, wrapper: str | None, tmp_path: Path
-) -> None:
+def test_loading_restores_the_saved_model(card: GeneralistCard, wrapper: str | None, tmp_path: Path) -> None:
     state = tiny_sam().state_dict()
     sha256 = save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "tiny.pth")
     model = load_generalist(card.name, CPU, tmp_path / "tiny.pth", sha256)
@@ -67,9 +65,9 @@ def test_weights_of_another_hash_are_refused(tmp_path: Path) -> None:
         load(cards.SAM, CPU, tmp_path / "tiny.pth", "0" * 64)
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other.pth: .* another architecture than SAM.* accepted is medsam_vit_b"):
+    with pytest.raises(WeightsError, match=r"other.pth: .* do not fit SAM.* accepted is medsam_vit_b"):
         load(cards.MEDSAM, CPU, tmp_path / "other.pth", None)
 
 
@@ -80,7 +78,7 @@ def test_without_a_weights_file_the_error_names_the_published_one(card: Generali
             attempt()
 
 
-def test_loading_leaves_the_random_state_as_it_was(tmp_path: Path) -> None:
+def test_loading_does_not_change_the_random_state(tmp_path: Path) -> None:
     save(tiny_sam().state_dict(), tmp_path / "tiny.pth")
     before = torch.get_rng_state()
     load(cards.SAM, CPU, tmp_path / "tiny.pth", None)
@@ -97,14 +95,14 @@ def test_it_is_frozen(tmp_path: Path) -> None:
     assert not any(each.requires_grad for each in (*embedded.values(), answer.probability))
 
 
-def test_a_card_of_another_model_and_an_empty_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match="no slices can be prepared for lite-medsam; accepted are sam, medsam"):
+def test_the_card_of_another_model_and_an_empty_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="no preprocessing is known for lite-medsam; accepted are sam, medsam"):
         loaded(cards.LITE_MEDSAM, tiny_sam())
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         loaded(cards.SAM, tiny_sam(), batch_size=0)
 
 
-def test_sam_takes_points_boxes_and_masks_and_medsam_boxes_alone() -> None:
+def test_sam_takes_points_boxes_and_masks_and_medsam_only_boxes() -> None:
     assert cards.SAM.prompt_kinds == {PromptKind.POINTS_2D, PromptKind.BOX_2D, PromptKind.MASK_2D}
     assert cards.MEDSAM.prompt_kinds == {PromptKind.BOX_2D}
 
@@ -119,7 +117,7 @@ def test_sam_takes_points_boxes_and_masks_and_medsam_boxes_alone() -> None:
         ("sam", Prompts(points=(Point((1, 1, 2.5)),)), "whole slices"),
     ],
 )
-def test_a_kind_that_the_card_does_not_declare_is_refused(
+def test_a_kind_of_prompt_that_the_card_does_not_declare_is_refused(
     name: str, prompts: Prompts, says: str, request: pytest.FixtureRequest, embeddings: dict[int, Tensor]
 ) -> None:
     model = request.getfixturevalue(name)
@@ -137,7 +135,7 @@ def test_an_embedding_is_an_ordinary_tensor_of_the_networks_size(embeddings: dic
         assert not each.is_inference()
 
 
-def test_each_slice_that_is_answered_is_one_unit(sam: Sam) -> None:
+def test_each_answered_slice_is_one_unit(sam: Sam) -> None:
     mask = torch.zeros(SHAPE)
     mask[3, 3, 0] = 1
     prompts = Prompts((BOX, OTHER_BOX), (Point((1, 1, 4)), Point((1, 1, 3), positive=False)), mask)
@@ -145,7 +143,7 @@ def test_each_slice_that_is_answered_is_one_unit(sam: Sam) -> None:
     assert sam.units(Prompts(), VOXELS) == ()
 
 
-def test_the_answer_is_a_probability_of_the_scans_shape_and_zero_where_not_prompted(
+def test_the_answer_is_a_probability_of_the_scans_shape_and_zero_on_unprompted_slices(
     sam: Sam, embeddings: dict[int, Tensor]
 ) -> None:
     points = (Point((1, 1, 4)), Point((1, 1, 3), positive=False))
@@ -164,9 +162,7 @@ def test_without_prompts_the_answer_is_empty(sam: Sam) -> None:
 
 
 @pytest.mark.parametrize("name", ["sam", "medsam"])
-def test_several_boxes_on_a_slice_are_joined_by_the_higher_probability(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_a_slice_takes_the_highest_probability_of_its_boxes(name: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     embedded = model.embed(scene(), VOXELS, [2])
     one, other = (model.segment(embedded, Prompts((box,)), VOXELS) for box in (BOX, OTHER_BOX))
@@ -184,7 +180,9 @@ def _many() -> Prompts:
 
 
 @pytest.mark.parametrize("mask", [None, _mask()], ids=["no mask", "mask"])
-def test_a_batch_gives_what_one_at_a_time_gives(sam: Sam, embeddings: dict[int, Tensor], mask: Tensor | None) -> None:
+def test_batches_give_the_same_answers_as_one_prompt_at_a_time(
+    sam: Sam, embeddings: dict[int, Tensor], mask: Tensor | None
+) -> None:
     batched = loaded(cards.SAM, sam.network, batch_size=4)
     together = batched.embed(scene(), VOXELS, range(SHAPE[2]))
     assert all(torch.allclose(together[index], embeddings[index], atol=1e-5) for index in embeddings)
@@ -225,18 +223,20 @@ def test_the_sign_of_a_click_changes_the_answer(sam: Sam, embeddings: dict[int, 
         (torch.full((8, 8, 3), math.nan), [0], "not finite"),
     ],
 )
-def test_what_cannot_be_embedded_is_refused(sam: Sam, volume: Tensor, units: list[int], says: str) -> None:
+def test_scans_and_slices_that_cannot_be_encoded_are_refused(
+    sam: Sam, volume: Tensor, units: list[int], says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         sam.embed(volume, VOXELS, units)
 
 
-def test_a_prompt_whose_slice_was_not_embedded_is_refused(sam: Sam, embeddings: dict[int, Tensor]) -> None:
+def test_a_prompt_on_a_slice_without_an_embedding_is_refused(sam: Sam, embeddings: dict[int, Tensor]) -> None:
     some = {index: embeddings[index] for index in (0, 2)}
     with pytest.raises(ValueError, match=r"no embedding for the prompted slices \[1, 3\]"):
         sam.segment(some, Prompts((BOX, SliceBox(3, BOX.bounds)), (Point((1, 1, 1)),)), VOXELS)
 
 
-def test_a_box_outside_the_scan_is_refused_and_one_beyond_the_border_is_cut_there(
+def test_a_box_outside_the_scan_is_refused_and_one_across_its_border_is_clipped(
     sam: Sam, embeddings: dict[int, Tensor]
 ) -> None:
     with pytest.raises(ValueError, match="lies outside the 64 x 48 slice"):
@@ -247,7 +247,7 @@ def test_a_box_outside_the_scan_is_refused_and_one_beyond_the_border_is_cut_ther
 
 
 @both
-def test_the_features_of_a_slice_lie_over_the_whole_frame(card: GeneralistCard) -> None:
+def test_the_features_of_a_slice_cover_the_whole_frame(card: GeneralistCard) -> None:
     model = loaded(card, tiny_sam())
     assert card.feature_maps
     assert isinstance(model, FeatureMaps)

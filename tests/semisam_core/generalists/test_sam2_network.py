@@ -1,4 +1,4 @@
-"""What SAM 2 and MedSAM2 declare, how the one that a weights file holds is loaded, and what that leaves alone."""
+"""What SAM 2 and MedSAM2 declare, how a weights file is recognised and loaded, and what loading leaves unchanged."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def model(config: Path, weights: Path) -> Sam2:
     return Sam2.load(SAM2, CPU, weights, config=config, side=SIDE)
 
 
-def test_sam_2_takes_prompts_on_slices_and_carries_them() -> None:
+def test_sam_2_takes_prompts_on_slices_and_propagates_them() -> None:
     kinds = {PromptKind.BOX_2D, PromptKind.POINTS_2D, PromptKind.MASK_2D, PromptKind.PROPAGATED}
     assert SAM2.prompt_kinds == kinds
     assert (SAM2.name, SAM2.licence) == ("sam2", "Apache-2.0")
 
 
-def test_medsam2_takes_boxes_and_carries_them() -> None:
+def test_medsam2_takes_boxes_and_propagates_them() -> None:
     assert MEDSAM2.prompt_kinds == {PromptKind.BOX_2D, PromptKind.PROPAGATED}
     assert "research and education only" in MEDSAM2.licence
 
 
-def test_the_network_holds_what_was_saved(model: Sam2, weights: Path) -> None:
+def test_the_network_has_the_saved_weights(model: Sam2, weights: Path) -> None:
     saved, held = torch.load(weights, weights_only=True)["model"], model.network.state_dict()
     assert saved.keys() == held.keys()
     assert all(torch.equal(saved[name], held[name]) for name in saved)
@@ -64,10 +64,10 @@ def test_weights_of_another_hash_are_refused(config: Path, weights: Path) -> Non
         Sam2.load(SAM2, CPU, weights, "0" * 64, config=config, side=SIDE)
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path: Path, config: Path, weights: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, config: Path, weights: Path) -> None:
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "other.pth")
     for path, chosen in ((tmp_path / "other.pth", None), (tmp_path / "other.pth", config), (weights, None)):
-        with pytest.raises(WeightsError, match=rf"{path.name}: these weights are of another architecture than SAM"):
+        with pytest.raises(WeightsError, match=rf"{path.name}: these weights do not fit SAM"):
             Sam2.load(MEDSAM2, CPU, path, config=chosen)
 
 
@@ -78,7 +78,7 @@ def test_there_are_no_packaged_weights() -> None:
 
 @pytest.mark.parametrize("generation", ["sam2", "sam2.1"])
 @pytest.mark.parametrize(("size", "width", "blocks"), [("t", 96, 12), ("s", 96, 16), ("b+", 112, 24), ("l", 144, 48)])
-def test_the_configuration_is_read_off_the_tensors(generation: str, size: str, width: int, blocks: int) -> None:
+def test_the_configuration_is_inferred_from_the_tensors(generation: str, size: str, width: int, blocks: int) -> None:
     names = [f"image_encoder.trunk.blocks.{block}.norm1.weight" for block in range(blocks)]
     state = {name: torch.empty(width, device="meta") for name in names}
     state["image_encoder.trunk.patch_embed.proj.weight"] = torch.empty(width, 3, 7, 7, device="meta")
@@ -88,11 +88,11 @@ def test_the_configuration_is_read_off_the_tensors(generation: str, size: str, w
 
 
 @pytest.mark.parametrize("name", ["sam2/sam2_hiera_t.yaml", "sam2.1/sam2.1_hiera_s.yaml"])
-def test_the_network_of_a_published_configuration_is_recognised_as_that(name: str) -> None:
+def test_the_network_of_a_published_configuration_is_recognised(name: str) -> None:
     assert published_config(build_network(name, 64).state_dict()) == name
 
 
-def test_a_published_size_is_loaded_by_name_at_the_side_that_each_model_was_trained_with(
+def test_a_published_size_is_loaded_by_name_at_the_side_used_in_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_loaded", {})
@@ -103,14 +103,14 @@ def test_a_published_size_is_loaded_by_name_at_the_side_that_each_model_was_trai
         assert isinstance(loaded, Sam2)
         assert loaded.card is card
         assert loaded.network.image_size == loaded.framing.side == SIDES[card.name] == side
-        # Where tokens are, in each attention to memory: one row for each of the coarsest level.
+        # Positions in each attention to memory: one row per token of the coarsest level.
         layers = loaded.network.memory_attention.layers
         assert {len(each.freqs_cis) for layer in layers for each in (layer.self_attn, layer.cross_attn_image)} == {
             (side // 16) ** 2
         }
 
 
-def test_the_settings_are_those_of_the_packages_own_builder_but_for_the_filling_of_holes() -> None:
+def test_the_settings_are_those_of_the_packages_builder_except_hole_filling() -> None:
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from sam2.build_sam import build_sam2_video_predictor
@@ -125,7 +125,7 @@ def test_the_settings_are_those_of_the_packages_own_builder_but_for_the_filling_
 
 
 def _settings(network: Any) -> dict[str, object]:
-    """Return every setting, of every part of a network, that is a plain value."""
+    """Return all settings of all modules of a network that are plain values."""
     return {
         f"{prefix}.{name}".lstrip("."): value
         for prefix, module in network.named_modules()
@@ -135,13 +135,13 @@ def _settings(network: Any) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", ["sam2", "medsam2"])
-def test_without_its_package_the_extra_that_brings_it_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_package_the_error_names_the_extra_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(WeightsError, match=rf"{name} needs the Python package sam2; install fedsemisam\[sam2\]"):
         load_generalist(name, CPU, Path("weights.pt"))
 
 
-def test_loading_leaves_hydra_and_random_state_as_they_were(config: Path, weights: Path) -> None:
+def test_loading_changes_neither_hydra_nor_the_random_state(config: Path, weights: Path) -> None:
     script = """
 import json, sys, torch
 from pathlib import Path

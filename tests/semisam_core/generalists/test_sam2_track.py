@@ -1,4 +1,4 @@
-"""Carrying a prompt through slices, against the package's own predictor, which reads its pictures from disk."""
+"""Propagating a prompt through slices, compared with the package's predictor, which reads images from disk."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Sam2:
 
 
 Prompt = Callable[[Any, Any], Any]
-FLAT = (SIDE, SIDE, 22)  # slices of the size of frames, of which no answer has to be resized
+FLAT = (SIDE, SIDE, 22)  # slices have the size of frames, so answers need no resizing
 
 
 def _by_the_package(model: Sam2, monkeypatch: pytest.MonkeyPatch, prompt: Prompt, start: int) -> dict[int, Tensor]:
-    """Return slice -> logits (H, W) by the package's own state, on the same frames."""
+    """Return slice -> logits (H, W) from the package's predictor on the same frames."""
     import sam2.sam2_video_predictor as package
 
     scan = scene(FLAT)
@@ -98,7 +98,7 @@ def _give_two_boxes(network: Any, state: Any) -> None:
     ],
     ids=["box", "click", "box and click", "mask", "box near the end", "boxes on two slices"],
 )
-def test_the_answer_is_that_of_the_packages_own_predictor(
+def test_answers_equal_the_packages_predictor(
     model: Sam2, monkeypatch: pytest.MonkeyPatch, prompts: Prompts, prompt: Prompt
 ) -> None:
     grid, scan = VolumeGrid(FLAT, (1.0, 1.0, 1.0)), scene(FLAT)
@@ -112,7 +112,7 @@ def test_the_answer_is_that_of_the_packages_own_predictor(
         assert torch.allclose(answer[:, :, index], torch.sigmoid(logits), atol=1e-4)
 
 
-def test_the_quality_is_the_overlap_that_the_decoder_predicts(model: Sam2) -> None:
+def test_the_quality_is_the_iou_that_the_decoder_predicts(model: Sam2) -> None:
     grid, predicted = VolumeGrid(FLAT, (1.0, 1.0, 1.0)), list[Tensor]()
     stored = model.embed(scene(FLAT), grid, range(1, 5))
     handle = model.network.sam_mask_decoder.register_forward_hook(

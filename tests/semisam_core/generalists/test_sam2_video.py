@@ -1,4 +1,4 @@
-"""SAM 2 and MedSAM2 at a tiny size: how slices become frames, and how a prompt is carried through them and answered."""
+"""A tiny SAM 2 and MedSAM2: how slices become frames, and how prompts are propagated and answered."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.semisam_core.generalists.tiny_sam2 import SIDE, load_tiny, scene, set
 CPU = torch.device("cpu")
 SHAPE = (96, 40, 24)  # taller than wide, so that swapped axes show
 GRID = VolumeGrid(SHAPE, (1.0, 1.0, 1.0))
-SPAN = (2, 21)  # longer than the memory reaches
+SPAN = (2, 21)  # longer than the memory
 UPPER = SliceBox(5, (18, 8, 46, 30))
 LOWER = SliceBox(5, (60, 4, 88, 20))
 
@@ -50,7 +50,7 @@ def embeddings(model: Sam2) -> dict[int, Tensor]:
 
 @pytest.fixture(scope="module")
 def carried(model: Sam2, embeddings: dict[int, Tensor]) -> Segmentation:
-    """Return what is answered to one box that is carried through the span."""
+    """Return the answer to one box propagated through the span."""
     return model.segment(embeddings, Prompts((UPPER,), span=SPAN), GRID)
 
 
@@ -74,11 +74,11 @@ def test_without_a_span_each_prompted_slice_is_one_unit(model: Sam2) -> None:
     assert model.units(prompts, GRID) == (1, 4, 7, 9)
 
 
-def test_with_a_span_all_of_its_slices_are_units_too(model: Sam2) -> None:
+def test_with_a_span_all_its_slices_are_units(model: Sam2) -> None:
     assert model.units(Prompts((UPPER,), span=(7, 10)), GRID) == (5, 7, 8, 9, 10)
 
 
-def test_where_nothing_is_prompted_nothing_is_needed_and_nothing_answered(model: Sam2) -> None:
+def test_without_prompts_no_unit_is_needed_and_the_answer_is_empty(model: Sam2) -> None:
     negative = Point((3, 3, 9), positive=False)
     for prompts in (Prompts(), Prompts(span=SPAN), Prompts(points=(negative,), span=SPAN)):
         assert model.units(prompts, GRID) == ()
@@ -87,14 +87,14 @@ def test_where_nothing_is_prompted_nothing_is_needed_and_nothing_answered(model:
         assert answer.quality == {}
 
 
-def test_an_embedding_is_one_row_of_four_numbers_a_pixel_of_the_frame(embeddings: dict[int, Tensor]) -> None:
+def test_an_embedding_is_a_vector_with_four_numbers_per_pixel_of_the_frame(embeddings: dict[int, Tensor]) -> None:
     for each in embeddings.values():
         assert (tuple(each.shape), each.dtype, each.is_contiguous()) == ((4 * SIDE**2,), torch.float32, True)
         assert not each.is_inference()
         assert bool(torch.isfinite(each).all())
 
 
-def test_a_batch_gives_what_one_at_a_time_gives(model: Sam2, embeddings: dict[int, Tensor]) -> None:
+def test_batches_give_the_same_embeddings_as_one_slice_at_a_time(model: Sam2, embeddings: dict[int, Tensor]) -> None:
     batched = Sam2(SAM2, model.network, model.weights_sha256, CPU, batch_size=3)
     together = batched.embed(scene(SHAPE), GRID, range(7))
     assert all(torch.allclose(together[index], embeddings[index], atol=1e-3) for index in range(7))
@@ -119,7 +119,9 @@ def test_stored_embeddings_give_the_same_answer(model: Sam2, carried: Segmentati
         (torch.full((8, 8, 3), math.nan), [0], "not finite"),
     ],
 )
-def test_what_cannot_be_embedded_is_refused(model: Sam2, volume: Tensor, units: list[int], says: str) -> None:
+def test_scans_and_slices_that_cannot_be_encoded_are_refused(
+    model: Sam2, volume: Tensor, units: list[int], says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         model.embed(volume, GRID, units)
 
@@ -127,7 +129,7 @@ def test_what_cannot_be_embedded_is_refused(model: Sam2, volume: Tensor, units: 
 # Frames
 
 
-def test_frames_are_square_and_normalised_as_the_pictures_that_sam_2_was_trained_on(model: Sam2) -> None:
+def test_frames_are_square_and_normalised_like_sam_2s_training_images(model: Sam2) -> None:
     scan = torch.zeros(SHAPE)
     scan[:, SHAPE[1] // 2 :] = 10
     frames = model.frames(scan, [1, 4], (0.0, 10.0))
@@ -138,14 +140,14 @@ def test_frames_are_square_and_normalised_as_the_pictures_that_sam_2_was_trained
         assert torch.allclose(values[..., SIDE // 2 + 2 :], torch.tensor(1.0), atol=1e-6)
 
 
-def test_a_slice_that_is_darker_than_the_others_stays_so(model: Sam2) -> None:
+def test_a_slice_darker_than_the_others_stays_darker(model: Sam2) -> None:
     scan = scene(SHAPE)
     scan[:, :, 3] = 0.5 * scan[:, :, 3]
     frames = model.frames(scan, [2, 3], intensity_limits(scan))
     assert float(frames[1].mean()) < float(frames[0].mean()) - 0.5
 
 
-def test_a_slice_is_stretched_as_a_whole(model: Sam2) -> None:
+def test_a_slice_is_stretched_to_the_frame(model: Sam2) -> None:
     scan = scene(SHAPE)
     low, high = intensity_limits(scan)
     scaled = ((scan[:, :, 4].clamp(low, high) - low) / (high - low))[None, None]
@@ -171,7 +173,7 @@ def test_a_constant_scan_becomes_black(model: Sam2) -> None:
 # Answers
 
 
-def test_the_answer_is_a_probability_and_zero_where_not_prompted(model: Sam2, embeddings: dict[int, Tensor]) -> None:
+def test_the_answer_is_a_probability_and_zero_on_unprompted_slices(model: Sam2, embeddings: dict[int, Tensor]) -> None:
     answer = model.segment(embeddings, Prompts((UPPER, SliceBox(9, LOWER.bounds))), GRID)
     assert (tuple(answer.probability.shape), answer.probability.dtype) == (SHAPE, torch.float32)
     assert bool(((answer.probability >= 0) & (answer.probability <= 1)).all())
@@ -183,7 +185,7 @@ def test_probabilities_are_not_binarised(carried: Segmentation) -> None:
     assert float(between[:, :, SPAN[0] : SPAN[1] + 1].float().mean()) > 0.03
 
 
-def test_all_slices_of_the_span_are_answered_and_no_others(carried: Segmentation) -> None:
+def test_exactly_the_slices_of_the_span_are_answered(carried: Segmentation) -> None:
     assert _answered(carried) == list(carried.quality) == list(range(SPAN[0], SPAN[1] + 1))
     assert all(0 <= quality <= 1 for quality in carried.quality.values())
 
@@ -196,7 +198,7 @@ def test_another_box_on_the_prompted_slice_changes_the_other_slices(
     assert bool((changes[SPAN[0] : SPAN[1] + 1] > 1e-3).all())
 
 
-def test_a_prompted_slice_is_answered_without_regard_to_the_others(
+def test_a_prompted_slice_is_answered_independently_of_the_others(
     model: Sam2, embeddings: dict[int, Tensor], carried: Segmentation
 ) -> None:
     alone = model.segment({5: embeddings[5]}, Prompts((UPPER,)), GRID)
@@ -208,14 +210,14 @@ def test_both_directions_start_from_the_prompted_slice_alone(
     model: Sam2, embeddings: dict[int, Tensor], carried: Segmentation
 ) -> None:
     only_below = {index: embeddings[index] for index in range(SPAN[0], 6)}
-    # A video of the same length, of which the slices above the prompted one differ.
+    # A video of the same length whose slices above the prompted one differ.
     changed = embeddings | {index: embeddings[index].flip(0) for index in range(6, SPAN[1] + 1)}
     answer = model.segment(changed | only_below, Prompts((UPPER,), span=SPAN), GRID)
     assert torch.equal(answer.probability[:, :, :6], carried.probability[:, :, :6])
     assert not torch.allclose(answer.probability[:, :, 6], carried.probability[:, :, 6], atol=1e-3)
 
 
-def test_a_prompted_slice_outside_of_the_span_is_remembered_but_not_answered(
+def test_a_prompted_slice_outside_the_span_is_remembered_but_not_answered(
     model: Sam2, embeddings: dict[int, Tensor]
 ) -> None:
     near, other = (model.segment(embeddings, Prompts((box,), span=(8, 11)), GRID) for box in (UPPER, LOWER))
@@ -247,9 +249,7 @@ def test_the_order_of_prompts_changes_nothing(model: Sam2, embeddings: dict[int,
     assert torch.equal(one.probability, other.probability)
 
 
-def test_several_boxes_on_a_slice_are_joined_by_the_higher_probability(
-    model: Sam2, embeddings: dict[int, Tensor]
-) -> None:
+def test_a_slice_takes_the_highest_probability_of_its_boxes(model: Sam2, embeddings: dict[int, Tensor]) -> None:
     for span in (None, (3, 8)):
         one, other = (model.segment(embeddings, Prompts((box,), span=span), GRID) for box in (UPPER, LOWER))
         both = model.segment(embeddings, Prompts((UPPER, LOWER), span=span), GRID)
@@ -259,7 +259,7 @@ def test_several_boxes_on_a_slice_are_joined_by_the_higher_probability(
         }
 
 
-def test_a_further_prompted_slice_takes_part_in_what_is_carried(
+def test_a_second_prompted_slice_affects_propagation(
     model: Sam2, embeddings: dict[int, Tensor], carried: Segmentation
 ) -> None:
     answer = model.segment(embeddings, Prompts((UPPER, SliceBox(12, LOWER.bounds)), span=SPAN), GRID)
@@ -286,7 +286,7 @@ def test_a_click_with_a_box_and_a_click_with_a_mask_change_the_answer(
         assert all(not torch.allclose(answer, other, atol=1e-3) for other in answers[:position])
 
 
-def test_a_mask_alone_is_the_answer_where_it_is_carried_and_a_first_guess_where_it_is_not(
+def test_a_mask_alone_is_the_answer_if_propagated_and_an_initial_guess_otherwise(
     model: Sam2, embeddings: dict[int, Tensor]
 ) -> None:
     mask = torch.zeros(SHAPE)
@@ -299,7 +299,7 @@ def test_a_mask_alone_is_the_answer_where_it_is_carried_and_a_first_guess_where_
     assert alone.quality[5] < 1
 
 
-def test_where_no_target_is_seen_the_answer_is_empty_and_its_quality_says_how_surely(
+def test_without_a_visible_target_the_answer_is_empty_and_the_quality_is_its_certainty(
     tmp_path: Path, embeddings: dict[int, Tensor]
 ) -> None:
     network = tiny_sam2(write_config(tmp_path / "tiny.yaml"))
@@ -341,21 +341,21 @@ def test_prompts_that_medsam2_was_not_trained_for_are_refused(tmp_path: Path) ->
 
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
-def test_prompts_reach_the_encoder_where_they_are_on_the_stretched_slice(model: Sam2, data: st.DataObject) -> None:
+def test_prompts_reach_the_encoder_at_their_place_on_the_stretched_slice(model: Sam2, data: st.DataObject) -> None:
     height, width = data.draw(st.tuples(st.integers(8, 120), st.integers(8, 120)))
     top, bottom = sorted(data.draw(st.tuples(st.floats(0, height - 1), st.floats(0, height - 1))))
     left, right = sorted(data.draw(st.tuples(st.floats(0, width - 1), st.floats(0, width - 1))))
     row, column = data.draw(st.tuples(st.integers(0, height - 1), st.integers(0, width - 1)))
     prompts = Prompts((SliceBox(1, (top, left, bottom, right)),), (Point((row, column, 1)),))
-    handed, labels = _handed_over(model, prompts, VolumeGrid((height, width, 3), (1.0, 1.0, 1.0)))
+    handed, labels = _encoder_inputs(model, prompts, VolumeGrid((height, width, 3), (1.0, 1.0, 1.0)))
     scale = torch.tensor([SIDE / width, SIDE / height])
     expected = torch.tensor([[left, top], [right + 1, bottom + 1], [column + 0.5, row + 0.5]]) * scale
     assert torch.allclose(handed, expected, atol=1e-3)
     assert labels.tolist() == [2, 3, 1]
 
 
-def _handed_over(model: Sam2, prompts: Prompts, grid: VolumeGrid) -> tuple[Tensor, Tensor]:
-    """Return what SAM 2's prompt encoder gets, with the half pixel that it adds, and the labels."""
+def _encoder_inputs(model: Sam2, prompts: Prompts, grid: VolumeGrid) -> tuple[Tensor, Tensor]:
+    """Return the coordinates that SAM 2's prompt encoder gets, plus the half pixel that it adds, and the labels."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(module: Any, arguments: Any, named: dict[str, Any]) -> None:
@@ -372,16 +372,16 @@ def _handed_over(model: Sam2, prompts: Prompts, grid: VolumeGrid) -> tuple[Tenso
 
 @settings(deadline=None, max_examples=10)
 @given(height=st.integers(24, 90), width=st.integers(24, 90), data=st.data())
-def test_answers_come_back_to_the_voxels_that_they_are_about(
-    model: Sam2, height: int, width: int, data: st.DataObject
-) -> None:
+def test_answers_map_back_to_their_voxels(model: Sam2, height: int, width: int, data: st.DataObject) -> None:
     top, left = data.draw(st.tuples(st.integers(0, height - 12), st.integers(0, width - 12)))
     mask = torch.zeros(height, width, 2)
     mask[top : top + 12, left : left + 12, 0] = 1
     grid = VolumeGrid((height, width, 2), (1.0, 1.0, 1.0))
     stored = {index: torch.zeros(4 * SIDE**2) for index in (0, 1)}
     answer = model.segment(stored, Prompts(mask=mask, span=(0, 1)), grid).probability[:, :, 0]
-    pixel = torch.tensor([height, width]) / (SIDE // 4)  # voxels to a pixel of the answer, which is a quarter as fine
+    pixel = torch.tensor([height, width]) / (
+        SIDE // 4
+    )  # voxels per pixel of the answer, which has a quarter of the resolution
     assert bool(((_centre(answer) - _centre(mask[:, :, 0])).abs() < 0.35 * pixel + 0.15).all())
 
 

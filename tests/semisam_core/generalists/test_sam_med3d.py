@@ -1,4 +1,4 @@
-"""SAM-Med3D at a tiny size, in the published layout: what it is built from, what it is asked, and where answers lie."""
+"""A tiny SAM-Med3D in the published layout: how it is built, its prompts, and the geometry of its answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.semisam_core.generalists.tiny_sam_med3d import SIDE, Painter, build, 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("sam-med3d", "sam-med3d-turbo", "seganypet")
-# At 1.5 mm already: 32 voxels along two axes, so that one cube holds them, and 60 along the other (cubes at 0 to 28).
+# Voxels of 1.5 mm already: 32 along two axes, which fit in one cube, and 60 along the other (cubes at 0 to 28).
 LONG = VolumeGrid((60, 32, 32), (1.5, 1.5, 1.5))
 CUBE = VolumeGrid((32, 32, 32), (1.5, 1.5, 1.5))
 
@@ -49,7 +49,7 @@ def model(weights: Path) -> SamMed3D:
 
 
 def _scan(grid: VolumeGrid) -> Tensor:
-    """Return a noisy scan in a unit of its own, with a border of plain background."""
+    """Return a noisy scan in arbitrary units with a border of constant background."""
     noise = 200 + 50 * torch.rand(grid.shape, generator=torch.Generator().manual_seed(1))
     noise[:2] = 40
     return noise
@@ -62,20 +62,20 @@ def embeddings(model: SamMed3D) -> dict[int, Tensor]:
 
 @pytest.fixture(scope="module")
 def cube(model: SamMed3D) -> dict[int, Tensor]:
-    """Return the embedding of a scan that is one cube."""
+    """Return the embedding of a scan of one cube."""
     return model.embed(_scan(CUBE), CUBE, [0])
 
 
 NOTHING = torch.zeros(8, 8, 8)
 
 
-def test_it_takes_clicks_and_a_mask_and_says_whose_weights_it_has(model: SamMed3D, weights: Path) -> None:
+def test_it_takes_clicks_and_a_mask_and_reports_the_hash_of_its_weights(model: SamMed3D, weights: Path) -> None:
     assert model.card.prompt_kinds == {PromptKind.POINTS_3D, PromptKind.MASK_3D}
     assert model.weights_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_known_by_name_and_needs_a_weights_file(name: str, weights: Path) -> None:
+def test_it_is_registered_and_needs_a_weights_file(name: str, weights: Path) -> None:
     assert accepted_prompts(name) == {PromptKind.POINTS_3D, PromptKind.MASK_3D}
     with pytest.raises(WeightsError, match=f"the generalist {name} has no packaged weights"):
         load_generalist(name, CPU)
@@ -84,18 +84,18 @@ def test_it_is_known_by_name_and_needs_a_weights_file(name: str, weights: Path) 
     assert load_generalist(name, CPU, weights) is loaded
 
 
-def test_an_atrial_benchmark_that_it_may_have_seen_is_on_its_card() -> None:
+def test_its_card_lists_an_atrial_benchmark_that_it_may_have_seen() -> None:
     for card in (cards.SAM_MED3D, cards.SAM_MED3D_TURBO):
         assert any("Left Atrium 2018" in each for each in card.overlaps)
 
 
-def test_all_tensors_of_the_file_are_in_the_network(model: SamMed3D, network: Any) -> None:
+def test_all_tensors_of_the_file_are_loaded(model: SamMed3D, network: Any) -> None:
     state, loaded = network.state_dict(), model.network.state_dict()
     assert state.keys() == loaded.keys()
     assert all(torch.equal(state[name], loaded[name]) for name in state)
 
 
-def test_the_published_sizes_are_read_off_the_published_tensors() -> None:
+def test_the_published_sizes_are_inferred_from_the_published_tensors() -> None:
     def tensor(*shape: int) -> Tensor:
         return torch.zeros(1).expand(shape)
 
@@ -110,7 +110,7 @@ def test_the_published_sizes_are_read_off_the_published_tensors() -> None:
     assert Architecture.of(state, Path("x"), "y") == Architecture(768, 12, 12, (2, 5, 8, 11), 384, 128, 16)
 
 
-def test_sizes_are_read_off_the_tensors_of_any_other_model(network: Any) -> None:
+def test_other_sizes_are_inferred_too(network: Any) -> None:
     assert Architecture.of(network.state_dict(), Path("x"), "y") == Architecture(24, 2, 2, (1,), 48, SIDE, 16)
 
 
@@ -127,7 +127,7 @@ def test_an_embedding_is_an_ordinary_tensor(embeddings: dict[int, Tensor]) -> No
         assert (tuple(each.shape), each.dtype, each.is_inference()) == ((48, 2, 2, 2), torch.float32, False)
 
 
-def test_a_cube_is_encoded_as_by_the_published_inference(network: Any, cube: dict[int, Tensor]) -> None:
+def test_a_cube_is_encoded_as_in_the_published_inference(network: Any, cube: dict[int, Tensor]) -> None:
     assert torch.allclose(cube[0], encode(network, _scan(CUBE) - _scan(CUBE).min()), atol=1e-4)
 
 
@@ -136,7 +136,7 @@ def test_a_cube_is_encoded_as_by_the_published_inference(network: Any, cube: dic
     [([(16, 16, 16)], [1]), ([(3, 9, 27), (20, 1, 5)], [1, 0]), ([(20, 1, 5), (31, 31, 0), (7, 7, 8)], [0, 1, 1])],
     ids=["one", "positive and negative", "three"],
 )
-def test_clicks_are_answered_as_by_the_published_inference(
+def test_clicks_are_answered_as_in_the_published_inference(
     model: SamMed3D, network: Any, cube: dict[int, Tensor], clicks: list[tuple[int, int, int]], labels: list[int]
 ) -> None:
     expected, overlap = decode(network, cube[0], clicks, labels, NOTHING)
@@ -144,11 +144,11 @@ def test_clicks_are_answered_as_by_the_published_inference(
     answer = model.segment(cube, Prompts(points=points), CUBE)
     assert torch.allclose(answer.probability, expected, atol=1e-5)
     assert answer.quality == {0: pytest.approx(min(max(overlap, 0), 1), abs=1e-5)}
-    assert float(expected.std()) > 1e-3  # the answer says something
+    assert float(expected.std()) > 1e-3  # the answer is not constant
 
 
 @pytest.mark.parametrize("clicks", [[], [(16, 16, 16)]], ids=["alone", "with a click"])
-def test_a_mask_is_given_to_the_decoder_as_logits(
+def test_the_decoder_gets_a_mask_as_logits(
     model: SamMed3D, network: Any, cube: dict[int, Tensor], clicks: list[tuple[int, int, int]]
 ) -> None:
     mask = torch.rand(CUBE.shape, generator=torch.Generator().manual_seed(2))
@@ -160,9 +160,7 @@ def test_a_mask_is_given_to_the_decoder_as_logits(
     assert not torch.allclose(answer.probability, without, atol=1e-3)
 
 
-def test_several_cubes_are_averaged_where_they_overlap(
-    model: SamMed3D, network: Any, embeddings: dict[int, Tensor]
-) -> None:
+def test_overlapping_cubes_are_averaged(model: SamMed3D, network: Any, embeddings: dict[int, Tensor]) -> None:
     prompts = Prompts(points=(Point((2, 5, 6)), Point((57, 20, 9)), Point((30, 4, 4), positive=False)))
     assert model.units(prompts, LONG) == (0, 4)
     image = _scan(LONG) - _scan(LONG).min()
@@ -175,9 +173,7 @@ def test_several_cubes_are_averaged_where_they_overlap(
     assert all(0 <= quality <= 1 for quality in answer.quality.values())
 
 
-def test_each_cube_is_given_its_own_part_of_the_mask(
-    model: SamMed3D, network: Any, embeddings: dict[int, Tensor]
-) -> None:
+def test_each_cube_gets_its_part_of_the_mask(model: SamMed3D, network: Any, embeddings: dict[int, Tensor]) -> None:
     mask = torch.rand(LONG.shape, generator=torch.Generator().manual_seed(2)) / 3
     mask[50:55, 10:20, 10:20] = 0.9
     (unit,) = model.units(Prompts(mask=mask), LONG)
@@ -187,7 +183,7 @@ def test_each_cube_is_given_its_own_part_of_the_mask(
     assert not answer.probability[:28].any()
 
 
-def test_beyond_the_scan_a_mask_says_surely_that_nothing_is_there(model: SamMed3D, network: Any) -> None:
+def test_a_mask_is_certain_background_beyond_the_scan(model: SamMed3D, network: Any) -> None:
     small = VolumeGrid((24, 32, 32), (1.5, 1.5, 1.5))
     embedded = model.embed(_scan(small), small, [0])
     low = torch.full((8, 8, 8), math.log(0.7 / 0.3))
@@ -206,14 +202,14 @@ def test_embeddings_of_other_cubes_change_nothing(model: SamMed3D, embeddings: d
 
 
 @pytest.mark.parametrize("points", [(), (Point((3, 3, 3), positive=False),)], ids=["nothing", "a negative click"])
-def test_where_nothing_positive_is_asked_the_answer_is_empty(model: SamMed3D, points: tuple[Point, ...]) -> None:
+def test_without_a_positive_prompt_the_answer_is_empty(model: SamMed3D, points: tuple[Point, ...]) -> None:
     answer = model.segment({}, Prompts(points=points), LONG)
     assert tuple(answer.probability.shape) == LONG.shape
     assert not answer.probability.any()
     assert answer.quality == {}
 
 
-def test_a_crop_that_was_not_embedded_is_refused(model: SamMed3D, embeddings: dict[int, Tensor]) -> None:
+def test_a_prompt_on_a_crop_without_an_embedding_is_refused(model: SamMed3D, embeddings: dict[int, Tensor]) -> None:
     prompts = Prompts(points=(Point((2, 5, 6)), Point((57, 20, 9))))
     with pytest.raises(ValueError, match=r"no embedding for the prompted crops \[4\]; embed units\(prompts\) first"):
         model.segment({0: embeddings[0]}, prompts, LONG)
@@ -229,12 +225,14 @@ def test_a_click_outside_the_scan_is_refused(model: SamMed3D, embeddings: dict[i
 @pytest.mark.parametrize(
     ("volume", "units", "says"),
     [
-        (torch.zeros(8, 8), [0], r"the scan has shape \(8, 8\), not \(60, 32, 32\)"),
+        (torch.zeros(8, 8), [0], r"the scan has shape \(8, 8\), its grid \(60, 32, 32\); they must be equal"),
         (torch.zeros(LONG.shape), [0, 5], "there is no crop 5; this scan has crops 0 to 4"),
         (torch.full(LONG.shape, math.nan), [0], "not finite"),
     ],
 )
-def test_what_cannot_be_embedded_is_refused(model: SamMed3D, volume: Tensor, units: list[int], says: str) -> None:
+def test_scans_and_crops_that_cannot_be_encoded_are_refused(
+    model: SamMed3D, volume: Tensor, units: list[int], says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         model.embed(volume, LONG, units)
 
@@ -246,7 +244,7 @@ def test_embeddings_do_not_depend_on_the_unit_of_intensity(
     assert torch.allclose(model.embed(_scan(CUBE) * gain + offset, CUBE, [0])[0], cube[0], atol=2e-2)
 
 
-def test_a_cube_has_mean_0_and_deviation_1_without_its_background() -> None:
+def test_a_cubes_foreground_has_mean_0_and_standard_deviation_1() -> None:
     cube = torch.zeros(8, 8, 8)
     cube[2:6] = 10 + torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
     found = standardised(cube)
@@ -257,11 +255,11 @@ def test_a_cube_has_mean_0_and_deviation_1_without_its_background() -> None:
 
 
 @pytest.mark.parametrize("cube", [torch.zeros(4, 4, 4), torch.full((4, 4, 4), 3.0), torch.eye(4).expand(4, 4, 4) * 0.0])
-def test_a_cube_in_which_nothing_differs_becomes_0(cube: Tensor) -> None:
+def test_a_constant_cube_becomes_0(cube: Tensor) -> None:
     assert not standardised(cube).any()
 
 
-def test_mask_logits_are_those_of_the_probability_and_finite_where_it_is_certain() -> None:
+def test_mask_logits_match_the_probability_and_are_finite() -> None:
     cube = torch.full((8, 8, 8), 0.8)
     cube[4:] = 0
     cube[:4, 4:] = 1
@@ -272,19 +270,19 @@ def test_mask_logits_are_those_of_the_probability_and_finite_where_it_is_certain
     assert found[1].flatten().tolist() == pytest.approx([-9.21] * 4, abs=0.01)
 
 
-def test_the_decoders_own_answer_comes_back_as_its_mask() -> None:
+def test_the_decoders_answer_survives_the_way_back_as_a_mask() -> None:
     cells = torch.stack(torch.meshgrid(*[torch.arange(16.0)] * 3, indexing="ij"), -1)
     coarse = 6 - 1.5 * (cells - torch.tensor([6.0, 8.0, 9.0])).norm(dim=-1)
     answer = F.interpolate(coarse[None, None], scale_factor=4, mode="trilinear", align_corners=False)
     found = mask_logits(torch.sigmoid(answer)[0, 0])
-    sure = coarse.abs() < 8  # beyond, probabilities are cut
+    sure = coarse.abs() < 8  # beyond, probabilities are clamped
     assert torch.allclose(found[sure], coarse[sure], atol=1.0)
     assert float((found[sure] - coarse[sure]).abs().mean()) < 0.2
 
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data(), spacing=st.tuples(*[st.floats(0.6, 4.0)] * 3))
-def test_the_answer_to_a_click_comes_back_around_it_whatever_the_voxels(data: Any, spacing: tuple[float, ...]) -> None:
+def test_the_answer_to_a_click_surrounds_it_for_any_voxel_size(data: Any, spacing: tuple[float, ...]) -> None:
     h, w, d = (max(4, round(data.draw(st.floats(20, 90)) / mm)) for mm in spacing)
     grid = VolumeGrid((h, w, d), (spacing[0], spacing[1], spacing[2]))
     at = data.draw(st.tuples(*(st.integers(0, length - 1) for length in grid.shape)))
@@ -296,12 +294,12 @@ def test_the_answer_to_a_click_comes_back_around_it_whatever_the_voxels(data: An
     grids = torch.meshgrid(*(torch.arange(length) for length in grid.shape), indexing="ij")
     scale = CropLattice(grid, SIDE).scale
     distance = torch.stack([(axis - c) * s for axis, c, s in zip(grids, at, scale, strict=True)]).norm(dim=0)
-    # Interpolation over low-resolution voxels (4) and the scan's own (up to 2.7) blurs the ball's surface.
+    # Interpolation over low-resolution voxels (4) and the scan's voxels (up to 2.7) blurs the ball's surface.
     assert bool((answer.probability[distance < 3] > 0.5).all())
     assert bool((answer.probability[distance > 9.5] < 0.5).all())
 
 
-def test_what_else_training_kept_is_let_through_for_this_file_only(weights: Path) -> None:
+def test_the_training_arguments_are_allowed_for_this_file_only(weights: Path) -> None:
     before = set(torch.serialization.get_safe_globals())
     SamMed3D.load(cards.SAM_MED3D, CPU, weights)
     assert set(torch.serialization.get_safe_globals()) == before
@@ -319,7 +317,7 @@ def test_weights_of_another_hash_are_refused(weights: Path) -> None:
         SamMed3D.load(cards.SAM_MED3D, CPU, weights, "0" * 64)
 
 
-def test_weights_of_the_expected_hash_are_taken(weights: Path, model: SamMed3D) -> None:
+def test_weights_of_the_expected_hash_are_accepted(weights: Path, model: SamMed3D) -> None:
     assert SamMed3D.load(cards.SAM_MED3D, CPU, weights, model.weights_sha256.upper()).weights_sha256
 
 
@@ -340,13 +338,13 @@ def _without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     ],
     ids=["nothing of it", "no positions", "no token", "2D", "40 channels", "windows of 7", "more"],
 )
-def test_weights_of_another_architecture_are_refused(network: Any, tmp_path: Path, change: Any) -> None:
+def test_weights_that_do_not_fit_are_refused(network: Any, tmp_path: Path, change: Any) -> None:
     torch.save({"model_state_dict": change(dict(network.state_dict()))}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other.pth: these weights are of another architecture than SAM.?Med3D"):
+    with pytest.raises(WeightsError, match=r"other.pth: these weights do not fit SAM.?Med3D"):
         SamMed3D.load(cards.SAM_MED3D, CPU, tmp_path / "other.pth")
 
 
-def test_loading_prints_nothing_and_leaves_warnings_and_random_state_as_they_were(weights: Path) -> None:
+def test_loading_prints_nothing_and_changes_neither_warning_filters_nor_random_state(weights: Path) -> None:
     script = f"""
 import json, sys, warnings, torch
 from pathlib import Path

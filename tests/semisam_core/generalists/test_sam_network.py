@@ -1,4 +1,4 @@
-"""SAM's sizes, read off checkpoints: the published ones, a tiny one, and those that are not SAM's."""
+"""SAM's sizes inferred from checkpoints: the published ones, a tiny one, and some that are not SAM's."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _same_shapes(network: Any, published: Any) -> None:
     assert one.final_attn_token_to_image.internal_dim == other.final_attn_token_to_image.internal_dim
 
 
-def test_a_network_of_any_other_size_is_recognised_too() -> None:
+def test_a_network_of_any_other_size_is_recognised() -> None:
     found = _read(tiny_sam.tiny_sam().state_dict())
     assert (found.side, found.patch, found.grid) == (tiny_sam.SIDE, tiny_sam.PATCH, tiny_sam.GRID)
     assert (found.width, found.depth, found.heads) == (tiny_sam.WIDTH, tiny_sam.DEPTH, tiny_sam.HEADS)
@@ -85,7 +85,7 @@ def test_a_network_without_windows_attends_globally_everywhere() -> None:
     assert all(block.window_size == 0 for block in assemble(_read(state)).image_encoder.blocks)  # type: ignore[union-attr]
 
 
-def test_every_tensor_arrives_as_it_was_and_none_is_left_unset() -> None:
+def test_every_tensor_is_loaded_unchanged_and_none_is_left_unset() -> None:
     saved = tiny_sam.tiny_sam(seed=3)
     built = build_network(saved.state_dict(), PATH, "what is published")
     assert built.state_dict().keys() == saved.state_dict().keys()
@@ -94,7 +94,7 @@ def test_every_tensor_arrives_as_it_was_and_none_is_left_unset() -> None:
     assert {each.device.type for each in (*built.parameters(), *built.buffers())} == {"cpu"}
 
 
-def test_half_precision_tensors_are_run_in_single_precision() -> None:
+def test_half_precision_tensors_run_in_single_precision() -> None:
     state = {name: each.half() for name, each in tiny_sam.tiny_sam().state_dict().items()}
     assert {each.dtype for each in build_network(state, PATH, "any").parameters()} == {torch.float32}
 
@@ -113,26 +113,26 @@ REL_POS = "image_encoder.blocks.{}.attn.rel_pos_h"
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda state: {"weight": torch.zeros(2)}, "there is no tensor image_encoder.patch_embed.proj.weight"),
-        (lambda state: {f"module.{name}": each for name, each in state.items()}, "there is no tensor image_encoder"),
-        (_without("image_encoder.pos_embed"), "there is no tensor image_encoder.pos_embed"),
-        (_without(REL_POS.format(1)), r"there is no tensor image_encoder.blocks.1.attn.rel_pos_h"),
-        (_with("image_encoder.pos_embed", 1, 8, 9, 32), "square pictures of 3 channels"),
-        (_with("image_encoder.patch_embed.proj.weight", 32, 1, 8, 8), "square pictures of 3 channels"),
+        (lambda state: {"weight": torch.zeros(2)}, "it has no tensor image_encoder.patch_embed.proj.weight"),
+        (lambda state: {f"module.{name}": each for name, each in state.items()}, "it has no tensor image_encoder"),
+        (_without("image_encoder.pos_embed"), "it has no tensor image_encoder.pos_embed"),
+        (_without(REL_POS.format(1)), r"it has no tensor image_encoder.blocks.1.attn.rel_pos_h"),
+        (_with("image_encoder.pos_embed", 1, 8, 9, 32), "square images of 3 channels"),
+        (_with("image_encoder.patch_embed.proj.weight", 32, 1, 8, 8), "square images of 3 channels"),
         (_with("image_encoder.pos_embed", 64, 32), r"has shape \(64, 32\), not 4 dimensions"),
         (_with("image_encoder.pos_embed", 1, 0, 0, 32), r"has shape \(1, 0, 0, 32\)"),
         (_with("image_encoder.blocks.4.norm1.weight", 32), r"image_encoder.blocks.\* are not numbered from 0"),
-        (_with(REL_POS.format(2), 5, 8), r"attend over \[3, 5, 8\] tokens, not one window or all 8"),
+        (_with(REL_POS.format(2), 5, 8), r"attend to \[3, 5, 8\] tokens, not one window or all 8"),
         (_with(REL_POS.format(0), 10, 8), "not one window"),
         (_with(REL_POS.format(0), 9, 7), "one number of attention heads"),
-        (_with("image_encoder.neck.0.weight", 40, 32, 1, 1), "40 channels of prompts cannot be shared by 8 heads"),
+        (_with("image_encoder.neck.0.weight", 40, 32, 1, 1), "40 prompt channels cannot be divided among 8 heads"),
         (_without("mask_decoder.iou_token.weight"), "than Sam"),
         (_with("mask_decoder.hf_token.weight", 1, 32), "than Sam"),
         (_with("mask_decoder.iou_token.weight", 1, 31), "than Sam"),
     ],
 )
-def test_what_is_not_of_sams_layout_is_refused_with_the_reason(change: Callable[[State], State], says: str) -> None:
+def test_tensors_in_another_layout_are_refused_with_the_reason(change: Callable[[State], State], says: str) -> None:
     with pytest.raises(WeightsError, match=says) as caught:
         build_network(change(tiny_sam.tiny_sam().state_dict()), PATH, "what is published")
-    assert str(caught.value).startswith("some.pth: these weights are of another architecture than ")
+    assert str(caught.value).startswith("some.pth: these weights do not fit ")
     assert str(caught.value).endswith("accepted is what is published")

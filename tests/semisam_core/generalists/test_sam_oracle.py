@@ -1,4 +1,4 @@
-"""SAM and MedSAM against what their authors published: segment_anything's predictor, MedSAM's inference."""
+"""SAM and MedSAM against their published code: segment_anything's predictor and MedSAM's inference."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _official(
     multimask: bool = False,
     seed: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Ask segment_anything's predictor, which places pixel centres on whole numbers and adds half a pixel itself."""
+    """Run segment_anything's predictor, whose pixel centres are whole numbers and which adds half a pixel itself."""
     predictor = SamPredictor(tiny_sam(seed))
     picture = scene(shape)[:, :, index].numpy().astype(np.uint8)
     predictor.set_image(np.repeat(picture[:, :, None], 3, axis=2))
@@ -72,25 +72,25 @@ def _official(
     ],
     ids=["box", "points", "box and points"],
 )
-def test_an_answer_is_the_published_predictors(sam: Sam, prompts: Prompts, shape: tuple[int, int, int]) -> None:
+def test_answers_equal_the_published_predictors(sam: Sam, prompts: Prompts, shape: tuple[int, int, int]) -> None:
     grid = VolumeGrid(shape, (1.0, 1.0, 1.0))
     answer = sam.segment(sam.embed(scene(shape), grid, [2]), prompts, grid)
     points = sorted(prompts.points, key=lambda point: point.position)
     expected, overlap = _official(2, shape, points, prompts.boxes[0] if prompts.boxes else None)
-    # The predictor rounds resized pictures to whole intensities.
+    # The predictor rounds resized images to whole intensities.
     assert torch.allclose(answer.probability[:, :, 2], expected[0], atol=1e-5 if shape == SHAPE else 0.02)
     assert answer.quality == {2: pytest.approx(float(overlap.clamp(0, 1)), abs=1e-5 if shape == SHAPE else 0.02)}
-    assert float(answer.probability[:, :, 2].std()) > 0.02  # not the same everywhere
+    assert float(answer.probability[:, :, 2].std()) > 0.02  # not constant
 
 
 @pytest.mark.parametrize(
     ("points", "box"), [((), None), ((POINT,), None), ((POINT,), BOX), ((), BOX)], ids=["alone", "point", "all", "box"]
 )
-def test_an_answer_to_a_mask_is_the_published_predictors(
+def test_an_answer_to_a_mask_equals_the_published_predictors(
     sam: Sam, embeddings: dict[int, Tensor], points: tuple[Point, ...], box: SliceBox | None
 ) -> None:
     side = 4 * GRID
-    coarse = torch.full((side, side * 3 // 4), 0.2)  # one value for each pixel of the prompt's frame
+    coarse = torch.full((side, side * 3 // 4), 0.2)  # one value per pixel of the prompt's frame
     coarse[6:20, 4:15] = 0.9
     mask = torch.zeros(SHAPE)
     mask[:, :, 2] = coarse.repeat_interleave(2, 0).repeat_interleave(2, 1)
@@ -106,7 +106,7 @@ def test_an_answer_to_a_mask_is_the_published_predictors(
     assert answer.quality == {2: pytest.approx(float(overlap.clamp(0, 1)), abs=1e-5)}
 
 
-def test_of_several_answers_to_one_point_the_one_rated_highest_is_taken() -> None:
+def test_the_highest_rated_of_several_answers_to_one_point_is_used() -> None:
     rated: set[int] = set()
     for seed in range(6):
         sam = loaded(cards.SAM, tiny_sam(seed))
@@ -117,18 +117,18 @@ def test_of_several_answers_to_one_point_the_one_rated_highest_is_taken() -> Non
         rated.add(best)
         assert torch.allclose(answer.probability[:, :, 2], expected[best], atol=1e-5)
         assert answer.quality == {2: pytest.approx(float(overlaps.clamp(0, 1)[best]), abs=1e-5)}
-    assert len(rated) > 1  # not the same of the three for every network
+    assert len(rated) > 1  # not the same one of the three for every network
 
 
 @pytest.mark.parametrize(("seed", "quality"), [(0, 0.0), (4, 1.0)])
-def test_an_overlap_predicted_beyond_0_or_1_is_cut_there(seed: int, quality: float) -> None:
+def test_a_predicted_iou_beyond_0_or_1_is_clipped(seed: int, quality: float) -> None:
     sam = loaded(cards.SAM, tiny_sam(seed))
     assert sam.segment(sam.embed(scene(), VOXELS, [2]), Prompts((BOX,)), VOXELS).quality == {2: quality}
     _, predicted = _official(2, SHAPE, box=BOX, seed=seed)
     assert not 0 <= float(predicted) <= 1
 
 
-def test_medsams_answer_is_that_of_its_published_inference() -> None:
+def test_medsams_answer_equals_its_published_inference() -> None:
     medsam = loaded(cards.MEDSAM, tiny_sam())
     shape = (40, 90, 3)
     grid = VolumeGrid(shape, (1.0, 1.0, 1.0))

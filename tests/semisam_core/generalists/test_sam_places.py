@@ -1,4 +1,4 @@
-"""What SAM's and MedSAM's encoder sees of a slice, and that prompts and answers lie where the picture does."""
+"""What SAM's and MedSAM's encoders see of a slice; prompts and answers are aligned with the image."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_intensities_beyond_the_scans_percentiles_are_clipped(name: str) -> None
     assert torch.equal(*frames)
 
 
-def test_sams_picture_is_normalised_at_the_upper_left_with_zeros_around(sam: Sam) -> None:
+def test_sams_image_is_normalised_and_padded_below_and_right_with_zeros(sam: Sam) -> None:
     frames = sam.frames(scene(), [2, 4], (0.0, 255.0))
     assert tuple(frames.shape) == (2, 3, SIDE, SIDE)
     assert not frames[..., 48:].any()
@@ -48,7 +48,7 @@ def test_sams_picture_is_normalised_at_the_upper_left_with_zeros_around(sam: Sam
     assert torch.allclose(frames[1, :, :, :48], (scene()[:, :, 4] - network.pixel_mean) / network.pixel_std, atol=1e-5)
 
 
-def test_medsams_picture_fills_the_frame_between_0_and_1_in_equal_channels(medsam: Sam) -> None:
+def test_medsams_image_fills_the_frame_between_0_and_1_in_equal_channels(medsam: Sam) -> None:
     frames = medsam.frames(scene(), [2, 4], intensity_limits(scene()))
     assert tuple(frames.shape) == (2, 3, SIDE, SIDE)
     assert frames.amin(dim=(1, 2, 3)).tolist() == [0, 0]
@@ -61,7 +61,7 @@ def test_medsams_picture_fills_the_frame_between_0_and_1_in_equal_channels(medsa
 @pytest.mark.parametrize("name", ["sam", "medsam"])
 @settings(deadline=None, max_examples=10)
 @given(gain=st.floats(0.01, 100), offset=st.floats(-500, 500))
-def test_a_picture_does_not_depend_on_the_unit_of_intensity(name: str, gain: float, offset: float) -> None:
+def test_an_image_does_not_depend_on_the_unit_of_intensity(name: str, gain: float, offset: float) -> None:
     model = loaded(getattr(cards, name.upper()), tiny_sam())
     pictures = [model.frames(scan, [2], intensity_limits(scan)) for scan in (scene(), scene() * gain + offset)]
     assert torch.allclose(*pictures, atol=2e-2)
@@ -69,7 +69,7 @@ def test_a_picture_does_not_depend_on_the_unit_of_intensity(name: str, gain: flo
 
 @contextmanager
 def _spied(network: Any) -> Iterator[list[dict[str, Any]]]:
-    """Record what the prompt encoder is given, and let the decoder answer with a spot at the first point."""
+    """Record the prompt encoder's inputs, and make the decoder answer with a spot at the first point."""
     calls: list[dict[str, Any]] = []
 
     def answer(module: Any, args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def _spied(network: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 def _middle(there: Tensor) -> tuple[float, float]:
-    """Return the middle (x, y) of the bounds of what is there (S, S), in pixels of the encoder's input."""
+    """Return the middle (x, y) of a mask's bounds (S, S), in pixels of the encoder's input."""
     (top, left), (bottom, right) = there.nonzero().amin(0).tolist(), there.nonzero().amax(0).tolist()
     scale = SIDE / there.shape[0]
     return scale * (left + right + 1) / 2, scale * (top + bottom + 1) / 2
@@ -101,11 +101,11 @@ def _middle(there: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("stretched", [False, True], ids=["in proportion", "stretched"])
 @settings(deadline=None, max_examples=25)
 @given(height=st.integers(24, 200), proportion=st.floats(0.4, 2.5), data=st.data())
-def test_picture_point_box_mask_and_answer_meet_at_the_same_voxel(
+def test_image_point_box_mask_and_answer_meet_at_the_same_voxel(
     stretched: bool, height: int, proportion: float, data: Any
 ) -> None:
     model = loaded(cards.SAM, tiny_sam())
-    if stretched:  # MedSAM's framing under SAM's card, which takes every kind of prompt
+    if stretched:  # MedSAM's framing with SAM's card, which takes every kind of prompt
         model.framing = loaded(cards.MEDSAM, tiny_sam()).framing
     shape = (height, max(24, round(height * proportion)), 2)
     (row, row_reach), (column, column_reach) = (
@@ -129,7 +129,7 @@ def test_picture_point_box_mask_and_answer_meet_at_the_same_voxel(
     )
     picture = model.frames(scan, [1], (0.0, 1.0))[0, 0]
     assert _middle(picture > (picture.min() + picture.max()) / 2) == pytest.approx(place, abs=0.75)
-    assert _middle(call["masks"][0, 0] > 0) == pytest.approx(place, abs=2.0)  # one of its own, larger pixels
+    assert _middle(call["masks"][0, 0] > 0) == pytest.approx(place, abs=2.0)  # one of the mask's larger pixels
     peak = divmod(int(answer.argmax()), shape[1])
     assert abs(peak[0] - row) <= 0.5 + shape[0] / rows
     assert abs(peak[1] - column) <= 0.5 + shape[1] / columns

@@ -1,4 +1,4 @@
-"""What SAM's decoder is asked about each slice, from boxes, points and a mask on a scan."""
+"""The queries to SAM's decoder for each slice, from boxes, points and a mask on a scan."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from semisam_core.generalists.slices import Framing
 
 SHAPE = (48, 32, 6)
 GRID = VolumeGrid(SHAPE, (1.0, 1.0, 1.0))
-FRAMING = Framing(96)  # two pixels a voxel
-MASK_SIDE = 24  # half a pixel a voxel
+FRAMING = Framing(96)  # two pixels per voxel
+MASK_SIDE = 24  # half a pixel per voxel
 LEFT, RIGHT = SliceBox(2, (10, 2, 19, 11)), SliceBox(2, (10, 20, 19, 29))
 
 
@@ -37,7 +37,7 @@ def _at(*points: Point) -> list[tuple[float, float]]:
     return [FRAMING.point(point, SHAPE) for point in points]
 
 
-def test_box_points_and_mask_of_a_slice_are_one_query() -> None:
+def test_box_points_and_mask_on_a_slice_are_one_query() -> None:
     points = (Point((12, 5, 2)), Point((30, 20, 2), positive=False))
     (query,) = _queries(Prompts((LEFT,), points, _mask((slice(10, 20), slice(2, 12), 2))))
     assert (query.index, query.structure) == (2, (True, 2, True))
@@ -50,7 +50,7 @@ def test_a_click_inside_the_object_is_positive_and_one_outside_is_negative() -> 
     assert dict(zip(query.points, query.labels, strict=True)) == {(7.0, 19.0): 1, (17.0, 5.0): 0}
 
 
-def test_each_slice_is_asked_by_itself() -> None:
+def test_each_slice_is_a_query_of_its_own() -> None:
     points = (Point((1, 1, 4)), Point((2, 2, 0)), Point((3, 3, 4)))
     assert [(query.index, query.structure) for query in _queries(Prompts((LEFT,), points))] == [
         (0, (False, 1, False)),
@@ -59,7 +59,7 @@ def test_each_slice_is_asked_by_itself() -> None:
     ]
 
 
-def test_only_a_positive_point_alone_is_ambiguous() -> None:
+def test_only_a_single_positive_point_is_ambiguous() -> None:
     point, mask = Point((1, 1, 2)), _mask((slice(0, 9), slice(0, 9), 2))
     sets = {
         "point": Prompts(points=(point,)),
@@ -80,20 +80,20 @@ def test_a_slice_with_only_negative_points_is_not_answered() -> None:
     assert answered_slices(prompts, GRID, FRAMING) == (1,)
 
 
-def test_a_mask_alone_asks_about_each_slice_with_foreground() -> None:
+def test_a_mask_alone_queries_each_slice_with_foreground() -> None:
     mask = _mask((slice(4, 12), slice(4, 12), 1), (slice(20, 28), slice(8, 16), 4))
     mask[0, 0, 3] = 0.5  # not above one half
     queries = _queries(Prompts(mask=mask))
     assert [(query.index, query.structure) for query in queries] == [(1, (False, 0, True)), (4, (False, 0, True))]
 
 
-def test_a_mask_goes_with_a_prompt_even_where_it_has_no_foreground() -> None:
+def test_a_mask_accompanies_a_prompt_even_on_a_slice_without_foreground() -> None:
     (query,) = _queries(Prompts((LEFT,), mask=_mask()))
     assert query.mask is not None
     assert float(query.mask.max()) == pytest.approx(math.log(0.1 / 0.9), abs=1e-5)
 
 
-def test_a_mask_is_handed_over_as_logits_that_are_never_infinite() -> None:
+def test_a_mask_becomes_finite_logits() -> None:
     mask = _mask((slice(0, 24), slice(0, 32), 2), value=1.0)
     mask[24:, :, 2] = 0.0
     (query,) = _queries(Prompts(mask=mask))
@@ -102,10 +102,10 @@ def test_a_mask_is_handed_over_as_logits_that_are_never_infinite() -> None:
     limit = math.log(0.999 / 0.001)
     assert query.mask[0, 0, :16].tolist() == pytest.approx([limit] * 16, abs=1e-3)
     assert query.mask[0, -1, :16].tolist() == pytest.approx([-limit] * 16, abs=1e-3)
-    assert float(query.mask[0, :, 16:].max()) < -limit  # the padding is surer still
+    assert float(query.mask[0, :, 16:].max()) < -limit  # the padding is more certain still
 
 
-def test_each_of_several_boxes_gets_the_points_and_the_mask_inside_it_and_all_negative_points() -> None:
+def test_each_of_several_boxes_gets_the_points_and_mask_inside_it_and_all_negative_points() -> None:
     inside = {box: Point((15, (box.bounds[1] + box.bounds[3]) / 2, 2)) for box in (LEFT, RIGHT)}
     negative = Point((40, 16, 2), positive=False)
     mask = _mask((slice(0, 48), slice(0, 32), 2))
@@ -125,12 +125,12 @@ def test_each_of_several_boxes_gets_the_points_and_the_mask_inside_it_and_all_ne
 @pytest.mark.parametrize(
     ("column", "takers"), [(11.4, [LEFT]), (12.0, [LEFT]), (15.0, [LEFT]), (16.0, [RIGHT]), (15.5, [LEFT, RIGHT])]
 )
-def test_a_positive_point_in_no_box_goes_with_the_nearest(column: float, takers: list[SliceBox]) -> None:
+def test_a_positive_point_outside_all_boxes_belongs_to_the_nearest(column: float, takers: list[SliceBox]) -> None:
     queries = _queries(Prompts((LEFT, RIGHT), (Point((15, column, 2)),)))
     assert [query.box for query in queries if query.points] == [FRAMING.box(box, SHAPE) for box in takers]
 
 
-def test_a_point_in_two_boxes_goes_with_both() -> None:
+def test_a_point_in_two_boxes_belongs_to_both() -> None:
     over = SliceBox(2, (12, 8, 25, 25))
     queries = _queries(Prompts((LEFT, over), (Point((15, 9, 2)),)))
     assert [len(query.points) for query in queries] == [1, 1]
@@ -172,7 +172,7 @@ def test_the_order_of_prompts_changes_nothing(boxes: list[SliceBox], points: lis
 
 @settings(deadline=None, max_examples=50)
 @given(boxes=st.lists(BOXES, max_size=5), points=st.lists(POINTS, max_size=8))
-def test_every_box_is_asked_once_and_no_point_of_an_answered_slice_is_lost(
+def test_every_box_is_queried_once_and_no_point_of_an_answered_slice_is_lost(
     boxes: list[SliceBox], points: list[Point]
 ) -> None:
     prompts = Prompts(tuple(boxes), tuple(points))
@@ -201,7 +201,7 @@ def test_every_box_is_asked_once_and_no_point_of_an_answered_slice_is_lost(
         (Prompts(mask=torch.full(SHAPE, math.nan)), "must be a probability"),
     ],
 )
-def test_prompts_that_are_not_on_the_scan_are_refused(prompts: Prompts, says: str) -> None:
+def test_prompts_off_the_scan_are_refused(prompts: Prompts, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         _queries(prompts)
     with pytest.raises(ValueError, match=says):

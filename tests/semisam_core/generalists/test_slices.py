@@ -1,4 +1,4 @@
-"""Where slices, boxes, clicks and answers lie in the square input of a 2D encoder."""
+"""How slices, boxes, clicks and answers map to the square input of a 2D encoder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_slice_fills_the_frame_along_its_longer_side_and_keeps_its_proportions
 
 @settings(deadline=None, max_examples=25)
 @given(height=SIDES, width=SIDES, data=st.data())
-def test_the_edges_of_a_box_lie_at_the_same_share_of_slice_and_frame(height: int, width: int, data: Any) -> None:
+def test_the_edges_of_a_box_are_at_the_same_fraction_of_slice_and_frame(height: int, width: int, data: Any) -> None:
     top, bottom = sorted(data.draw(st.tuples(*[st.floats(0, height - 1)] * 2)))
     left, right = sorted(data.draw(st.tuples(*[st.floats(0, width - 1)] * 2)))
     rows, columns = framing.size((height, width))
@@ -50,14 +50,14 @@ def test_the_edges_of_a_box_lie_at_the_same_share_of_slice_and_frame(height: int
         (SliceBox(1, (20, 0, 25, 5)), "lies outside the 20 x 30 slice"),
     ],
 )
-def test_a_box_that_surrounds_nothing_of_the_scan_is_refused(box: SliceBox, says: str) -> None:
+def test_a_box_without_any_voxel_of_the_scan_is_refused(box: SliceBox, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         framing.box(box, (20, 30, 3))
 
 
 @settings(deadline=None, max_examples=50)
 @given(height=SIDES, width=SIDES, stretched=st.booleans(), data=st.data())
-def test_a_click_on_a_voxel_lies_in_the_box_around_that_voxel(
+def test_a_click_on_a_voxel_is_inside_the_box_around_that_voxel(
     height: int, width: int, stretched: bool, data: Any
 ) -> None:
     frame = Framing(256, stretched)
@@ -69,7 +69,7 @@ def test_a_click_on_a_voxel_lies_in_the_box_around_that_voxel(
 
 @settings(deadline=None, max_examples=25)
 @given(height=st.integers(16, 300), width=st.integers(16, 300), stretched=st.booleans(), data=st.data())
-def test_what_is_drawn_at_a_voxel_is_framed_at_its_click_and_comes_back_to_it(
+def test_a_spot_at_a_voxel_is_framed_at_its_click_and_maps_back_to_the_voxel(
     height: int, width: int, stretched: bool, data: Any
 ) -> None:
     frame = Framing(256, stretched)
@@ -80,7 +80,7 @@ def test_what_is_drawn_at_a_voxel_is_framed_at_its_click_and_comes_back_to_it(
     rows, columns = torch.meshgrid(torch.arange(256) + 0.5, torch.arange(256) + 0.5, indexing="ij")
     mass = framed[0] / framed.sum()
     centre = (float((mass * columns).sum()), float((mass * rows).sum()))
-    # Resampling with few pixels a voxel moves a centre of mass by a fraction of one.
+    # Resampling with few pixels per voxel moves a centre of mass by a fraction of a pixel.
     assert centre == pytest.approx(frame.point(Point((row, column, 0)), (height, width, 1)), abs=0.6)
     back = frame.unframe(framed, (height, width))[0]
     assert float(back[row, column]) > 0.5
@@ -89,7 +89,7 @@ def test_what_is_drawn_at_a_voxel_is_framed_at_its_click_and_comes_back_to_it(
     assert float(outside.max()) < 0.5
 
 
-def test_a_mask_prompt_has_the_low_resolution_and_the_padding_asked_for() -> None:
+def test_a_mask_prompt_has_the_requested_resolution_and_padding() -> None:
     low = framing.mask(torch.ones(2, 40, 20), 64, outside=-9.0)
     assert tuple(low.shape) == (2, 1, 64, 64)
     assert bool((low[:, :, :, :32] == 1).all())
@@ -106,11 +106,11 @@ def test_a_mask_prompt_has_the_low_resolution_and_the_padding_asked_for() -> Non
         ((0, 0, math.nan), "outside"),
     ],
 )
-def test_a_click_that_is_on_no_voxel_of_a_slice_is_refused(position: tuple[float, float, float], says: str) -> None:
+def test_a_click_off_the_voxels_of_a_slice_is_refused(position: tuple[float, float, float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         framing.point(Point(position), (20, 30, 3))
 
 
-def test_each_frame_is_stretched_by_itself_and_a_constant_one_is_black() -> None:
+def test_each_frame_is_stretched_separately_and_a_constant_one_is_black() -> None:
     frames = torch.stack([torch.arange(4.0).reshape(2, 2), torch.full((2, 2), 7.0)])
     assert stretch(frames).tolist() == [[[0, pytest.approx(1 / 3)], [pytest.approx(2 / 3), 1]], [[0, 0], [0, 0]]]

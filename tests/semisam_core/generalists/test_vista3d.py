@@ -1,4 +1,4 @@
-"""VISTA3D with small random weights: that it answers as MONAI's own network does, and where a click arrives."""
+"""VISTA3D with small random weights: it answers as MONAI's network does, and clicks arrive at their voxels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIDE = 32
 CUBE = VolumeGrid((SIDE, SIDE, SIDE), (1.5, 1.5, 1.5))  # one crop, without resampling or padding
 LONG = VolumeGrid((SIDE, SIDE, 50), (1.5, 1.5, 1.5))  # several crops along the last axis
 CLICKS = Prompts(points=(Point((20, 9, 14)), Point((5, 25.5, 30), positive=False)))
-NOVEL = torch.tensor([[200]])  # MONAI's published rule: a class above 132 is none that it was trained on
+NOVEL = torch.tensor([[200]])  # in MONAI, a class above 132 is one that it was not trained on
 
 
 def _official(width: int = 8, seed: int = 0) -> nn.Module:
@@ -58,7 +58,7 @@ def model(weights: Path) -> Vista3D:
 
 
 def _scan(grid: VolumeGrid, seed: int = 0) -> Tensor:
-    """Return a noisy scan, in a unit of its own, that is brighter towards the end of each axis."""
+    """Return a noisy scan in arbitrary units that is brighter towards the end of each axis."""
     ramps = torch.meshgrid(*(torch.linspace(0, 1, length) for length in grid.shape), indexing="ij")
     noise = torch.randn(grid.shape, generator=torch.Generator().manual_seed(seed))
     return 40 * (ramps[0] + 2 * ramps[1] - ramps[2]) + 20 * noise - 7
@@ -79,8 +79,8 @@ def _by_monai(network: nn.Module, cube: Tensor, prompts: Prompts) -> Tensor:
     return torch.sigmoid(logits[0, 0])
 
 
-class Heard:
-    """What a model's network was given, while it listens."""
+class Recorded:
+    """Records what a model's network is given while it is active."""
 
     def __init__(self, model: Vista3D) -> None:
         self.cubes: list[Tensor] = []
@@ -97,7 +97,7 @@ class Heard:
         self.positions += list((positions[0] + 0.5) * of_the_cube - 0.5)
         self.labels.append(labels[0].tolist())
 
-    def __enter__(self) -> Heard:
+    def __enter__(self) -> Recorded:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,14 +105,14 @@ class Heard:
             hook.remove()
 
 
-def test_it_takes_clicks_in_3d_and_nothing_else_and_says_under_which_licence(model: Vista3D, weights: Path) -> None:
+def test_it_takes_only_clicks_in_3d_and_names_its_licence(model: Vista3D, weights: Path) -> None:
     assert model.card.prompt_kinds == {PromptKind.POINTS_3D}
     assert model.card.name == "vista3d"
     assert "not commercial" in model.card.licence
     assert model.weights_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def test_it_answers_a_crop_as_monais_own_network_does(model: Vista3D, official: nn.Module) -> None:
+def test_it_answers_a_crop_as_monais_network_does(model: Vista3D, official: nn.Module) -> None:
     volume = _scan(CUBE)
     answer = _ask(model, volume, CLICKS, CUBE).probability
     expected = _by_monai(official, stretch_between(volume, intensity_limits(volume)), CLICKS)
@@ -120,7 +120,7 @@ def test_it_answers_a_crop_as_monais_own_network_does(model: Vista3D, official: 
     assert torch.allclose(answer, expected, atol=1e-5)
 
 
-def test_clicks_are_on_a_class_that_it_was_not_trained_on(model: Vista3D, official: nn.Module) -> None:
+def test_clicks_are_for_a_class_that_it_was_not_trained_on(model: Vista3D, official: nn.Module) -> None:
     volume = _scan(CUBE)
     cube = stretch_between(volume, intensity_limits(volume))
     with torch.inference_mode():
@@ -133,7 +133,7 @@ def test_clicks_are_on_a_class_that_it_was_not_trained_on(model: Vista3D, offici
     assert not torch.allclose(_ask(model, volume, CLICKS, CUBE).probability, torch.sigmoid(trained[0, 0]), atol=1e-3)
 
 
-def test_where_crops_overlap_their_answers_are_averaged(model: Vista3D, official: nn.Module) -> None:
+def test_overlapping_crops_are_averaged(model: Vista3D, official: nn.Module) -> None:
     volume = _scan(LONG)
     prompts = Prompts(points=(Point((16, 16, 3)), Point((12, 20, 47)), Point((9, 9, 20), positive=False)))
     cubes = stretch_between(volume, intensity_limits(volume))
@@ -175,10 +175,10 @@ grids = st.builds(
 
 @settings(deadline=None, max_examples=25)
 @given(grid=grids, axis=st.integers(0, 2), share=st.tuples(*[st.floats(0, 1)] * 3))
-def test_a_click_arrives_at_its_own_voxel_of_the_crop(
+def test_a_click_arrives_at_its_voxel_in_the_crop(
     model: Vista3D, grid: VolumeGrid, axis: int, share: tuple[float, float, float]
 ) -> None:
-    """A scan that holds its own voxel numbers along one axis; the crop shows at the click what the scan shows there."""
+    """The scan contains its voxel numbers along one axis; the crop has the same number at the click."""
     margins = [math.ceil(2 * 1.5 / mm) + 1 for mm in grid.spacing_mm]  # voxels near a border have no neighbour there
     last = [length - 1 for length in grid.shape]
     click = [
@@ -187,11 +187,11 @@ def test_a_click_arrives_at_its_own_voxel_of_the_crop(
     ]
     numbers = torch.arange(grid.shape[axis], dtype=torch.float32)
     volume = numbers.view([-1 if each == axis else 1 for each in range(3)]).expand(grid.shape)
-    with Heard(model) as heard:
+    with Recorded(model) as recorded:
         answer = _ask(model, volume, Prompts(points=(Point((click[0], click[1], click[2])),)), grid)
-    assert len(heard.cubes) == len(heard.positions) == 1
-    assert heard.labels == [[1]]
-    shown = _interpolate(heard.cubes[0], heard.positions[0].tolist()) * last[axis]
+    assert len(recorded.cubes) == len(recorded.positions) == 1
+    assert recorded.labels == [[1]]
+    shown = _interpolate(recorded.cubes[0], recorded.positions[0].tolist()) * last[axis]
     assert shown == pytest.approx(click[axis], abs=1e-2)
     assert answer.probability.shape == grid.shape
     assert answer.probability[tuple(round(at) for at in click)] > 0
@@ -203,10 +203,10 @@ def _interpolate(cube: Tensor, position: list[float]) -> float:
 
 
 def test_negative_clicks_arrive_as_negative(model: Vista3D) -> None:
-    with Heard(model) as heard:
+    with Recorded(model) as recorded:
         _ask(model, _scan(CUBE), CLICKS, CUBE)
-    assert heard.labels == [[1, 0]]
-    arrived = torch.stack(heard.positions).tolist()
+    assert recorded.labels == [[1, 0]]
+    arrived = torch.stack(recorded.positions).tolist()
     assert arrived == [pytest.approx(point.position, abs=1e-4) for point in CLICKS.points]
 
 
@@ -221,16 +221,16 @@ def test_a_negative_click_changes_the_answer(model: Vista3D) -> None:
 
 def test_successive_clicks_on_a_crop_encode_it_once(model: Vista3D, tmp_path: Path) -> None:
     volume, store = _scan(CUBE), EmbeddingStore(tmp_path, 10**9)
-    with Heard(model) as heard:
+    with Recorded(model) as recorded:
         for count in (1, 2):
             prompts = Prompts(points=CLICKS.points[:count])
             embeddings = store.fetch(model, "scan", volume, CUBE, model.units(prompts, CUBE))
             model.segment(embeddings, prompts, CUBE)
-    assert heard.labels == [[1], [1, 0]]
-    assert len(heard.cubes) == 1
+    assert recorded.labels == [[1], [1, 0]]
+    assert len(recorded.cubes) == 1
 
 
-def test_an_embedding_is_an_ordinary_tensor_an_eighth_of_the_features(model: Vista3D) -> None:
+def test_an_embedding_is_an_ordinary_tensor_of_an_eighth_of_the_voxels(model: Vista3D) -> None:
     embeddings = model.embed(_scan(LONG), LONG, [0, 2])
     assert list(embeddings) == [0, 2]
     for each in embeddings.values():
@@ -246,7 +246,7 @@ def test_half_precision_in_the_store_hardly_changes_the_answer(model: Vista3D) -
     assert torch.allclose(exact, rounded, atol=1e-2)
 
 
-def test_answers_do_not_depend_on_what_was_asked_before(model: Vista3D) -> None:
+def test_answers_do_not_depend_on_earlier_prompts(model: Vista3D) -> None:
     scans = [_scan(CUBE, seed) for seed in (0, 1)]
     forwards = [_ask(model, scan, CLICKS, CUBE).probability for scan in scans]
     backwards = [_ask(model, scan, CLICKS, CUBE).probability for scan in reversed(scans)]
@@ -271,11 +271,11 @@ def test_the_answer_does_not_depend_on_the_unit_of_intensity(model: Vista3D, gai
     assert torch.allclose(*answers, atol=5e-2)
 
 
-def test_the_encoder_sees_the_scan_between_0_and_1_with_zeros_around(model: Vista3D) -> None:
+def test_the_encoder_sees_the_scan_between_0_and_1_padded_with_zeros(model: Vista3D) -> None:
     grid = VolumeGrid((20, 24, 16), (1.5, 1.5, 1.5))
-    with Heard(model) as heard:
+    with Recorded(model) as recorded:
         model.embed(_scan(grid), grid, [0])
-    (cube,) = heard.cubes
+    (cube,) = recorded.cubes
     assert (float(cube.min()), float(cube.max())) == (0, 1)
     assert tuple(cube.shape) == (SIDE, SIDE, SIDE)
     around = cube.clone()
@@ -295,7 +295,7 @@ def test_quality_is_the_mean_probability_of_the_foreground_without_padding(model
     assert answer.quality == {0: pytest.approx(float(foreground.mean()), abs=1e-5)}
 
 
-def test_quality_is_0_where_there_is_no_foreground() -> None:
+def test_quality_is_0_without_foreground() -> None:
     assert confidence(torch.tensor([0.5, 0.1, 0.0])) == 0
     assert confidence(torch.tensor([])) == 0
 
@@ -325,7 +325,7 @@ def test_other_prompts_are_refused(model: Vista3D, prompts: Prompts, kind: str) 
             ask()
 
 
-def test_a_crop_that_was_not_embedded_is_refused(model: Vista3D) -> None:
+def test_a_click_in_a_crop_without_an_embedding_is_refused(model: Vista3D) -> None:
     with pytest.raises(ValueError, match=r"no embedding for the prompted crops \[0\]"):
         model.segment({}, CLICKS, CUBE)
 
@@ -334,12 +334,14 @@ def test_a_crop_that_was_not_embedded_is_refused(model: Vista3D) -> None:
     ("volume", "units", "says"),
     [
         (torch.zeros(8, 8), [0], r"the scan has shape \(8, 8\), its grid \(32, 32, 32\)"),
-        (torch.zeros(32, 32, 31), [0], "they must be the same"),
+        (torch.zeros(32, 32, 31), [0], "they must be equal"),
         (_scan(CUBE), [0, 1], "there is no crop 1"),
         (torch.full(CUBE.shape, math.nan), [0], "not finite"),
     ],
 )
-def test_what_cannot_be_embedded_is_refused(model: Vista3D, volume: Tensor, units: list[int], says: str) -> None:
+def test_scans_and_crops_that_cannot_be_encoded_are_refused(
+    model: Vista3D, volume: Tensor, units: list[int], says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         model.embed(volume, CUBE, units)
 
@@ -364,7 +366,7 @@ def test_loaded_weights_are_the_saved_ones(model: Vista3D, official: nn.Module) 
     assert len(loaded) == len(saved) - len(unused)
 
 
-def test_sizes_are_read_off_the_weights(tmp_path: Path) -> None:
+def test_sizes_are_inferred_from_the_weights(tmp_path: Path) -> None:
     other = VISTA3D(
         SegResNetDS2(blocks_down=(2, 1), norm="instance", out_channels=16, init_filters=16),
         ClassMappingClassify(5, 16),
@@ -381,7 +383,7 @@ def test_sizes_are_read_off_the_weights(tmp_path: Path) -> None:
     )
 
 
-def test_the_registry_loads_it_with_crops_of_the_published_side(weights: Path) -> None:
+def test_the_registry_loads_it_with_the_published_crop_side(weights: Path) -> None:
     loaded = load_generalist("vista3d", CPU, weights, hashlib.sha256(weights.read_bytes()).hexdigest())
     assert isinstance(loaded, Vista3D)
     assert len(loaded.units(Prompts(points=(Point((3, 3, 3)),)), VolumeGrid((128, 128, 128), (1.5, 1.5, 1.5)))) == 1
@@ -389,7 +391,7 @@ def test_the_registry_loads_it_with_crops_of_the_published_side(weights: Path) -
         loaded.embed(torch.zeros(128, 128, 128), VolumeGrid((128, 128, 128), (1.5, 1.5, 1.5)), [1])
 
 
-def test_without_a_weights_file_it_says_where_one_is_published() -> None:
+def test_without_a_weights_file_the_error_says_where_one_is_published() -> None:
     with pytest.raises(WeightsError, match=r"MONAI bundle vista3d .*research or evaluation only"):
         Vista3D.load(CPU, None)
 
@@ -418,20 +420,18 @@ STEM = "image_encoder.encoder.conv_init.weight"
         (lambda state: _without("point_head.zeroshot_embed.weight", state), "tensors found"),
         (lambda state: state | {"extra": torch.zeros(1)}, "tensors found"),
         (lambda state: _without("point_head.class_embeddings.weight", state), "point_head.class_embeddings.weight is"),
-        (lambda state: state | {STEM: torch.zeros(8, 2, 3, 3, 3)}, "not one channel in 3D"),
+        (lambda state: state | {STEM: torch.zeros(8, 2, 3, 3, 3)}, "not 3D from one channel"),
         (lambda state: state | {STEM: torch.zeros(12, 1, 3, 3, 3)}, "a multiple of 8"),
         (lambda state: {name: each for name, each in state.items() if ".layers." not in name}, "two resolutions"),
     ],
 )
-def test_weights_of_another_architecture_are_refused(
-    official: nn.Module, tmp_path: Path, change: Any, says: str
-) -> None:
+def test_weights_that_do_not_fit_are_refused(official: nn.Module, tmp_path: Path, change: Any, says: str) -> None:
     torch.save(change(official.state_dict()), tmp_path / "other.pt")
-    with pytest.raises(WeightsError, match=rf"other.pt: these weights are of another architecture .*{says}"):
+    with pytest.raises(WeightsError, match=rf"other.pt: these weights do not fit .*{says}"):
         Vista3D.load(CPU, tmp_path / "other.pt")
 
 
-def test_loading_leaves_the_random_state_as_it_was(weights: Path) -> None:
+def test_loading_does_not_change_the_random_state(weights: Path) -> None:
     before = torch.get_rng_state()
     Vista3D.load(CPU, weights, side=SIDE)
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""Weights are what their publisher signed off, read as tensors and nothing else."""
+"""Weights have the expected hash and are read as tensors only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _load(path: Path, expected: str | None = None) -> tuple[dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
-def test_tensors_are_found_bare_or_wrapped(tmp_path: Path, wrapper: str | None) -> None:
+def test_tensors_are_found_bare_or_nested(tmp_path: Path, wrapper: str | None) -> None:
     state = nn.Linear(2, 1).state_dict()
     torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "w.pth")
     found, sha256 = _load(tmp_path / "w.pth")
@@ -40,7 +40,7 @@ def test_tensors_are_found_bare_or_wrapped(tmp_path: Path, wrapper: str | None) 
     assert sha256 == hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
 
 
-def test_a_wrong_hash_names_file_found_and_expected(tmp_path: Path) -> None:
+def test_the_error_for_a_wrong_hash_names_the_file_and_both_hashes(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 1).state_dict(), tmp_path / "w.pth")
     found = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
     with pytest.raises(WeightsError, match=rf"w\.pth: .*SHA-256 {found}, expected {'a' * 64}; accepted is the publ"):
@@ -58,7 +58,7 @@ def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_a_missing_a_torn_and_an_empty_file_are_named(tmp_path: Path) -> None:
+def test_errors_name_a_missing_torn_or_empty_file(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"absent\.pth: the weights file cannot be read"):
         _load(tmp_path / "absent.pth")
     torch.save(nn.Linear(50, 50).state_dict(), tmp_path / "torn.pth")
@@ -69,12 +69,12 @@ def test_a_missing_a_torn_and_an_empty_file_are_named(tmp_path: Path) -> None:
             _load(tmp_path / name)
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="another architecture than Linear"):
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="do not fit Linear"):
         load_into(nn.Linear(3, 1), nn.Linear(2, 1).state_dict(), tmp_path / "w.pth", "the published file")
 
 
-def test_an_unknown_generalist_names_those_that_are_known() -> None:
+def test_the_error_for_an_unknown_generalist_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"no generalist is named 'sam-9'; accepted are .*lite-medsam"):
         accepted_prompts("sam-9")
     with pytest.raises(ConfigError, match="accepted are"):

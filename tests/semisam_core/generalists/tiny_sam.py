@@ -1,4 +1,4 @@
-"""A SAM small enough for tests, built by segment_anything's own parts and saved as its authors save theirs."""
+"""A SAM small enough for tests, built from segment_anything's parts and saved in the published layout."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from semisam_core.generalists.sam import Sam
 SIDE, PATCH, PROMPT_WIDTH = 64, 8, 32
 GRID = SIDE // PATCH
 WINDOW, GLOBAL_BLOCKS, DEPTH, HEADS, WIDTH = 5, (1,), 3, 4, 32
-SHAPE = (64, 48, 5)  # of a scan whose slices are as long as the encoder's side: a voxel is a pixel
+SHAPE = (64, 48, 5)  # slices are as long as the encoder's side: a voxel is a pixel
 VOXELS = VolumeGrid(SHAPE, (1.0, 1.0, 1.0))
 
 
 def tiny_sam(seed: int = 1) -> Any:
-    """Return a tiny SAM whose every parameter is random (some start at 0 otherwise); the global state is left alone."""
+    """Return a tiny SAM with all parameters random (some start at 0); does not change the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = modeling.Sam(
@@ -65,12 +65,12 @@ def save(content: object, path: Path) -> str:
 
 
 def loaded(card: GeneralistCard, network: Any, batch_size: int = 1) -> Sam:
-    """Return the generalist around a network, as `Sam.load` would from its file."""
+    """Wrap a network as `Sam.load` would from its file."""
     return Sam(card, network.requires_grad_(False), "0" * 64, torch.device("cpu"), batch_size)
 
 
 def scene(shape: tuple[int, int, int] = SHAPE) -> Tensor:
-    """Return a scan of whole intensities with 0 and 255 on every slice, often enough to be its percentiles."""
+    """Return a scan of whole intensities with enough voxels of 0 and 255 on every slice to be its percentiles."""
     scan = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).float()
     scan[: shape[0] // 8], scan[shape[0] // 2 : shape[0] // 2 + shape[0] // 8] = 0, 255
     return scan

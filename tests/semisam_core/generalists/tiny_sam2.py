@@ -1,4 +1,4 @@
-"""A SAM 2.1 small enough for tests, built by its package's own parts and saved as its authors save theirs."""
+"""A SAM 2.1 small enough for tests, built from its package's parts and saved in the published layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SMALLER = {
     "memory_attention": {"num_layers": 1, "layer": {"dim_feedforward": 64}},
     "memory_encoder": {"fuser": {"num_layers": 1}},
 }
-_GAIN = 1.3  # large enough that prompts and memory show in the answers, small enough that these are not all 0 or 1
+_GAIN = 1.3  # large enough that prompts and memory affect answers, small enough that these are not all 0 or 1
 
 
 def write_config(path: Path) -> Path:
@@ -35,7 +35,7 @@ def write_config(path: Path) -> Path:
 
 
 def tiny_sam2(config: Path, seed: int = 0) -> Any:
-    """Return a tiny SAM 2.1 whose every parameter is random, and that sees its target on every slice.
+    """Return a tiny SAM 2.1 with all parameters random that sees its target on every slice.
 
     Args:
         config: from `write_config`.
@@ -54,14 +54,14 @@ def _randomise(name: str, parameter: Tensor, generator: torch.Generator) -> None
     inputs = parameter[0].numel()
     if parameter.ndim == 1:
         parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.1, generator=generator)
-    elif len(parameter) == 1 or name == "maskmem_tpos_enc":  # embeddings, which are added and not multiplied
+    elif len(parameter) == 1 or name == "maskmem_tpos_enc":  # embeddings are added, not multiplied
         parameter.normal_(std=0.5, generator=generator)
     else:
         parameter.normal_(std=_GAIN / inputs**0.5, generator=generator)
 
 
 def set_presence(network: Any, logit: float) -> None:
-    """Make a network see its target, or none, with the same logit on every slice."""
+    """Make a network see its target, or no target, with the same logit on every slice."""
     score = network.sam_mask_decoder.pred_obj_score_head.layers[-1]
     with torch.no_grad():
         score.weight.zero_()
@@ -82,7 +82,7 @@ def load_tiny(folder: Path, card: GeneralistCard = SAM2) -> Sam2:
 
 
 def scene(shape: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """Return a noisy scan with two bright ellipses on every slice, in a unit of its own."""
+    """Return a noisy scan with two bright ellipses on every slice, in arbitrary units."""
     rows, columns = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij")
     ellipses = torch.zeros(shape[:2], dtype=torch.bool)
     for (row, column), (high, wide) in (((0.33, 0.48), (0.15, 0.28)), ((0.77, 0.3), (0.15, 0.2))):

@@ -1,4 +1,4 @@
-"""SAM-Med3D at a tiny size: its network, a checkpoint in the published layout, and the published inference by hand."""
+"""A tiny SAM-Med3D, a checkpoint of it in the published layout, and the published inference written out."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def build() -> Any:
         torch.manual_seed(0)
         network = build_sam3D_vit_b_ori(pretrained=False, **SIZES)
         for name, parameter in network.named_parameters():
-            if "rel_pos" in name or "pos_embed" in name:  # zeros when built, not when trained
+            if "rel_pos" in name or "pos_embed" in name:  # zero when built, but not after training
                 nn.init.normal_(parameter, std=0.5)
         nn.init.constant_(network.mask_decoder.iou_prediction_head.layers[-1].bias, 0.4)
     return network.eval()
 
 
 def save(network: Any, path: Path) -> Path:
-    """Write a checkpoint with all that the published training script keeps beside the tensors."""
+    """Write a checkpoint with everything that the published training script stores beside the tensors."""
     optimizer = torch.optim.AdamW(network.parameters())
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [120, 180])
     content = {
@@ -58,7 +58,7 @@ def save(network: Any, path: Path) -> Path:
 
 @torch.no_grad()
 def encode(network: Any, image: Tensor) -> Tensor:
-    """Return what the published inference encodes of one cube whose background is 0."""
+    """Encode one cube, whose background is 0, as the published inference does."""
     inside = image[image > 0]
     encoded: Tensor = network.image_encoder(((image - inside.mean()) / inside.std())[None, None])
     return encoded[0]
@@ -68,7 +68,7 @@ def encode(network: Any, image: Tensor) -> Tensor:
 def decode(
     network: Any, embedding: Tensor, clicks: Sequence[Sequence[float]], labels: Sequence[int], low: Tensor
 ) -> tuple[Tensor, float]:
-    """Return the probability and predicted IoU that the published inference makes of it."""
+    """Return probability and predicted IoU as the published inference computes them."""
     points = [torch.tensor([clicks], dtype=torch.float32), torch.tensor([labels])] if clicks else None
     sparse, dense = network.prompt_encoder(points=points, boxes=None, masks=low[None, None])
     masks, overlap = network.mask_decoder(
@@ -83,7 +83,7 @@ def decode(
 
 
 class Painter(nn.Module):
-    """A network that paints a ball of 6 voxels around each positive click, and knows nothing else.
+    """A network that does nothing but paint a ball of 6 voxels around each positive click.
 
     It takes and gives what SAM-Med3D does, so that only places can be wrong.
     """

@@ -1,4 +1,4 @@
-"""A class is marked by one value in label files, or by several that it unites; a plan spells it in one way only."""
+"""Classes of a plan: one label value or the union of several, each with one canonical form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _classes(*classes: str) -> str:
 
 @settings(deadline=None, max_examples=25)
 @given(values=VALUES, data=st.data())
-def test_the_order_of_values_changes_no_hash(values: list[int], data: st.DataObject) -> None:
+def test_the_order_of_values_does_not_change_the_hash(values: list[int], data: st.DataObject) -> None:
     turned = data.draw(st.permutations(values))
     first, second = (tiny_plan(_classes(f"{{name: whole, values: {each}}}")) for each in (values, turned))
     assert first == second
@@ -40,11 +40,11 @@ def test_a_class_of_any_values_survives_the_wire(values: list[int]) -> None:
     assert arrived.hash == plan.hash
 
 
-def test_a_class_with_one_value_is_written_as_before_there_were_several() -> None:
+def test_a_class_with_one_value_is_written_without_unused_keys() -> None:
     assert '"classes":[{"name":"blob","value":1}]' in tiny_plan().canonical_json()
 
 
-def test_a_union_differs_from_its_parts_in_the_hash() -> None:
+def test_a_union_and_its_parts_have_different_hashes() -> None:
     hashes = {
         tiny_plan(_classes(*classes)).hash
         for classes in (
@@ -58,7 +58,7 @@ def test_a_union_differs_from_its_parts_in_the_hash() -> None:
 
 
 @pytest.mark.parametrize("marks", ["value: 1", "values: [1, 2]"])
-def test_only_a_class_that_is_connected_has_another_hash_for_it(marks: str) -> None:
+def test_only_connected_classes_change_the_hash(marks: str) -> None:
     unsaid, apart, connected = (
         tiny_plan(_classes(f"{{name: whole, {marks}{said}}}"))
         for said in ("", ", connected: false", ", connected: true")
@@ -74,9 +74,9 @@ def test_only_a_class_that_is_connected_has_another_hash_for_it(marks: str) -> N
         (["{name: a}"], r"task\.classes\.0: give either value, or values"),
         (["{name: a, value: 1, values: [1, 2]}"], r"task\.classes\.0: give either value, or values"),
         (["{name: a, value: null, values: null}"], r"task\.classes\.0: give either value, or values"),
-        (["{name: a, values: []}"], r"task\.classes\.0\.values = \[\]: these are two values or more"),
-        (["{name: a, values: [3]}"], r"task\.classes\.0\.values = \[3\]: .*a single one has value:"),
-        (["{name: a, values: [1, 2, 1]}"], r"task\.classes\.0\.values = .*each value is named once"),
+        (["{name: a, values: []}"], r"task\.classes\.0\.values = \[\]: two or more values are expected"),
+        (["{name: a, values: [3]}"], r"task\.classes\.0\.values = \[3\]: .*for a single one, write value:"),
+        (["{name: a, values: [1, 2, 1]}"], r"task\.classes\.0\.values = .*a value is listed twice"),
         (["{name: a, values: [0, 1]}"], r"task\.classes\.0\.values\.0 = 0: .*greater than or equal to 1"),
         (["{name: a, values: [1, 256]}"], r"task\.classes\.0\.values\.1 = 256: .*less than or equal to 255"),
         (["{name: a, values: [1, 2.5]}"], r"task\.classes\.0\.values\.1 = 2\.5: .*integer"),
@@ -87,15 +87,13 @@ def test_only_a_class_that_is_connected_has_another_hash_for_it(marks: str) -> N
         (["{name: a, values: [1, 2]}", "{name: b, values: [2, 4]}"], r"every class value must differ"),
     ],
 )
-def test_a_class_that_is_not_marked_clearly_is_refused_with_the_reason(
-    tmp_path: Path, classes: list[str], says: str
-) -> None:
+def test_ambiguous_label_values_are_refused_with_the_reason(tmp_path: Path, classes: list[str], says: str) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(TINY_PLAN), encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"plan\.yaml: (?s:.)*{says}"):
         load_plan(path, [_classes(*classes)])
 
 
-def test_a_class_may_be_made_in_python_too() -> None:
+def test_a_class_can_be_built_in_python() -> None:
     assert TargetClass(name="tumour", values=(4, 1, 2)).label_values == (1, 2, 4)
     assert TargetClass(name="liver", value=6).label_values == (6,)

@@ -1,8 +1,7 @@
-"""Generalists asked from every plane: answers come back to the voxels they are about, whatever way the scan was cut."""
+"""Every generalist is prompted in every plane, and its answers come back to the voxels they are about."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,112 +11,148 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from semisam_core.generalists import EmbeddingStore, Segmentation
+from semisam_core.generalists import EmbeddingStore, load_generalist
 from semisam_core.plan_sections.pseudo_labels import PseudoLabels, Strategy
 from semisam_core.prompting import Region
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, GeneralistOutput, weighted_moments
-from semisam_core.pseudo_labels.views import fill_between
-from tests.conftest import blob, tiny_plan
 from tests.semisam_core.generalists.fake import FakeGeneralist
+from tests.semisam_core.pseudo_labels.scenes import (
+    FIRST,
+    SECOND,
+    SHAPE,
+    SPACING,
+    Broken,
+    Scaled,
+    cuboid,
+    image_of,
+    plain_plan,
+    store_in,
+)
 
-SPACING = (2.0, 2.0, 2.0)
+THREE_PLANES = "pseudo_labels.prompting.planes=[axial, coronal, sagittal]"
+THREE_MARGINS = "pseudo_labels.prompting.margins_mm=[-1.0, 0.0, 2.0]"
 
 
 def _policy(*assignments: str) -> PseudoLabels:
-    policy = tiny_plan("pseudo_labels.smooth_sigma_slices=0.0", *assignments).pseudo_labels
+    policy = plain_plan(*assignments).pseudo_labels
     assert policy is not None
     return policy
 
 
-def _scene(seed: int = 0) -> tuple[Tensor, Region]:
-    image, label = blob((24, 20, 16), seed)
-    volume = torch.from_numpy(image)
-    mask = label > 0
-    return (volume - volume.mean()) / volume.std(), Region(mask, np.zeros_like(mask), SPACING)
-
-
-def _consult(folder: Path, policy: PseudoLabels, *models: FakeGeneralist) -> dict[str, GeneralistOutput]:
-    volume, region = _scene()
-    store = EmbeddingStore(folder / "embeddings", 10**9)
-    return GeneralistEnsemble(volume, SPACING, models, store, policy).ask(region, torch.from_numpy(region.mask).float())
+def _ask(
+    folder: Path, policy: PseudoLabels, *models: FakeGeneralist, target: Tensor | None = None, connected: bool = False
+) -> dict[str, GeneralistOutput]:
+    target = cuboid(SECOND) if target is None else target
+    mask = target.numpy() > 0
+    region = Region(mask, np.zeros_like(mask), SPACING, connected)
+    ensemble = GeneralistEnsemble(image_of(target)[0], SPACING, models, store_in(folder), policy)
+    return ensemble.ask(region, target)
 
 
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
 def test_an_answer_from_any_plane_lies_where_the_target_is(tmp_path: Path, plane: str) -> None:
-    _, region = _scene()
-    policy = _policy(f"pseudo_labels.prompting.planes=[{plane}]", "pseudo_labels.prompting.margins_mm=[0.0]")
-    answered = (_consult(tmp_path, policy, FakeGeneralist())["fake"].maps[0] > 0.5).numpy()
-    assert 2 * (answered & region.mask).sum() / (answered.sum() + region.mask.sum()) > 0.95
+    policy = _policy(f"pseudo_labels.prompting.planes=[{plane}]")
+    output = _ask(tmp_path, policy, FakeGeneralist())["fake"]
+    assert torch.equal(output.maps[0] > 0.5, cuboid(SECOND) > 0)
 
 
-def test_each_plane_and_prompt_set_is_a_map(tmp_path: Path) -> None:
-    policy = _policy("pseudo_labels.prompting.planes=[axial, coronal, sagittal]")
-    output = _consult(tmp_path, policy, FakeGeneralist())["fake"]
-    assert tuple(output.maps.shape) == (9, 24, 20, 16)
+def test_there_is_a_map_per_plane_and_prompt_set(tmp_path: Path) -> None:
+    output = _ask(tmp_path, _policy(THREE_PLANES, THREE_MARGINS), FakeGeneralist())["fake"]
+    assert tuple(output.maps.shape) == (9, *SHAPE)
+
+
+def test_margins_are_millimetres_in_every_plane(tmp_path: Path) -> None:
+    model = FakeGeneralist()
+    _ask(tmp_path, _policy(THREE_PLANES, "pseudo_labels.prompting.margins_mm=[3.0]"), model)
+    axial, coronal, sagittal = (prompts.boxes[0].bounds for prompts in model.prompts)
+    rows, columns, slices = (13 - 2, 21 + 2), (9 - 1.5, 17 + 1.5), (5 - 1, 11 + 1)  # of 1.5, 2 and 3 mm
+    assert axial == (rows[0], columns[0], rows[1], columns[1])
+    assert coronal == (rows[0], slices[0], rows[1], slices[1])
+    assert sagittal == (columns[0], slices[0], columns[1], slices[1])
+
+
+def test_each_plane_is_cut_at_the_plans_distance_in_millimetres(tmp_path: Path) -> None:
+    model = FakeGeneralist()
+    _ask(tmp_path, _policy(THREE_PLANES, "pseudo_labels.prompting.slice_step_mm=6.0"), model)
+    indices = [[box.index for box in prompts.boxes] for prompts in model.prompts]
+    assert indices == [[6, 8, 10], [9, 12, 15], [16, 20]]  # every 2nd, 3rd and 4th slice: 3, 2 and 1.5 mm
 
 
 def test_prompt_sets_share_embeddings_and_planes_do_not(tmp_path: Path) -> None:
     axial, both = FakeGeneralist(), FakeGeneralist()
-    _consult(tmp_path / "one", _policy(), axial)
-    _consult(tmp_path / "two", _policy("pseudo_labels.prompting.planes=[axial, coronal]"), both)
-    assert len(axial.embedded) == len(set(axial.embedded))
-    assert len(both.embedded) > len(axial.embedded)
+    _ask(tmp_path / "one", _policy(THREE_MARGINS), axial)
+    _ask(tmp_path / "two", _policy(THREE_MARGINS, "pseudo_labels.prompting.planes=[axial, coronal]"), both)
+    assert len(axial.embedded) == len(set(axial.embedded)) == 7
+    assert len(both.embedded) == 7 + 9
 
 
 def test_a_model_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
-    class Broken(FakeGeneralist):
-        def segment(self, *_: object) -> Segmentation:
-            raise RuntimeError("out of memory")
-
-    class Named(FakeGeneralist):
-        def __init__(self) -> None:
-            super().__init__("1" * 64)
-            self.card = replace(self.card, name="other")
-
-    assert list(_consult(tmp_path, _policy(), Broken(), Named())) == ["other"]
+    assert list(_ask(tmp_path, _policy(), Broken(), Scaled("other", 1.0))) == ["other"]
 
 
-def test_leaving_slices_out_asks_about_fewer_and_changes_a_smooth_answer_little(tmp_path: Path) -> None:
-    every, third = FakeGeneralist(), FakeGeneralist()
-    full = _consult(tmp_path / "one", _policy(), every)["fake"].maps.mean(0) > 0.5
-    policy = _policy("pseudo_labels.prompting.slice_step_mm=4.0")
-    sparse = _consult(tmp_path / "two", policy, third)["fake"].maps.mean(0) > 0.5
-    assert len(third.embedded) <= len(every.embedded) // 2 + 1
-    assert 2 * int((full & sparse).sum()) / int(full.sum() + sparse.sum()) > 0.9
+def test_skipped_slices_are_interpolated(tmp_path: Path) -> None:
+    policy = _policy("pseudo_labels.prompting.slice_step_mm=6.0")
+    output = _ask(tmp_path, policy, FakeGeneralist())["fake"]
+    inside = output.maps[0][14, 10]
+    assert torch.allclose(inside[6:11], torch.ones(5), atol=0.01)  # slices 6, 8 and 10 are prompted
+    assert inside[5] == pytest.approx(0.5, abs=0.01)
+    assert inside[11] == pytest.approx(0.5, abs=0.01)
 
 
-@settings(deadline=None, max_examples=30)
-@given(step=st.integers(1, 5), seed=st.integers(0, 1000))
-def test_between_answered_slices_probabilities_are_interpolated(step: int, seed: int) -> None:
-    truth = torch.linspace(0, 1, 21).expand(2, 2, 21)  # linear along the slices, so that interpolation is exact
-    answered = list(range(0, 21, step))
-    sparse = torch.zeros(2, 2, 21)
-    sparse[..., answered] = truth[..., answered]
-    filled = fill_between(sparse, answered, step)
-    assert torch.allclose(filled[..., : answered[-1] + 1], truth[..., : answered[-1] + 1], atol=1e-6)
+def test_components_of_a_slice_are_answered_separately_and_united(tmp_path: Path) -> None:
+    target = cuboid(FIRST, SECOND)  # both on slice 5
+    model = FakeGeneralist()
+    output = _ask(tmp_path, _policy(), model, target=target)["fake"]
+    assert torch.equal(output.maps[0] > 0.5, target > 0)
+    on_shared = {box.bounds for box in model.prompts[0].boxes if box.index == 5}
+    assert on_shared == {(2, 3, 8, 7), (13, 9, 21, 17)}
 
 
-def test_beyond_the_last_answered_slice_probabilities_fade() -> None:
-    sparse = torch.zeros(1, 1, 12)
-    sparse[..., 4] = 0.8
-    assert fill_between(sparse, [4], 4)[0, 0].tolist() == pytest.approx(
-        [0, 0.2, 0.4, 0.6, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0]
-    )
+def test_a_connected_class_is_answered_within_one_box_per_slice(tmp_path: Path) -> None:
+    model = FakeGeneralist()
+    _ask(tmp_path, _policy(), model, target=cuboid(FIRST, SECOND), connected=True)
+    assert [box.bounds for box in model.prompts[0].boxes if box.index == 5] == [(2, 3, 21, 17)]
 
 
-def test_the_mean_over_models_is_weighted_by_trust_however_many_maps_each_gave() -> None:
+def test_litemedsam_finds_both_components_of_a_slice(tmp_path: Path) -> None:
+    rows, columns = torch.meshgrid(torch.arange(96), torch.arange(72), indexing="ij")
+    upper = ((rows - 26) / 15) ** 2 + ((columns - 40) / 12) ** 2 <= 1
+    lower = ((rows - 72) / 14) ** 2 + ((columns - 26) / 16) ** 2 <= 1
+    target = (upper | lower).float()[:, :, None]
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    mask = target.numpy() > 0
+    policy = _policy("pseudo_labels.generalists=[lite-medsam]")
+    model = load_generalist("lite-medsam", torch.device("cpu"))
+    volume = 300 + 400 * target + 25 * noise
+    ensemble = GeneralistEnsemble(volume, (1.0, 1.0, 3.0), [model], EmbeddingStore(tmp_path, 0), policy)
+    answered = ensemble.ask(Region(mask, np.zeros_like(mask), (1.0, 1.0, 3.0)), target)["lite-medsam"].maps[0] > 0.5
+    for part in (upper, lower):
+        found = answered[:, :, 0] & part
+        assert int(found.sum()) > 0.8 * int(part.sum())
+    assert int((answered[:, :, 0] & ~(upper | lower)).sum()) < 0.2 * int(target.sum())
+
+
+def test_the_quality_is_the_mean_over_planes_prompt_sets_and_slices(tmp_path: Path) -> None:
+    outputs = _ask(tmp_path, _policy(THREE_PLANES), FakeGeneralist(), Scaled("modest", 1.0, quality=0.25))
+    assert outputs["fake"].quality == pytest.approx(0.9)
+    assert outputs["modest"].quality == pytest.approx(0.25)
+
+
+def test_models_are_weighted_however_many_maps_each_has() -> None:
     sure = GeneralistOutput(torch.ones(3, 1, 1, 1), 0.9)
     unsure = GeneralistOutput(torch.zeros(1, 1, 1, 1), 0.9)
-    mean, variance = weighted_moments({"a": sure, "b": unsure}, {"a": 3.0, "b": 1.0})
-    assert float(mean) == pytest.approx(0.75)
-    assert float(variance) == pytest.approx(0.75 * 0.25)
-    mean, _ = weighted_moments({"a": sure, "b": unsure}, {})
-    assert float(mean) == pytest.approx(0.5)
+    for weight in (1.0, 4.0):
+        mean, variance = weighted_moments({"a": sure, "b": unsure}, {"a": weight})
+        share = weight / (weight + 1)
+        assert float(mean) == pytest.approx(share)
+        assert float(variance) == pytest.approx(share * (1 - share))
 
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10_000), counts=st.lists(st.integers(1, 4), min_size=1, max_size=3))
-def test_without_trust_and_with_equal_counts_it_is_the_plain_mean_and_variance(seed: int, counts: list[int]) -> None:
+def test_models_with_equal_weights_and_map_counts_give_the_plain_mean_and_variance(
+    seed: int, counts: list[int]
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     maps = [torch.rand((counts[0], 2, 3, 2), generator=generator) for _ in counts]
     mean, variance = weighted_moments({str(k): GeneralistOutput(each, 1.0) for k, each in enumerate(maps)}, {})
@@ -126,6 +161,6 @@ def test_without_trust_and_with_equal_counts_it_is_the_plain_mean_and_variance(s
     assert torch.allclose(variance, together.var(0, unbiased=False), atol=1e-6)
 
 
-def test_every_strategy_is_known_to_the_plan_by_its_name() -> None:
-    for strategy in (Strategy.BOXES, Strategy.UNCERTAINTY_RECTIFIED):
-        assert _policy(f"pseudo_labels.prompting.strategy={strategy.value}").prompting.strategy is strategy
+@pytest.mark.parametrize("strategy", [Strategy.BOXES, Strategy.UNCERTAINTY_RECTIFIED])
+def test_a_plan_names_strategies_by_their_words(strategy: Strategy) -> None:
+    assert _policy(f"pseudo_labels.prompting.strategy={strategy.value}").prompting.strategy is strategy

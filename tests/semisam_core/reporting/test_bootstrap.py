@@ -1,4 +1,4 @@
-"""Intervals that cover what they should, and differences that use the pairing."""
+"""Intervals have their nominal coverage, and differences use the pairing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_order_of_cases_and_seeds_changes_nothing(scores: dict[CaseKey, dict
 
 @settings(max_examples=30, deadline=None)
 @given(tables, values)
-def test_an_arm_that_is_always_better_by_as_much_differs_by_just_that(
+def test_an_arm_that_is_better_by_a_constant_differs_by_exactly_that(
     scores: dict[CaseKey, dict[int, float]], shift: float
 ) -> None:
     moved = {case: {seed: value + shift for seed, value in by_seed.items()} for case, by_seed in scores.items()}
@@ -62,14 +62,14 @@ def test_an_arm_that_is_always_better_by_as_much_differs_by_just_that(
     assert found == pytest.approx((shift, shift, shift), abs=1e-6)
 
 
-def test_the_interval_is_that_of_students_t_where_scores_are_normal_and_many() -> None:
+def test_for_many_normal_scores_the_interval_is_students_t() -> None:
     sample = np.random.default_rng(0).normal(0.8, 0.1, (200, 1))
     low, _, high = _known(estimate(_cases(sample)))
     expected = stats.t.interval(0.95, 199, sample.mean(), stats.sem(sample[:, 0]))
     assert (low, high) == pytest.approx(expected, abs=0.002)
 
 
-def test_the_interval_of_a_difference_covers_the_true_one_about_as_often_as_it_says() -> None:
+def test_the_interval_of_a_difference_has_about_its_nominal_coverage() -> None:
     covered = 0
     for trial in range(200):
         generator = np.random.default_rng(trial)
@@ -81,7 +81,7 @@ def test_the_interval_of_a_difference_covers_the_true_one_about_as_often_as_it_s
     assert 178 <= covered <= 200
 
 
-def test_pairing_takes_out_how_hard_each_case_is() -> None:
+def test_pairing_removes_the_difficulty_of_each_case() -> None:
     generator = np.random.default_rng(1)
     hardness = generator.normal(0, 0.2, (40, 1))
     baseline, arm = (level + hardness + generator.normal(0, 0.02, (40, 2)) for level in (0.7, 0.72))
@@ -91,7 +91,7 @@ def test_pairing_takes_out_how_hard_each_case_is() -> None:
     assert high - low < 0.3 * min(each[2] - each[0] for each in unpaired)
 
 
-def test_many_seeds_of_few_cases_do_not_make_an_interval_narrow() -> None:
+def test_many_seeds_of_few_cases_do_not_narrow_the_interval() -> None:
     of_cases = np.random.default_rng(2).normal(0.7, 0.1, (12, 1))
     once, often = (_known(estimate(_cases(np.repeat(of_cases, seeds, 1)))) for seeds in (1, 20))
     assert often[2] - often[0] == pytest.approx(once[2] - once[0], rel=0.1)
@@ -115,7 +115,7 @@ def test_one_case_has_a_mean_and_no_interval() -> None:
     assert estimate({("a", "1"): {0: 0.4, 1: 0.6}}) == Estimate(0.5, None, None, 1, 2)
 
 
-def test_only_what_both_have_is_paired() -> None:
+def test_only_shared_cases_and_seeds_are_paired() -> None:
     arm = {("a", "1"): {0: 0.5, 1: 0.9}, ("a", "2"): {0: 0.7}, ("b", "1"): {0: 0.0}}
     baseline = {("a", "1"): {0: 0.4}, ("a", "2"): {0: 0.5, 2: 0.0}}
     found = paired_difference(arm, baseline)

@@ -1,4 +1,4 @@
-"""The picture of a site's case: a readable PNG, whatever the site lacks."""
+"""The picture of a site's case is a readable PNG, even without truth or pseudo-label."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from semisam_core.reporting import overview
 from semisam_core.reporting.overview import COLOURS, Panel, draw_overview
 from tests.conftest import blob
 
-COLUMN_WIDTH, ROW_HEIGHT = 270, 270  # pixels, less what margins take
+COLUMN_WIDTH, ROW_HEIGHT = 270, 270  # pixels, without margins
 
 
 def _panel(**changes: Any) -> Panel:
@@ -67,7 +67,7 @@ def test_the_scan_is_bare_and_truth_pseudo_label_and_prediction_are_outlined(tmp
         ({"truth": None, "pseudo_label": None}, [3]),
     ],
 )
-def test_what_a_site_lacks_is_left_out(tmp_path: Path, absent: dict[str, Any], outlined: list[int]) -> None:
+def test_missing_masks_are_left_out(tmp_path: Path, absent: dict[str, Any], outlined: list[int]) -> None:
     assert _columns_with(_drawn(_panel(**absent), tmp_path), COLOURS[0]) == outlined
 
 
@@ -80,20 +80,20 @@ def test_each_class_has_its_own_colour(tmp_path: Path) -> None:
         assert _columns_with(pixels, colour) == [1, 2, 3]
 
 
-def test_more_classes_than_colours_are_drawn_too(tmp_path: Path) -> None:
+def test_more_classes_than_colours_can_be_drawn(tmp_path: Path) -> None:
     masks = torch.rand((len(COLOURS) + 2, 12, 12, 6), generator=torch.Generator().manual_seed(0))
     _drawn(_panel(image=masks[0], truth=None, pseudo_label=masks, prediction=masks), tmp_path)
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])
-def test_a_prediction_of_nothing_or_of_everything_is_drawn_without_an_outline(tmp_path: Path, fill: float) -> None:
+def test_an_empty_or_full_prediction_has_no_outline(tmp_path: Path, fill: float) -> None:
     masks = torch.full((1, 24, 24, 16), fill)
     assert _columns_with(_drawn(_panel(prediction=masks), tmp_path), COLOURS[0]) == [1, 2]
     _drawn(_panel(truth=None, pseudo_label=None, prediction=masks), tmp_path)
 
 
-def test_the_slices_are_those_that_hold_the_target(tmp_path: Path) -> None:
-    """Drawn on the target's slices, so that another target elsewhere is another picture of the same scan."""
+def test_the_slices_are_those_with_the_target(tmp_path: Path) -> None:
+    """Targets on different slices of one scan give different pictures."""
     image = torch.arange(16.0).expand(24, 24, 16)
 
     def bare_scan(first: int) -> NDArray[Any]:
@@ -119,7 +119,7 @@ def test_a_constant_scan_is_drawn(tmp_path: Path) -> None:
     _drawn(_panel(image=torch.zeros(24, 24, 16)), tmp_path)
 
 
-def test_the_same_panel_is_the_same_picture(tmp_path: Path) -> None:
+def test_the_same_panel_gives_the_same_picture(tmp_path: Path) -> None:
     assert np.array_equal(_drawn(_panel(), tmp_path), _drawn(_panel(), tmp_path))
 
 
@@ -129,7 +129,7 @@ def test_no_figure_is_left_open(tmp_path: Path) -> None:
     assert pyplot.get_fignums() == before
 
 
-def test_a_full_disk_leaves_the_earlier_picture_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_previous_picture_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     earlier = _drawn(_panel(), tmp_path)
 
     def refuse(path: Path, content: bytes) -> None:
@@ -142,8 +142,8 @@ def test_a_full_disk_leaves_the_earlier_picture_whole(tmp_path: Path, monkeypatc
         assert np.array_equal(np.asarray(picture.convert("RGB")).astype(int), earlier)
 
 
-def test_voxels_lie_in_patient_proportions(tmp_path: Path) -> None:
-    """A ball in millimetres is round in the picture, although its voxels are not cubes."""
+def test_pictures_have_the_patients_proportions(tmp_path: Path) -> None:
+    """A ball in millimetres is round in the picture even if its voxels are not cubes."""
     spacing = (1.0, 3.0, 2.0)
     grid = torch.stack(torch.meshgrid(*(torch.arange(side) for side in (60, 20, 9)), indexing="ij"), -1)
     distance = ((grid - torch.tensor([29.5, 9.5, 4.0])) * torch.tensor(spacing)).norm(dim=-1)

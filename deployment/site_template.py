@@ -1,0 +1,48 @@
+"""The commented YAML of one site, to be filled in with `str.format`; every value is a YAML value already."""
+
+from __future__ import annotations
+
+TEMPLATE = """\
+# One hospital of a study. This file stays at the site; nothing in it is ever sent but the site's name.
+version: 1
+
+# Lowercase letters, digits and dashes. Appears in the server's record.
+site: {site}
+
+data:
+  # Folders of NIfTI files. An image and its label have one name. Relative paths count from this file's folder.
+  images: {images}
+  labels: {labels}
+  # Cases whose expert labels are trained on, or `all` that have a label. Every other train case is unlabeled: its
+  # label, if it has one, is never read.
+  labeled: [{labeled}]
+  # Cases whose labels are for scoring only.
+  validation: [{validation}]
+  # Cases never to touch.
+  excluded: [{excluded}]
+  # Classes of the plan that the label files mark: all, or a list of names. A voxel without a label may then be any
+  # class that is not named; training leaves that open, and scores are of the named classes only.
+  labeled_classes: all
+
+# Frozen foundation models at this site: `packaged` weights, or a file with its SHA-256.
+generalists: {generalists}
+
+# auto takes a GPU where there is one; or cpu, cuda, cuda:1.
+device: auto
+# CPU threads; leave out to take all.
+threads: 1
+
+storage:
+  # The site's own state: teacher, pseudo-labels, embeddings, prepared scans, audit log.
+  folder: {storage}
+  # Disk for stored embeddings; the least recently used go first.
+  embeddings_gb: 10.0
+  # Memory for prepared scans.
+  memory_gb: 4.0
+
+# Limits on what may leave. A plan cannot loosen them.
+egress:
+  maximum_update_mb: 500.0
+  # Means over validation cases that may leave; [] sends none.
+  validation_scores: [dice, jaccard, hd95_mm, asd_mm, surface_dice, cases, missing_distances]
+"""

@@ -1,0 +1,132 @@
+"""Open one NIfTI file: check its header before any voxel is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from semisam_core.data.geometry import Geometry
+from semisam_core.errors import CaseError
+
+SMALLEST_SIDE = 4  # voxels
+LONGEST_EXTENT_MM = 3000.0  # a whole-body scan is 2 m
+SHORTEST_EXTENT_MM = 5.0  # of the longest side; below, the header has the wrong unit
+LARGEST_VOXEL_MM = 50.0
+_UNITS = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # NIfTI codes; 2 is mm, and 0 (unknown) is taken as mm
+
+
+@dataclass(frozen=True)
+class NiftiVolume:
+    """A 3D file with a sound header. Its voxels are read on demand.
+
+    Attributes:
+        case_id: for messages.
+        what: "image" or "label", for messages.
+        file: nibabel's image.
+        geometry: shape without trailing axes of length one, and the affine in millimetres.
+        notes: sentences on conversions.
+    """
+
+    case_id: str
+    what: str
+    file: Any
+    geometry: Geometry
+    notes: tuple[str, ...]
+
+    def voxels(self) -> NDArray[np.float32]:
+        """Read the voxels, scaled as the header says: (X, Y, Z).
+
+        Raises:
+            CaseError: the file is truncated or damaged.
+        """
+        try:
+            array = np.asarray(self.file.dataobj, dtype=np.float32)
+        except Exception as error:  # noqa: BLE001 - nibabel, zlib and gzip raise many kinds for a bad file
+            raise _unreadable(self.case_id, self.what, error) from None
+        return array.reshape(self.geometry.shape)
+
+
+def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
+    """Read a file's header and check it.
+
+    Trailing axes of length one are dropped. Sizes in metres or micrometres become millimetres; an unknown unit is taken
+    as millimetres. A volume of fewer than four voxels along an axis is refused: it is most often a localizer or a
+    single key image, and a 3D network cannot learn from so few slices.
+
+    Raises:
+        CaseError: the file is unreadable, in colour, complex, not 3D, too thin, without a usable affine, or of an
+            implausible size.
+    """
+    try:
+        file: Any = nib.load(path)
+    except Exception as error:  # noqa: BLE001 - as above
+        raise _unreadable(case_id, what, error) from None
+    if not isinstance(file, nib.Nifti1Pair):
+        raise CaseError(f"{case_id}: the {what} is a {type(file).__name__}; a NIfTI volume is expected.")
+    _check_voxel_type(file.get_data_dtype(), case_id, what)
+    shape = _spatial_shape(tuple(file.shape), case_id, what)
+    affine = np.array(file.affine, dtype=np.float64)
+    notes: tuple[str, ...] = ()
+    if unit := _UNITS.get(int(file.header["xyzt_units"]) & 7):
+        name, factor = unit
+        affine[:3] *= factor
+        notes = (f"the header of the {what} gives sizes in {name}; they were converted to mm",)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise CaseError(f"{case_id}: the {what} has no usable affine (voxel size and direction).")
+    geometry = Geometry(shape, torch.from_numpy(affine))
+    _check_physical_size(geometry, case_id, what)
+    return NiftiVolume(case_id, what, file, geometry, notes)
+
+
+def by_axis(lengths: Sequence[float]) -> str:
+    """Return lengths as "0.7 x 0.7 x 3"."""
+    return " x ".join(f"{length:.4g}" for length in lengths)
+
+
+def _unreadable(case_id: str, what: str, error: Exception) -> CaseError:
+    return CaseError(f"{case_id}: the {what} file cannot be read ({type(error).__name__}: {error}).")
+
+
+def _check_voxel_type(dtype: np.dtype[Any], case_id: str, what: str) -> None:
+    if dtype.fields is not None:
+        kind = "in colour (RGB)"
+    elif dtype.kind == "c":
+        kind = "complex"
+    else:
+        return
+    raise CaseError(f"{case_id}: the {what} is {kind}; one real number per voxel is expected. Export it as greyscale.")
+
+
+def _spatial_shape(shape: tuple[int, ...], case_id: str, what: str) -> tuple[int, int, int]:
+    sides = list(shape)
+    while len(sides) > 3 and sides[-1] == 1:
+        sides.pop()
+    if len(sides) != 3:
+        raise CaseError(
+            f"{case_id}: the {what} is {len(sides)}D with shape {shape}; a 3D volume is expected, one file per channel."
+        )
+    if min(sides) < SMALLEST_SIDE:
+        raise CaseError(
+            f"{case_id}: the {what} has shape {tuple(sides)}; at least {SMALLEST_SIDE} voxels per side are needed. "
+            "Is it a localizer or a single slice of the series?"
+        )
+    return sides[0], sides[1], sides[2]
+
+
+def _check_physical_size(geometry: Geometry, case_id: str, what: str) -> None:
+    longest, voxel = max(geometry.extent_mm), max(geometry.spacing_mm)
+    if SHORTEST_EXTENT_MM <= longest <= LONGEST_EXTENT_MM and voxel <= LARGEST_VOXEL_MM:
+        return
+    extent, spacing = (by_axis(lengths) for lengths in (geometry.extent_mm, geometry.spacing_mm))
+    raise CaseError(
+        f"{case_id}: the {what} measures {extent} mm with voxels of {spacing} mm, which no patient does. Accepted are "
+        f"{SHORTEST_EXTENT_MM:g} to {LONGEST_EXTENT_MM:g} mm along the longest side and voxels up to "
+        f"{LARGEST_VOXEL_MM:g} mm. Correct the voxel size or the unit in its header."
+    )
