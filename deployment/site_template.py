@@ -37,7 +37,7 @@ storage:
   folder: {storage}
   # Disk for stored embeddings; the least recently used go first.
   embeddings_gb: 10.0
-  # Memory for prepared scans.
+  # Memory for prepared scans; a single scan that needs more is quarantined.
   memory_gb: 4.0
 
 # Limits on what may leave. A plan cannot loosen them.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from deployment.site_template import TEMPLATE
 from experiments.case_table import CaseRow, read_case_table
 from semisam_core.configuration import NAME_ACCEPTED, flow_yaml, is_name
-from semisam_core.data.names import SUFFIXES
+from semisam_core.data.names import case_name, nifti_suffix
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically
 from semisam_core.generalists import accepted_prompts
@@ -125,11 +124,11 @@ def _cases_in(folder: Path, listed: Collection[str]) -> set[str]:
 
 def _stem(path: Path, folder: Path) -> str | None:
     """Return an image's name without its suffix, or None for any other file."""
-    suffix = next((each for each in SUFFIXES if path.name.lower().endswith(each)), None)
+    suffix = nifti_suffix(path.name)
     if suffix is None or path.name.startswith("."):
         return None
     try:
         path.name.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"--images {folder}: the file name {path.name!a} is not UTF-8; rename the file.") from None
-    return unicodedata.normalize("NFC", path.name[: -len(suffix)])
+    return case_name(path.name[: -len(suffix)])
