@@ -71,10 +71,10 @@ class RoundStart:
     def regularizer(self) -> Regularizer | None:
         """Return the plan's regularizer, its own networks as this site kept them; None if the plan has none."""
         regularizer = new_regularizer(self._plan, self._device)
-        if regularizer is not None and regularizer.own is not None:
-            kept, fresh = self._state.load_networks(self._round), regularizer.own.state()
+        if regularizer is not None and regularizer.auxiliary is not None:
+            kept, fresh = self._state.load_networks(self._round), regularizer.auxiliary.state()
             if fitting := _fitting("regularizer networks", kept, fresh, self._round):
-                regularizer.own.load(fitting)
+                regularizer.auxiliary.load(fitting)
         return regularizer
 
 

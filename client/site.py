@@ -108,8 +108,8 @@ class Site:
         )
         result = train_round(local)
         self.state.save_teacher(self.round, _cpu(teacher.state_dict()))
-        if regularizer is not None and regularizer.own is not None:
-            self.state.save_networks(self.round, regularizer.own.state())
+        if regularizer is not None and regularizer.auxiliary is not None:
+            self.state.save_networks(self.round, regularizer.auxiliary.state())
         if self.plan.specialist.statistics == "local":
             self.state.save_layers(self.round, _cpu(local_layers(self.plan, specialist)))
         log_gates(self.state.folder / "gates.jsonl", self.round, labels, self.plan.class_names)

@@ -1,4 +1,4 @@
-"""The three terms of the loss, their schedules (SemiSAM+, Zhang et al., Medical Image Analysis 2025), and FedProx's."""
+"""The three loss terms and schedules of SemiSAM+ (Zhang et al., Medical Image Analysis 2025), and FedProx's term."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from torch.nn import functional
 def supervised_loss(logits: Tensor, label: Tensor, annotated: Sequence[int] | None = None) -> Tensor:
     """Return 0.5 * (cross-entropy + Dice) on labeled patches.
 
-    Where only some classes are annotated, a voxel without a label is background or a class that nobody drew. It is
-    the marginal loss of Shi et al. (Medical Image Analysis 2021) then: the probabilities of background and of all
-    classes that are not annotated are added up to one, "the rest", so that which of them it is stays open; Dice is
-    over annotated classes.
+    Where only some classes are annotated, an unlabeled voxel is background or one of the other classes. The loss is
+    then the marginal loss of Shi et al. (Medical Image Analysis 2021): background and all classes that are not
+    annotated are merged into one, "the rest", by adding their probabilities, and Dice is over annotated classes.
 
     Args:
         logits: (B, 1 + K, H, W, D), background first.
-        label: (B, H, W, D) class indices 0..K; one that is not annotated counts as the rest.
-        annotated: the classes (from 1) that labels mark, at least one; None for all.
+        label: (B, H, W, D) class indices 0..K; classes that are not annotated count as the rest.
+        annotated: the annotated classes (from 1), at least one; None for all.
 
     Raises:
         ValueError: a class is not one of 1..K, or none is annotated.
@@ -30,11 +29,11 @@ def supervised_loss(logits: Tensor, label: Tensor, annotated: Sequence[int] | No
 
     target = label.long()
     if (rest := _rest(logits.shape[1], annotated)) is not None:
-        known = [k for k in range(logits.shape[1]) if k not in rest]
-        place = torch.zeros(logits.shape[1], dtype=torch.long, device=logits.device)
-        place[known] = torch.arange(1, 1 + len(known), device=logits.device)
-        logits = torch.cat([logits[:, rest].logsumexp(1, keepdim=True), logits[:, known]], 1)
-        target = place[target]
+        kept = [k for k in range(logits.shape[1]) if k not in rest]
+        merged_index = torch.zeros(logits.shape[1], dtype=torch.long, device=logits.device)
+        merged_index[kept] = torch.arange(1, 1 + len(kept), device=logits.device)
+        logits = torch.cat([logits[:, rest].logsumexp(1, keepdim=True), logits[:, kept]], 1)
+        target = merged_index[target]
     cross_entropy = functional.cross_entropy(logits, target)
     dice = DiceLoss(softmax=True, to_onehot_y=True, include_background=False)(logits, target[:, None])
     loss: Tensor = 0.5 * (cross_entropy + dice)
@@ -42,11 +41,11 @@ def supervised_loss(logits: Tensor, label: Tensor, annotated: Sequence[int] | No
 
 
 def merge_rest(probability: Tensor, annotated: Sequence[int] | None) -> Tensor:
-    """Add the probabilities of classes that are not annotated to the background's, and leave 0 in their place.
+    """Add the probabilities of classes that are not annotated to the background's and set theirs to 0.
 
     Args:
         probability: (B, 1 + K, H, W, D), background first.
-        annotated: the classes (from 1) that labels mark, at least one; None for all.
+        annotated: the annotated classes (from 1), at least one; None for all.
 
     Returns:
         Probabilities of the same shape.
@@ -61,17 +60,17 @@ def merge_rest(probability: Tensor, annotated: Sequence[int] | None) -> Tensor:
 
 
 def _rest(channels: int, annotated: Sequence[int] | None) -> list[int] | None:
-    """Return the channels that are background or not annotated, or None where all classes are annotated."""
+    """Return the channels of background and of classes that are not annotated; None if all are annotated."""
     if annotated is None:
         return None
     if not annotated or not set(annotated) <= set(range(1, channels)):
-        raise ValueError(f"annotated classes are some of 1..{channels - 1}, found {list(annotated)}")
+        raise ValueError(f"annotated classes must be some of 1..{channels - 1}, found {list(annotated)}")
     rest = [k for k in range(channels) if k not in annotated]
     return rest if len(rest) > 1 else None
 
 
 def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean over voxels and channels of (p_student - p_teacher)^2; the teacher gets no gradient.
+    """Return the mean over voxels and channels of (p_student - p_teacher)^2, without gradient for the teacher.
 
     Args:
         student: probabilities (B, 1 + K, H, W, D).
@@ -83,8 +82,8 @@ def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def confidence_aware_loss(student: Tensor, target: Tensor, uncertainty: Tensor, valid: Tensor) -> Tensor:
     """Return sum(exp(-U) (p - y)^2) / sum(exp(-U)) per class, averaged over the classes that have a target.
 
-    U is a map: with one number for U the weights would cancel. A voxel on which the generalist is uncertain
-    counts less. Neither y nor U has a gradient.
+    U is a map: a single number would cancel. Voxels on which the generalist is uncertain count less. Neither y nor U
+    gets a gradient.
 
     Args:
         student: the specialist's foreground probability p, (B, K, H, W, D).
@@ -93,7 +92,7 @@ def confidence_aware_loss(student: Tensor, target: Tensor, uncertainty: Tensor, 
         valid: whether this sample has an accepted pseudo-label for this class, (B, K) bool.
 
     Returns:
-        A scalar; 0 with a gradient of 0 where nothing is valid.
+        A scalar; 0, with a zero gradient, if nothing is valid.
     """
     weight = torch.exp(-uncertainty.detach()) * valid[:, :, None, None, None]
     error = (student - target.detach()) ** 2
@@ -114,7 +113,7 @@ def consistency_weight(step: int, ramp_steps: float, weight: float) -> float:
 
 
 def generalist_weight(step: int, total_steps: int, weight: float, schedule: str) -> float:
-    """Return lambda_s(t) = weight * exp(-5 (t / T)^2), or the constant weight: trusted early, less later."""
+    """Return lambda_s(t) = weight * exp(-5 (t / T)^2), or the constant weight."""
     if schedule == "constant":
         return weight
     return weight * math.exp(-5 * (step / total_steps) ** 2)
@@ -126,11 +125,11 @@ def teacher_decay(step: int, ceiling: float) -> float:
 
 
 def proximal_loss(weights: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
-    """Return 0.5 * ||w - w_global||^2, to be weighed by mu (FedProx; Li et al., MLSys 2020).
+    """Return 0.5 * ||w - w_global||^2, which FedProx weights by mu (Li et al., MLSys 2020).
 
     Args:
-        weights: the specialist's parameters that travel, at least one.
-        start: the same, as the global specialist had them; they take no gradient.
+        weights: the specialist's shared parameters, at least one.
+        start: the same parameters of the global specialist, without gradient.
     """
-    squares = [(own - other).square().sum() for own, other in zip(weights, start, strict=True)]
+    squares = [(value - initial).square().sum() for value, initial in zip(weights, start, strict=True)]
     return 0.5 * torch.stack(squares).sum()

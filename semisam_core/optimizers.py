@@ -1,4 +1,4 @@
-"""One optimizer step of the study: which optimizer, at which learning rate, within which gradient norm."""
+"""The local optimizer, its learning-rate schedule and one clipped step."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from semisam_core.plan_sections.training import Optimizer
+from semisam_core.plan_sections.training import OptimizerSettings
 
 GRADIENT_NORM = 10.0
 
 
-def build_optimizer(network: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """Build the round's optimizer, without any state of earlier rounds."""
+def build_optimizer(network: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Build the optimizer of one round; it starts without state from earlier rounds."""
     if settings.name == "sgd":
         return torch.optim.SGD(
             network.parameters(),
@@ -24,7 +24,7 @@ def build_optimizer(network: nn.Module, settings: Optimizer) -> torch.optim.Opti
     return torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
-def learning_rate(step: int, total_steps: int, settings: Optimizer) -> float:
+def learning_rate(step: int, total_steps: int, settings: OptimizerSettings) -> float:
     """Return lr(t) = lr * (final + (1 - final) (1 - t/T)^0.9), polynomial decay over the whole study."""
     remaining = (1 - min(step, total_steps) / total_steps) ** 0.9
     share: float = settings.final_share + (1 - settings.final_share) * remaining
@@ -32,16 +32,16 @@ def learning_rate(step: int, total_steps: int, settings: Optimizer) -> float:
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, t: int) -> None:
-    """Take one step down the gradient of a loss, its norm clipped to `GRADIENT_NORM`.
+    """Take one optimizer step, with the gradient's norm clipped to `GRADIENT_NORM`.
 
     Args:
-        optimizer: holds the parameters that move.
+        optimizer: holds the parameters.
         loss: a scalar.
         rate: learning rate of this step.
-        t: step of the study, for the error.
+        t: step of the study, for the error message.
 
     Raises:
-        FloatingPointError: the loss is not finite; nothing has moved.
+        FloatingPointError: the loss is not finite; the parameters are unchanged.
     """
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the loss became {loss.item()} at step {t}")

@@ -16,7 +16,12 @@ from semisam_core.files import write_atomically
 from semisam_core.plan_sections.aggregation import Aggregation, ServerOptimizerSettings
 from semisam_core.plan_sections.pseudo_labels import PseudoLabels
 from semisam_core.plan_sections.task import Data, Task
-from semisam_core.plan_sections.training import RegularizerSettings, Specialist, Teacher, Training
+from semisam_core.plan_sections.training import (
+    RegularizerSettings,
+    SpecialistSettings,
+    TeacherSettings,
+    TrainingSettings,
+)
 from semisam_core.regularizers import NONE, check_regularizer
 from semisam_core.specialists import check_specialist, check_statistics
 
@@ -30,15 +35,15 @@ class Evaluation(StrictModel):
 
 
 class Plan(StrictModel):
-    """One study. See the shipped plans in `site_configs/` for every key explained."""
+    """One study. The shipped plans in `site_configs/` explain every key."""
 
     version: Literal[1]
     task: Task
     data: Data
-    specialist: Specialist
-    training: Training
+    specialist: SpecialistSettings
+    training: TrainingSettings
     regularizer: RegularizerSettings = RegularizerSettings()
-    teacher: Teacher = Teacher()
+    teacher: TeacherSettings = TeacherSettings()
     pseudo_labels: PseudoLabels | None = None
     aggregation: Aggregation = Aggregation()
     evaluation: Evaluation = Evaluation()
@@ -64,11 +69,11 @@ class Plan(StrictModel):
 
     @property
     def as_generalists_see(self) -> Plan:
-        """This plan with the grid on which generalists see scans."""
+        """This plan with `data.spacing_mm` set to the spacing at which generalists see scans."""
         if self.pseudo_labels is None or self.pseudo_labels.spacing_mm is None:
             return self
-        closer = self.data.model_copy(update={"spacing_mm": self.pseudo_labels.spacing_mm})
-        return self.model_copy(update={"data": closer})
+        data = self.data.model_copy(update={"spacing_mm": self.pseudo_labels.spacing_mm})
+        return self.model_copy(update={"data": data})
 
     @property
     def uses_unlabeled(self) -> bool:
@@ -76,47 +81,47 @@ class Plan(StrictModel):
         return self.regularizer.name != NONE or self.pseudo_labels is not None
 
     def alone(self) -> Plan:
-        """Return what is left of the plan for one site by itself: nobody to combine with, nothing to stay close to."""
-        combining = {"rule": "weighted-mean", "minimum_sites": 1, "server_optimizer": ServerOptimizerSettings()}
+        """Return this plan for a site that trains alone: no aggregation rule, server optimizer or proximal term."""
+        aggregation = {"rule": "weighted-mean", "minimum_sites": 1, "server_optimizer": ServerOptimizerSettings()}
         return self.model_copy(
             update={
                 "training": self.training.model_copy(update={"proximal": 0.0}),
-                "aggregation": self.aggregation.model_copy(update=combining),
+                "aggregation": self.aggregation.model_copy(update=aggregation),
             }
         )
 
     def canonical_json(self) -> str:
-        """Return the plan as JSON whose text depends on content alone, defaults filled in."""
+        """Return the plan as JSON with defaults filled in and keys sorted: equal plans give the same text."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the canonical JSON: equal plans have equal hashes, however their YAML is laid out."""
+        """SHA-256 of the canonical JSON: equal for equal plans, whatever the layout of their YAML."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
 
 def load_plan(path: Path, assignments: list[str] | None = None) -> Plan:
-    """Read a plan file, with optional dotted overrides (``training.rounds=3``).
+    """Read a plan file and apply dotted overrides (``training.rounds=3``).
 
     Raises:
-        ConfigError: file, key, value and what is accepted.
+        ConfigError: the plan is invalid; the message names file, key, value and what is accepted.
     """
     return parse(Plan, override(read_yaml(path), assignments or []), str(path))
 
 
 def plan_from_json(text: str) -> Plan:
-    """Read a plan that came over the wire as canonical JSON.
+    """Read a plan received as canonical JSON.
 
     Raises:
-        ConfigError: it is no JSON mapping or no valid plan.
+        ConfigError: it is not a JSON mapping or not a valid plan.
     """
     try:
         content = json.loads(text)
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise ConfigError("the plan that the server sent: not a JSON mapping.")
-    return parse(Plan, content, "the plan that the server sent")
+        raise ConfigError("the plan from the server: not a JSON mapping.")
+    return parse(Plan, content, "the plan from the server")
 
 
 def write_plan(path: Path, plan: Plan) -> None:

@@ -24,10 +24,10 @@ from semisam_core.plan import Plan
 from semisam_core.progress import ProgressCallback
 from semisam_core.regularizers import (
     LabeledPatches,
-    Losses,
     Regularizer,
     RegularizerContext,
-    Step,
+    RegularizerLosses,
+    TrainingStep,
     UnlabeledPatches,
     build_regularizer,
 )
@@ -36,7 +36,7 @@ from semisam_core.specialists import build_specialist
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Means over the round's steps of each unweighted loss term; None where the term did not apply."""
+    """Steps taken, and the mean of each unweighted loss term over them; None where the term did not apply."""
 
     steps: int
     supervised: float | None
@@ -49,19 +49,19 @@ Loader = Callable[[], TrainingScan]
 
 @dataclass(frozen=True, eq=False)
 class LocalRound:
-    """One round of training at one site.
+    """One site's training in one round.
 
     Attributes:
         plan: the study plan.
-        specialist: the student, with the weights the server sent; trained in place.
-        teacher: its exponential moving average; moved in place.
+        specialist: the student, starting from the global weights; trained in place.
+        teacher: its exponential moving average; updated in place.
         labeled: loaders of the site's labeled scans; may be empty.
-        unlabeled: loaders of the site's unlabeled scans, with accepted pseudo-labels attached; may be empty.
+        unlabeled: loaders of the site's unlabeled scans, with accepted pseudo-labels; may be empty.
         number: the round, from 1.
-        seed: seed of this site's round.
+        seed: seed of this site in this round.
         device: where to compute.
-        regularizer: the plan's, with its own networks as the site kept them, trained in place; None builds a fresh one.
-        annotated: the classes (from 1) that the site's labels mark; None for all.
+        regularizer: the plan's regularizer with the site's auxiliary networks, trained in place; None builds a new one.
+        annotated: the classes (from 1) that the site annotates; None for all.
         progress: called with (steps taken, steps of the round) after each step.
     """
 
@@ -79,16 +79,16 @@ class LocalRound:
 
 
 def train_round(local: LocalRound) -> TrainingResult:
-    """Train the specialist in place for one round, and move the teacher after it.
+    """Train the specialist for one round and update the teacher after each step, both in place.
 
-    L = L_sup + lambda_c(t) L_unsup + lambda_s(t) L_sam + mu/2 ||w - w_global||^2, t counting optimizer steps over the
-    whole study.
+    L = L_sup + lambda_c(t) L_unsup + lambda_s(t) L_sam + mu/2 ||w - w_global||^2, where t counts optimizer steps over
+    the whole study.
 
     Returns:
-        Steps taken (0 where the site has nothing to learn from under this plan) and mean losses.
+        Steps taken (0 where no loss term applies at this site) and mean losses.
 
     Raises:
-        FloatingPointError: a loss is not finite; the weights must then not be used.
+        FloatingPointError: a loss is not finite; discard the weights.
     """
     trainer = _Trainer(local)
     per_round = local.plan.training.steps_per_round
@@ -101,7 +101,7 @@ def train_round(local: LocalRound) -> TrainingResult:
 
 
 def new_regularizer(plan: Plan, device: torch.device) -> Regularizer | None:
-    """Return the plan's regularizer with fresh networks of its own, or None where the plan has none."""
+    """Return the plan's regularizer with newly initialised auxiliary networks, or None if the plan has none."""
     chosen, channels, classes = plan.specialist, len(plan.task.channels), len(plan.task.classes)
 
     def new_specialist(seed: int) -> nn.Module:
@@ -119,22 +119,22 @@ def new_teacher(specialist: nn.Module) -> nn.Module:
 
 
 def update_teacher(teacher: nn.Module, specialist: nn.Module, decay: float) -> None:
-    """Move the teacher: theta' = decay * theta' + (1 - decay) * theta; buffers are copied."""
+    """Update the teacher in place: theta' = decay * theta' + (1 - decay) * theta; buffers are copied."""
     with torch.no_grad():
-        for ours, theirs in zip(teacher.parameters(), specialist.parameters(), strict=True):
-            ours.lerp_(theirs, 1 - decay)
-        for kept, moved in zip(teacher.buffers(), specialist.buffers(), strict=True):
-            kept.copy_(moved)
+        for average, current in zip(teacher.parameters(), specialist.parameters(), strict=True):
+            average.lerp_(current, 1 - decay)
+        for buffer, source in zip(teacher.buffers(), specialist.buffers(), strict=True):
+            buffer.copy_(source)
 
 
 class _Trainer:
-    """The state of one round: streams, optimizer, running means."""
+    """The state of one round: patch streams, optimizer, running means."""
 
     def __init__(self, local: LocalRound) -> None:
         plan, training = local.plan, local.plan.training
         self._plan, self._device, self._annotated = plan, local.device, local.annotated
         self._regularizer = local.regularizer or new_regularizer(plan, local.device)
-        self._own_networks = None if self._regularizer is None else self._regularizer.own
+        self._auxiliary = None if self._regularizer is None else self._regularizer.auxiliary
         self._specialist = local.specialist.to(local.device).train()
         self._teacher = local.teacher.to(local.device).train()
         self._labeled = _stream(local.labeled, plan, training.labeled_batch, local.seed)
@@ -143,8 +143,8 @@ class _Trainer:
         self._generator = torch.Generator().manual_seed(local.seed + 2)
         self._optimizer = build_optimizer(self._specialist, training.optimizer)
         sent = travelling(plan, self._specialist)
-        self._tethered = [value for name, value in self._specialist.named_parameters() if name in sent]
-        self._start = [value.detach().clone() for value in self._tethered] if training.proximal > 0 else []
+        self._shared = [value for name, value in self._specialist.named_parameters() if name in sent]
+        self._start = [value.detach().clone() for value in self._shared] if training.proximal > 0 else []
         self._sums = {"supervised": [0.0, 0], "consistency": [0.0, 0], "generalist": [0.0, 0]}
 
     @property
@@ -158,19 +158,19 @@ class _Trainer:
         terms = []
         if labeled is not None:
             loss = supervised_loss(labeled.logits, labeled.label, self._annotated)
-            terms.append(self._note("supervised", loss, 1.0))
-        own: Tensor | None = None
+            terms.append(self._weighted("supervised", loss, 1.0))
+        auxiliary: Tensor | None = None
         if self._unlabeled is not None:
-            step = self._step_of(labeled, self._unlabeled.next(), t)
-            losses = Losses(None) if self._regularizer is None else self._regularizer.losses(step)
+            step = self._training_step(labeled, self._unlabeled.next(), t)
+            losses = RegularizerLosses(None) if self._regularizer is None else self._regularizer.losses(step)
             terms += self._unlabeled_terms(step, losses.student)
-            own = losses.own
+            auxiliary = losses.auxiliary
         if self._start:
-            terms.append(self._plan.training.proximal * proximal_loss(self._tethered, self._start))
+            terms.append(self._plan.training.proximal * proximal_loss(self._shared, self._start))
         rate = learning_rate(t, self._plan.training.total_steps, self._plan.training.optimizer)
         descend(self._optimizer, torch.stack(terms).sum(), rate, t)
-        if own is not None and self._own_networks is not None:
-            self._own_networks.step(own, t)
+        if auxiliary is not None and self._auxiliary is not None:
+            self._auxiliary.step(auxiliary, t)
         update_teacher(self._teacher, self._specialist, teacher_decay(t, self._plan.teacher.decay))
 
     def result(self, steps: int) -> TrainingResult:
@@ -183,14 +183,14 @@ class _Trainer:
             return None
         batch = self._labeled.next()
         if batch.label is None:
-            raise ValueError("a labeled stream must carry labels")
+            raise ValueError("a loader of a labeled scan returned a scan without a label")
         image = batch.image.to(self._device)
         return LabeledPatches(image, batch.label.to(self._device), self._specialist(image), self._annotated)
 
-    def _step_of(self, labeled: LabeledPatches | None, batch: Batch, t: int) -> Step:
+    def _training_step(self, labeled: LabeledPatches | None, batch: Batch, t: int) -> TrainingStep:
         plan, total, policy = self._plan, self._plan.training.total_steps, self._plan.pseudo_labels
         device = self._device
-        return Step(
+        return TrainingStep(
             t=t,
             total_steps=total,
             student=self._specialist,
@@ -207,17 +207,18 @@ class _Trainer:
             generator=self._generator,
         )
 
-    def _unlabeled_terms(self, step: Step, consistency: Tensor | None) -> list[Tensor]:
+    def _unlabeled_terms(self, step: TrainingStep, consistency: Tensor | None) -> list[Tensor]:
         batch, terms = step.unlabeled, []
         if consistency is not None:
-            terms.append(self._note("consistency", consistency, step.consistency_weight))
+            terms.append(self._weighted("consistency", consistency, step.consistency_weight))
         if self._plan.pseudo_labels is not None and bool(batch.valid.any()):
             foreground = step.logits.softmax(1)[:, 1:]
             loss = confidence_aware_loss(foreground, batch.target, batch.uncertainty, batch.valid)
-            terms.append(self._note("generalist", loss, step.generalist_weight))
+            terms.append(self._weighted("generalist", loss, step.generalist_weight))
         return terms or [step.logits.sum() * 0.0]
 
-    def _note(self, name: str, loss: Tensor, weight: float) -> Tensor:
+    def _weighted(self, name: str, loss: Tensor, weight: float) -> Tensor:
+        """Add the loss to its running mean and return it weighted."""
         total = self._sums[name]
         total[0] += loss.item()
         total[1] += 1

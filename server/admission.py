@@ -86,7 +86,7 @@ class Rejected:
     Attributes:
         site: its name, or words in place of one.
         reason: a sentence for the run's record.
-        rule: what the site is told.
+        rule: the word that the site is sent.
     """
 
     site: str

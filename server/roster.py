@@ -124,7 +124,7 @@ class Roster:
             node: the node.
             site: the name it claims.
             reason: why it could not join.
-            number: the round under way.
+            number: the current round.
             transient_at: the server's clock if the reason may pass: the node is then asked again after `RETRY_S`,
                 twice as long after each further failure, `LONGEST_RETRY_S` at most. None if it will not pass.
         """

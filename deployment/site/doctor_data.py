@@ -141,7 +141,7 @@ def _read_all(found: Inventory, plan: Plan, memory_gb: float, progress: Progress
 
 def _check_case(case: Case, scan: Scan) -> list[Finding]:
     subject = f"case {case.id}"
-    findings = [fine(subject, f"{note}.") for note in scan.notes]
+    findings = [warning(subject, f"{note}.") for note in scan.notes]
     header = nib.load(case.images[0]).header
     if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
         findings.append(warning(subject, "its file has no orientation; export it with its geometry."))

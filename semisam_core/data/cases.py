@@ -97,11 +97,10 @@ def find_cases(
     if not image_files:
         raise ConfigError(f"{images}: the images folder has no NIfTI file (.nii.gz or .nii).")
     label_files = _nifti_files(labels, "labels") if labels is not None else {}
-    if channels == 1:
-        named = {*label_files, *(labeled or ()), *validation, *excluded}
-        grouped, quarantined = _one_channel(image_files, named)
-    else:
-        grouped, quarantined = _several_channels(image_files, channels)
+    named = {*label_files, *(labeled or ()), *validation, *excluded}
+    grouped, quarantined = (
+        _one_channel(image_files, named) if channels == 1 else _several_channels(image_files, channels)
+    )
     _check_lists(images, set(grouped), labeled, validation, excluded, {q.id for q in quarantined})
     cases = []
     for case_id in sorted(set(grouped) - set(excluded)):
@@ -111,8 +110,8 @@ def find_cases(
             hint = _rename_hint(case_id, labels, set(label_files) & set(grouped))
             reason = f"listed as {role.value}, but the labels folder has no file of this name{hint}"
             quarantined.append(Quarantined(case_id, reason))
-            continue
-        cases.append(Case(case_id, grouped[case_id], label if role is not Role.UNLABELED else None, role))
+        else:
+            cases.append(Case(case_id, grouped[case_id], label if role is not Role.UNLABELED else None, role))
     quarantined += _orphans(label_files, grouped, {q.id for q in quarantined})
     return Inventory(tuple(cases), tuple(quarantined))
 

@@ -1,1 +1,1 @@
-"""The plan's sections, one module each; `semisam_core.plan` puts them together."""
+"""The sections of the plan, one module each; `semisam_core.plan` assembles them."""

@@ -1,4 +1,4 @@
-"""The plan's sections on local training: specialist, optimizer, augmentation, regularizer, teacher."""
+"""The plan's settings for local training: specialist, optimizer, augmentation, regularizer, teacher."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic import Field
 from semisam_core.configuration import Fraction, StrictModel
 
 
-class Specialist(StrictModel):
-    """The trainable network, by its name in the registry, with its own arguments.
+class SpecialistSettings(StrictModel):
+    """The trainable network: its name in the registry and its arguments.
 
-    `statistics` is due where the network has batch norm, and only there. `shared`: running statistics, scales and
-    shifts of batch-norm layers are averaged like all else. `local`: all of them stay at each site (FedBN, Li et al.,
-    ICLR 2021), so that what the study publishes lacks them, and prediction elsewhere needs a site's own.
+    `statistics` is required for a network with batch norm and not accepted otherwise. `shared`: running statistics,
+    scales and shifts of batch-norm layers are averaged like all other tensors. `local`: they stay at each site (FedBN,
+    Li et al., ICLR 2021); the published specialist then lacks them, and prediction needs those of a site.
     """
 
     name: str
@@ -22,8 +22,8 @@ class Specialist(StrictModel):
     statistics: Literal["shared", "local"] | None = None
 
 
-class Optimizer(StrictModel):
-    """The local optimizer. Its state starts afresh every round and never leaves the site."""
+class OptimizerSettings(StrictModel):
+    """The local optimizer. Its state is reset every round and never leaves the site."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=2e-3, gt=0, le=1)
@@ -32,7 +32,7 @@ class Optimizer(StrictModel):
 
 
 class Augmentation(StrictModel):
-    """Random changes to training patches; each number is a probability or a strength, 0 switches it off."""
+    """Random changes to training patches: probabilities and strengths, each switched off by 0."""
 
     flip: Fraction = 0.5
     rotation_degrees: float = Field(default=15, ge=0, le=180)
@@ -42,40 +42,43 @@ class Augmentation(StrictModel):
     noise: float = Field(default=0.05, ge=0, le=1)
 
 
-class Training(StrictModel):
-    """The local training of one round at one site.
+class TrainingSettings(StrictModel):
+    """Local training at one site.
 
-    `proximal` is FedProx's mu (Li et al., MLSys 2020): the loss grows by mu/2 times the squared distance to the
-    global specialist that the round began with; 0 switches it off.
+    `proximal` is FedProx's mu (Li et al., MLSys 2020): mu/2 times the squared distance to the global specialist at the
+    start of the round is added to the loss; 0 switches it off.
     """
 
     rounds: int = Field(ge=1, le=10_000)
     steps_per_round: int = Field(ge=1, le=100_000)
     labeled_batch: int = Field(default=1, ge=1, le=64)
     unlabeled_batch: int = Field(default=1, ge=1, le=64)
-    optimizer: Optimizer = Optimizer()
+    optimizer: OptimizerSettings = OptimizerSettings()
     augmentation: Augmentation = Augmentation()
     proximal: float = Field(default=0.0, ge=0, le=100)
 
     @property
     def total_steps(self) -> int:
-        """T of the schedules: optimizer steps of one site over the whole study."""
+        """T of the schedules: optimizer steps that one site takes over the whole study."""
         return self.rounds * self.steps_per_round
 
 
 class RegularizerSettings(StrictModel):
-    """L_unsup, by its name in `regularizers`; lambda_c(t) = weight * exp(-5 (1 - min(t, t_ramp) / t_ramp)^2)."""
+    """L_unsup by its name in the registry; lambda_c(t) = weight * exp(-5 (1 - min(t, t_ramp) / t_ramp)^2).
+
+    t_ramp is `ramp_share` of the study's steps.
+    """
 
     name: str = "mean-teacher"
     weight: float = Field(default=0.1, ge=0, le=100)
     ramp_share: Fraction = 0.4
 
 
-class Teacher(StrictModel):
+class TeacherSettings(StrictModel):
     """The exponential moving average of the specialist; it never leaves the site.
 
-    `start: global` begins each round from the specialist that the server sent; `start: site` goes on with the
-    teacher that this site kept.
+    `start: global` starts each round from the global specialist; `start: site` resumes from the teacher that the site
+    kept.
     """
 
     decay: float = Field(default=0.99, ge=0, lt=1)

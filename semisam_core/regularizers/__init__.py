@@ -1,4 +1,4 @@
-"""L_unsup by name: what the specialist learns from unlabeled scans without any label, true or pseudo."""
+"""L_unsup by name: learning from unlabeled scans without labels or pseudo-labels."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from semisam_core.regularizers.adversarial import DeepAdversarial
+from semisam_core.regularizers.auxiliary_networks import AuxiliaryNetworks
 from semisam_core.regularizers.base import (
     LabeledPatches,
-    Losses,
     Regularizer,
     RegularizerContext,
-    Step,
+    RegularizerLosses,
+    TrainingStep,
     UnlabeledPatches,
 )
 from semisam_core.regularizers.cross_pseudo import CrossPseudoSupervision
 from semisam_core.regularizers.entropy_minimisation import EntropyMinimisation
 from semisam_core.regularizers.interpolation import InterpolationConsistency
 from semisam_core.regularizers.mean_teacher import MeanTeacher
-from semisam_core.regularizers.own_networks import OwnNetworks
 from semisam_core.regularizers.uncertainty_aware import UncertaintyAwareMeanTeacher
 
 __all__ = [
     "NONE",
     "REGULARIZERS",
+    "AuxiliaryNetworks",
     "LabeledPatches",
-    "Losses",
-    "OwnNetworks",
     "Regularizer",
     "RegularizerContext",
+    "RegularizerLosses",
     "RegularizerSpec",
-    "Step",
+    "TrainingStep",
     "UnlabeledPatches",
     "build_regularizer",
     "check_regularizer",
@@ -42,16 +42,16 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class RegularizerSpec:
-    """What plan and site need to know of a regularizer before building it.
+    """A registry entry: what is known about a regularizer before it is built.
 
     Attributes:
-        build: context -> the regularizer of one round.
-        patches: the fewest unlabeled patches a step must have.
-        needs_labels: whether it teaches nothing at a site without labeled scans.
+        build: builds the regularizer for one round.
+        minimum_patches: fewest unlabeled patches per step.
+        needs_labels: whether it has no effect at a site without labeled scans.
     """
 
     build: Callable[[RegularizerContext], Regularizer]
-    patches: int = 1
+    minimum_patches: int = 1
     needs_labels: bool = False
 
 
@@ -59,14 +59,14 @@ REGULARIZERS: Mapping[str, RegularizerSpec] = {
     "mean-teacher": RegularizerSpec(lambda context: MeanTeacher()),
     "ua-mt": RegularizerSpec(lambda context: UncertaintyAwareMeanTeacher()),
     "entropy-minimisation": RegularizerSpec(lambda context: EntropyMinimisation()),
-    "ict": RegularizerSpec(lambda context: InterpolationConsistency(), patches=2),
+    "ict": RegularizerSpec(lambda context: InterpolationConsistency(), minimum_patches=2),
     "cps": RegularizerSpec(CrossPseudoSupervision),
     "dan": RegularizerSpec(DeepAdversarial, needs_labels=True),
 }
 
 
 def check_regularizer(name: str, unlabeled_batch: int) -> None:
-    """Check that the regularizer exists and that a step has as many unlabeled patches as it needs.
+    """Check that the regularizer exists and that a step has enough unlabeled patches for it.
 
     Raises:
         ValueError: a sentence that names what is accepted.
@@ -74,17 +74,17 @@ def check_regularizer(name: str, unlabeled_batch: int) -> None:
     if name == NONE:
         return
     spec = _spec(name)
-    if unlabeled_batch < spec.patches:
+    if unlabeled_batch < spec.minimum_patches:
         raise ValueError(
             f"training.unlabeled_batch = {unlabeled_batch} is too small for the regularizer {name}, which mixes "
-            f"different patches of one step: {spec.patches} or more are accepted"
+            f"the patches of a step: it must be at least {spec.minimum_patches}"
         )
 
 
 def build_regularizer(name: str, context: RegularizerContext) -> Regularizer | None:
     """Return the regularizer of this name, or None for `none`.
 
-    The initial weights of its own networks depend on the study's seed alone.
+    The initial weights of its auxiliary networks depend only on the plan's seed.
 
     Raises:
         ValueError: the name is unknown.
@@ -93,7 +93,7 @@ def build_regularizer(name: str, context: RegularizerContext) -> Regularizer | N
 
 
 def teaches(name: str, labeled: int) -> bool:
-    """Return whether the regularizer of this name teaches at a site with so many labeled scans.
+    """Return whether this regularizer has an effect at a site with so many labeled scans.
 
     Raises:
         ValueError: the name is unknown.
@@ -104,5 +104,5 @@ def teaches(name: str, labeled: int) -> bool:
 def _spec(name: str) -> RegularizerSpec:
     if name not in REGULARIZERS:
         accepted = ", ".join(sorted((*REGULARIZERS, NONE)))
-        raise ValueError(f"regularizer.name = {name!r}: there is no such regularizer; accepted: {accepted}")
+        raise ValueError(f"regularizer.name = {name!r}: unknown regularizer; accepted: {accepted}")
     return REGULARIZERS[name]

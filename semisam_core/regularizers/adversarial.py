@@ -1,4 +1,4 @@
-"""Deep adversarial network (Zhang et al., MICCAI 2017): unlabeled scans segmented as if they had been labeled."""
+"""Deep adversarial network (Zhang et al., MICCAI 2017): segment unlabeled scans as well as labeled ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from semisam_core.losses import merge_rest
-from semisam_core.regularizers.base import Losses, RegularizerContext, Step
-from semisam_core.regularizers.own_networks import OwnNetworks, initial_seed
+from semisam_core.regularizers.auxiliary_networks import AuxiliaryNetworks, initial_seed
+from semisam_core.regularizers.base import RegularizerContext, RegularizerLosses, TrainingStep
 
 FEATURES = (16, 32, 64, 128)
 LEARNING_RATE = 1e-4
@@ -17,12 +17,13 @@ BETAS = (0.9, 0.99)
 
 
 class Discriminator(nn.Module):
-    """Score a scan with its segmentation: high if it looks as segmented labeled scans do.
+    """Score a scan with its segmentation: high if the pair looks like a labeled scan.
 
-    Strided convolutions and a mean over what is left, so any patch will do. No dropout: its randomness is global.
+    Strided convolutions and global average pooling, so patches of any size fit. No dropout: it draws from the global
+    random state.
 
     Args:
-        channels: of image and probabilities together.
+        channels: number of channels of image and probabilities together.
     """
 
     def __init__(self, channels: int) -> None:
@@ -34,25 +35,22 @@ class Discriminator(nn.Module):
         self.score = nn.Linear(FEATURES[-1], 1)
 
     def forward(self, image: Tensor, probability: Tensor) -> Tensor:
-        """Return one logit a patch, (B,); image (B, C, H, W, D), probability (B, 1 + K, H, W, D)."""
+        """Return one logit per patch, (B,); image (B, C, H, W, D), probability (B, 1 + K, H, W, D)."""
         features = self.features(torch.cat([image, probability], 1)).mean((2, 3, 4))  # (B, 128)
         score: Tensor = self.score(features)[:, 0]
         return score
 
 
 class DeepAdversarial:
-    """The discriminator E tells segmented labeled scans (1) from unlabeled ones (0); the student deceives it.
+    """Discriminator E tells segmented labeled scans (1) from segmented unlabeled ones (0); the student fools it.
 
         student:        bce(E(u, p_u), 1)
         discriminator:  bce(E(x, p_x), 1) + bce(E(u, p_u), 0)
 
-    The student maximises E's mistake in the form that keeps its gradient when E is sure (Goodfellow et al., 2014).
-    Where the site's labels mark some of the classes only, E sees the others as background: of those, answers to labeled
-    scans are no better than any. At a site without labeled scans E would know one kind only: it is not trained there,
-    and the term does not apply.
-
-    Args:
-        context: channels, classes, seed and device.
+    The student maximises E's error in the non-saturating form, which keeps its gradient when E is confident
+    (Goodfellow et al., 2014). Where only some classes are annotated, E sees the others as background: their
+    segmentation is no better on labeled scans than on unlabeled ones. At a site without labeled scans E would see only
+    one kind of scan, so it is not trained there and the term does not apply.
     """
 
     def __init__(self, context: RegularizerContext) -> None:
@@ -60,27 +58,27 @@ class DeepAdversarial:
             torch.manual_seed(initial_seed(context.seed, "discriminator"))
             discriminator = Discriminator(context.channels + 1 + context.classes)
         self._discriminator = discriminator.to(context.device)
-        self.own = OwnNetworks(
+        self.auxiliary = AuxiliaryNetworks(
             {"discriminator": self._discriminator},
             lambda networks: torch.optim.Adam(networks.parameters(), lr=LEARNING_RATE, betas=BETAS),
             lambda _: LEARNING_RATE,
         )
 
-    def losses(self, step: Step) -> Losses:
-        """Return the losses of student and discriminator; see `Regularizer.losses`."""
+    def losses(self, step: TrainingStep) -> RegularizerLosses:
+        """Return the losses of student and discriminator."""
         if step.labeled is None:
-            return Losses(None)
+            return RegularizerLosses(None)
         annotated = step.labeled.annotated
         image, probability = step.unlabeled.image, merge_rest(step.logits.softmax(1), annotated)
         known = merge_rest(step.labeled.logits.detach().softmax(1), annotated)
-        # Parameters without gradient: the student's loss must not reach the discriminator.
-        fixed = {name: value.detach() for name, value in self._discriminator.named_parameters()}
-        deceived = functional_call(self._discriminator, fixed, (image, probability))
+        # Detached parameters: the student's loss must not reach the discriminator.
+        frozen = {name: value.detach() for name, value in self._discriminator.named_parameters()}
+        fooled = functional_call(self._discriminator, frozen, (image, probability))
         labeled = self._discriminator(step.labeled.image, known)
         unlabeled = self._discriminator(image, probability.detach())
-        return Losses(_against(deceived, 1.0), _against(labeled, 1.0) + _against(unlabeled, 0.0))
+        return RegularizerLosses(_bce(fooled, 1.0), _bce(labeled, 1.0) + _bce(unlabeled, 0.0))
 
 
-def _against(logits: Tensor, kind: float) -> Tensor:
-    """Return the mean binary cross-entropy of logits (B,) against one kind, 1 for labeled and 0 for unlabeled."""
-    return functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, kind))
+def _bce(logits: Tensor, target: float) -> Tensor:
+    """Return the mean binary cross-entropy of logits (B,) with one target: 1 for labeled, 0 for unlabeled."""
+    return functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))

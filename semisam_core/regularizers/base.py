@@ -1,4 +1,4 @@
-"""What a regularizer is built from, what it sees of one training step, and what it answers."""
+"""The interface of a regularizer: what it is built from, what it sees of a training step, what it returns."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from semisam_core.plan_sections.training import Training
-from semisam_core.regularizers.own_networks import OwnNetworks
+from semisam_core.plan_sections.training import TrainingSettings
+from semisam_core.regularizers.auxiliary_networks import AuxiliaryNetworks
 
 
 @dataclass(frozen=True)
 class RegularizerContext:
-    """What a regularizer may know of the study before the round begins.
+    """What a regularizer may depend on when it is built.
 
     Attributes:
-        seed: the study's; a regularizer's own networks start from it.
-        channels: of the image.
-        classes: of the foreground.
-        training: optimizer and schedule, for a network that is trained as the student is.
-        new_specialist: seed -> a network of the student's architecture with fresh weights.
+        seed: the plan's; auxiliary networks are initialised from it.
+        channels: number of image channels.
+        classes: number of foreground classes.
+        training: optimizer and schedule, for an auxiliary network trained like the student.
+        new_specialist: returns a newly initialised network of the student's architecture for a seed.
         device: where to compute.
     """
 
     seed: int
     channels: int
     classes: int
-    training: Training
+    training: TrainingSettings
     new_specialist: Callable[[int], nn.Module]
     device: torch.device
 
@@ -43,7 +43,7 @@ class UnlabeledPatches:
         image: (B, C, H, W, D).
         target: pseudo-label y (B, K, H, W, D) in [0, 1].
         uncertainty: U, same shape.
-        valid: (B, K) bool, which classes of `target` were accepted.
+        valid: whether the pseudo-label of this class was accepted, (B, K) bool.
     """
 
     image: Tensor
@@ -54,13 +54,13 @@ class UnlabeledPatches:
 
 @dataclass(frozen=True)
 class LabeledPatches:
-    """The step's labeled batch and the student's answer to it.
+    """The step's labeled batch and the student's prediction.
 
     Attributes:
         image: (B, C, H, W, D).
         label: class indices (B, H, W, D).
-        logits: of the student, (B, 1 + K, H, W, D), with their gradient.
-        annotated: the classes (from 1) that labels of this site mark; None for all.
+        logits: the student's, (B, 1 + K, H, W, D), attached to its graph.
+        annotated: the classes (from 1) that this site annotates; None for all.
     """
 
     image: Tensor
@@ -70,16 +70,16 @@ class LabeledPatches:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Step t of T at a site that has unlabeled scans. Every tensor is on the device that computes.
+class TrainingStep:
+    """Step t of T at a site with unlabeled scans. Every tensor is on the training device.
 
     Attributes:
-        t: optimizer steps of the study so far.
+        t: optimizer steps taken so far in the study.
         total_steps: T.
         student: the specialist.
-        teacher: its moving average; takes no gradient.
-        labeled: None where the site has no labeled scan.
-        unlabeled: patches, with the pseudo-labels that were accepted.
+        teacher: its exponential moving average; takes no gradient.
+        labeled: None where the site has no labeled scans.
+        unlabeled: patches and their pseudo-labels.
         consistency_weight: lambda_c(t).
         generalist_weight: lambda_s(t); 0 where the plan has no pseudo-labels.
         generator: the only source of randomness, on the CPU.
@@ -97,30 +97,30 @@ class Step:
 
     @cached_property
     def logits(self) -> Tensor:
-        """The student's answer to the unlabeled patches, (B, 1 + K, H, W, D), computed when first asked for."""
+        """The student's logits for the unlabeled patches, (B, 1 + K, H, W, D), computed on first use."""
         logits: Tensor = self.student(self.unlabeled.image)
         return logits
 
 
 @dataclass(frozen=True)
-class Losses:
-    """A regularizer's answer to one step.
+class RegularizerLosses:
+    """The losses of one step.
 
     Attributes:
-        student: L_unsup, unweighted, whose gradient reaches the student alone; None where it does not apply.
-        own: the loss of the regularizer's own networks, whose gradient reaches them alone; None for no update.
+        student: L_unsup, unweighted; its gradient reaches only the student. None where the term does not apply.
+        auxiliary: loss of the auxiliary networks; its gradient reaches only them. None for no update.
     """
 
     student: Tensor | None
-    own: Tensor | None = None
+    auxiliary: Tensor | None = None
 
 
 class Regularizer(Protocol):
-    """L_unsup, and networks of its own where it needs any. One object lives for one round."""
+    """L_unsup, with its auxiliary networks if it has any. One object serves one round."""
 
     @property
-    def own(self) -> OwnNetworks | None:
-        """The networks that it trains for itself, which stay at the site."""
+    def auxiliary(self) -> AuxiliaryNetworks | None:
+        """Networks trained beside the student, which stay at the site; None if there are none."""
 
-    def losses(self, step: Step) -> Losses:
-        """Return the student's loss and that of the own networks, without moving any weight."""
+    def losses(self, step: TrainingStep) -> RegularizerLosses:
+        """Return the losses of student and auxiliary networks. Changes no weights."""

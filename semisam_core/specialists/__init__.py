@@ -1,6 +1,6 @@
-"""The trainable networks, by name. The specialist is the only thing that is ever sent.
+"""The trainable networks by name. Only the specialist ever leaves a site.
 
-MONAI is imported where a network is built: it takes seconds, and most commands only read the plan.
+MONAI is imported only when a network is built: the import takes seconds, and most commands only read the plan.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from semisam_core.configuration import StrictModel
 from semisam_core.specialists.dynunet import DynUNetArguments, build_dynunet
 from semisam_core.specialists.layers import batch_norm_tensors
-from semisam_core.specialists.memory import training_step_bytes, without_memory
+from semisam_core.specialists.memory import on_meta_device, training_step_memory
 from semisam_core.specialists.segresnet import SegResNetArguments, build_segresnet
 from semisam_core.specialists.swinunetr import SwinUNETRArguments, build_swinunetr
 from semisam_core.specialists.unet import UNetArguments, build_unet
@@ -38,21 +38,21 @@ __all__ = [
 ]
 
 
-class Arguments(Protocol):
-    """What every argument model answers before its network is built."""
+class NetworkArguments(Protocol):
+    """What every argument model knows before its network is built."""
 
     def divisor(self) -> tuple[int, int, int]:
-        """Return what each side of a patch must be a multiple of; at that size one voxel is left deepest down."""
+        """Return what each side of a patch must be a multiple of; at that size the deepest level has one voxel."""
 
 
 @dataclass(frozen=True)
 class SpecialistSpec:
-    """What the plan needs to know of a network before building it.
+    """A registry entry: what is known about a network before it is built.
 
     Attributes:
-        arguments: typed arguments, which know the divisor of patches.
-        build: (arguments, input channels, output channels) to a network that answers logits of the patch's size.
-        input_channels: the accepted numbers of input channels; None accepts any.
+        arguments: model of its arguments, which also gives the divisor of patches.
+        build: takes arguments, input and output channels; returns a network whose logits have the patch's size.
+        input_channels: accepted numbers of input channels; None for any.
     """
 
     arguments: type[StrictModel]
@@ -70,11 +70,11 @@ SPECIALISTS: Mapping[str, SpecialistSpec] = {
 
 
 def check_specialist(name: str, arguments: Mapping[str, Any], patch: tuple[int, int, int], channels: int) -> None:
-    """Check that the network exists, takes these arguments and channels, and divides this patch. Builds nothing.
+    """Check, without building it, that the network exists and takes these arguments, channels and patches.
 
     Args:
         name: name in the registry.
-        arguments: the network's own arguments, as in the plan.
+        arguments: the network's arguments, as in the plan.
         patch: (H, W, D) in voxels.
         channels: input channels.
 
@@ -85,23 +85,23 @@ def check_specialist(name: str, arguments: Mapping[str, Any], patch: tuple[int, 
     divisors = patch_divisor(name, arguments)
     if spec.input_channels is not None and channels not in spec.input_channels:
         accepted = ", ".join(str(each) for each in spec.input_channels)
-        raise ValueError(f"task.channels has {channels} entries; the specialist {name} takes one of: {accepted}")
+        raise ValueError(f"task.channels has {channels} entries; the specialist {name} accepts {accepted}")
     for axis, (side, divisor) in enumerate(zip(patch, divisors, strict=True)):
         if side % divisor:
             accepted = ", ".join(str(divisor * (max(1, side // divisor) + k)) for k in (0, 1))
             raise ValueError(
-                f"data.patch[{axis}] = {side} cannot be divided by the specialist {name}: "
-                f"multiples of {divisor} are accepted, for example {accepted}"
+                f"data.patch[{axis}] = {side} does not fit the specialist {name}: "
+                f"it must be a multiple of {divisor}, for example {accepted}"
             )
     if tuple(patch) == divisors:
         raise ValueError(
-            f"data.patch = {list(patch)} leaves one voxel at the deepest level of the specialist {name}, which cannot "
-            f"be normalised: a longer side is accepted, for example {[2 * patch[0], *patch[1:]]}"
+            f"data.patch = {list(patch)} leaves a single voxel at the deepest level of the specialist {name}, which "
+            f"cannot be normalised: make a side longer, for example {[2 * patch[0], *patch[1:]]}"
         )
 
 
 def check_statistics(name: str, arguments: Mapping[str, Any], statistics: str | None) -> None:
-    """Check that a plan says what happens to running statistics if and only if the network keeps any.
+    """Check that a plan has `specialist.statistics` if and only if the network keeps running statistics.
 
     Raises:
         ValueError: a sentence that names what is accepted.
@@ -109,13 +109,13 @@ def check_statistics(name: str, arguments: Mapping[str, Any], statistics: str | 
     has_any = getattr(_parse(name, arguments), "normalization", None) == "batch"
     if has_any and statistics is None:
         raise ValueError(
-            "specialist.statistics is missing: with normalization: batch it says whether batch-norm layers are "
-            "shared (averaged like all else) or local (kept at each site)"
+            "specialist.statistics is missing; with normalization: batch, set it to shared (batch-norm layers are "
+            "averaged like all other tensors) or local (they stay at each site)"
         )
     if not has_any and statistics is not None:
         raise ValueError(
             f"specialist.statistics = {statistics}: this {name} keeps no running statistics; "
-            "remove the key, or choose normalization: batch where the network takes it"
+            "remove the key, or choose normalization: batch if the network accepts it"
         )
 
 
@@ -126,22 +126,22 @@ def patch_divisor(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, in
         ValueError: the network is unknown or does not take these arguments.
     """
     parsed: Any = _parse(name, arguments)
-    known: Arguments = parsed
-    return known.divisor()
+    network_arguments: NetworkArguments = parsed
+    return network_arguments.divisor()
 
 
 def build_specialist(name: str, arguments: Mapping[str, Any], in_channels: int, classes: int, seed: int) -> nn.Module:
-    """Build a network whose initial weights depend on the seed alone.
+    """Build a network whose initial weights depend only on the seed.
 
     Args:
         name: name in the registry.
-        arguments: the network's own arguments, as in the plan.
+        arguments: the network's arguments, as in the plan.
         in_channels: input channels.
         classes: foreground classes; the output has one more channel (background first).
         seed: seed of the initial weights.
 
     Returns:
-        A network from (B, C, H, W, D) to logits (B, 1 + K, H, W, D), the same in training and evaluation.
+        A network from (B, C, H, W, D) to logits (B, 1 + K, H, W, D), in training and in evaluation mode.
 
     Raises:
         ValueError: the network is unknown or does not take these arguments.
@@ -153,12 +153,12 @@ def build_specialist(name: str, arguments: Mapping[str, Any], in_channels: int, 
 
 
 def outline_specialist(name: str, arguments: Mapping[str, Any], in_channels: int, classes: int) -> nn.Module:
-    """Build a network whose tensors have names, shapes and dtypes but no content; arguments as `build_specialist`.
+    """Build a network on the meta device: names, shapes and dtypes, no content. Arguments as `build_specialist`.
 
     Raises:
         ValueError: the network is unknown or does not take these arguments.
     """
-    with without_memory():
+    with on_meta_device():
         return build_specialist(name, arguments, in_channels, classes, 0)
 
 
@@ -170,25 +170,25 @@ def memory_estimate(
     patch: tuple[int, int, int],
     batch: int,
 ) -> int:
-    """Return the bytes that one training step takes: weights, gradients, AdamW's state, the teacher, activations.
+    """Return the peak memory of one training step in bytes: weights, gradients, AdamW's state, teacher, activations.
 
-    See `training_step_bytes` for what is not counted. No memory is taken, whatever the answer is.
+    See `training_step_memory` for what is not counted. The estimate itself allocates nothing of that size.
 
     Args:
         name: name in the registry.
-        arguments: the network's own arguments, as in the plan.
+        arguments: the network's arguments, as in the plan.
         in_channels: input channels.
         classes: foreground classes.
         patch: (H, W, D) in voxels.
-        batch: patches of one step; a step keeps the activations of its labeled and its unlabeled batch, so their sum.
+        batch: patches of one step, labeled and unlabeled together: the activations of both are alive at once.
 
     Raises:
         ValueError: the network is unknown, or does not take these arguments, channels or patches.
     """
     check_specialist(name, arguments, patch, in_channels)
-    return training_step_bytes(
+    return training_step_memory(
         lambda: build_specialist(name, arguments, in_channels, classes, 0), in_channels, patch, batch
-    )
+    ).peak
 
 
 def parameter_count(network: nn.Module) -> int:
@@ -205,7 +205,7 @@ def _spec(name: str) -> SpecialistSpec:
 def _parse(name: str, arguments: Mapping[str, Any]) -> StrictModel:
     model = _spec(name).arguments
     try:
-        # Through JSON, as `configuration.parse`: lists are taken for tuples, but no "3" for 3 and no true for 1.
+        # Through JSON, like `configuration.parse`: lists pass for tuples, but "3" not for 3 and true not for 1.
         return model.model_validate_json(json.dumps(dict(arguments), default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]

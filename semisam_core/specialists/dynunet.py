@@ -1,4 +1,4 @@
-"""MONAI's DynUNet, the plain (or residual) U-Net whose shape nnU-Net adapts to the data."""
+"""MONAI's DynUNet, the plain or residual U-Net of nnU-Net."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Kernel = Literal[1, 3, 5, 7]
 
 
 class DynUNetArguments(StrictModel):
-    """Arguments of the DynUNet. The first level keeps the patch's size, so the answer has the patch's size.
+    """Arguments of the DynUNet. The first level has stride 1, so the output has the patch's size.
 
     Attributes:
         channels: features at each level.
-        strides: stride between levels, one fewer than channels; a triple gives each axis its own.
-        kernels: convolution kernel of each level, as many as channels; a triple gives each axis its own.
+        strides: stride between levels, one fewer than channels; a triple sets each axis separately.
+        kernels: convolution kernel of each level, as many as channels; a triple sets each axis separately.
         residual: residual blocks instead of plain ones.
         normalization: `instance`, `group` or `batch`; only the last has running statistics.
     """
@@ -42,14 +42,14 @@ class DynUNetArguments(StrictModel):
         levels = len(self.channels)
         if levels < 3 or len(self.strides) != levels - 1 or len(self.kernels) != levels:
             raise ValueError(
-                f"at least three channels are needed, one stride fewer and as many kernels; "
+                f"give at least three channels, one stride fewer than channels and as many kernels as channels; "
                 f"found {levels} channels, {len(self.strides)} strides, {len(self.kernels)} kernels"
             )
         for kernel, stride in zip(self.kernels[1:], self.strides, strict=True):
             if any(k < s - 1 for k, s in zip(_each_axis(kernel), _each_axis(stride), strict=True)):
-                raise ValueError(f"the kernel {kernel} skips voxels at stride {stride}; accepted: at least stride - 1")
+                raise ValueError(f"the kernel {kernel} skips voxels at stride {stride}; it must be at least stride - 1")
         if self.residual and any(s > 2 for stride in self.strides for s in _each_axis(stride)):
-            raise ValueError("residual: true takes strides of 1 and 2")
+            raise ValueError("residual: true accepts only strides of 1 and 2")
         if self.normalization == "group" and any(c % GROUPS for c in self.channels):
             raise ValueError(f"group normalisation uses {GROUPS} groups, so channels must be multiples of {GROUPS}")
         return self
@@ -61,7 +61,7 @@ class DynUNetArguments(StrictModel):
 
 
 def build_dynunet(arguments: DynUNetArguments, in_channels: int, out_channels: int) -> nn.Module:
-    """Build the network, without deep supervision: one answer, in training and in evaluation."""
+    """Build the network without deep supervision: one output, in training and in evaluation mode."""
     from monai.networks.blocks.dynunet_block import UnetResBlock
     from monai.networks.nets import DynUNet
 
@@ -78,7 +78,7 @@ def build_dynunet(arguments: DynUNetArguments, in_channels: int, out_channels: i
         deep_supervision=False,
         res_block=arguments.residual,
     )
-    # MONAI's network registers each block twice, on its own and within skip_layers; what travels must be there once.
+    # MONAI registers each block twice, by itself and within skip_layers; each shared tensor must have one name.
     once = nn.Sequential(OrderedDict(skip_layers=network.skip_layers, output_block=network.output_block))
     replace_layers(once, UnetResBlock, _OutOfPlaceBlock)
     return once
@@ -99,8 +99,8 @@ class _OutOfPlaceBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return act(F(x) + x), x projected where channels or size change."""
         inner = self.norm2(self.conv2(self.lrelu(self.norm1(self.conv1(x)))))
-        answer: Tensor = self.lrelu(inner + (self.norm3(self.conv3(x)) if self._projects else x))
-        return answer
+        result: Tensor = self.lrelu(inner + (self.norm3(self.conv3(x)) if self._projects else x))
+        return result
 
 
 def _each_axis(value: int | tuple[int, int, int]) -> tuple[int, int, int]:

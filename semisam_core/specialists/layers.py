@@ -1,4 +1,4 @@
-"""What the networks have in common: normalisation by name, and layers that are exchanged after MONAI has built them."""
+"""Shared by the networks: normalisation layers by name, and replacing layers that MONAI built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def norm_layer(name: Normalization) -> tuple[str, dict[str, Any]]:
-    """Return MONAI's name and arguments of a normalisation; every kind has a learned scale and shift a channel."""
+    """Return MONAI's name and arguments for a normalisation, always with a learned scale and shift per channel."""
     if name == "batch":
         return "BATCH", {"affine": True}
     if name == "group":
@@ -23,12 +23,12 @@ def norm_layer(name: Normalization) -> tuple[str, dict[str, Any]]:
 
 
 def replace_layers(network: nn.Module, kind: type[Layer], make: Callable[[Layer], nn.Module]) -> None:
-    """Put another layer in the place of each layer of one kind; names in the state stay as they are.
+    """Replace every layer of one kind; names in the state dict stay the same.
 
     Args:
         network: changed in place.
         kind: the class of the layers to replace.
-        make: given the layer that goes, returns the one that comes.
+        make: returns the replacement for a layer.
     """
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
@@ -37,7 +37,7 @@ def replace_layers(network: nn.Module, kind: type[Layer], make: Callable[[Layer]
 
 
 def batch_norm_tensors(network: nn.Module) -> frozenset[str]:
-    """Return the names, in the network's state, of everything that its batch-norm layers hold."""
+    """Return the names in the state dict of all parameters and buffers of batch-norm layers."""
     return frozenset(
         f"{prefix}.{name}".lstrip(".")
         for prefix, layer in network.named_modules()

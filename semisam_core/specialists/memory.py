@@ -1,4 +1,4 @@
-"""How much memory a training step takes, found by taking one without memory, on PyTorch's meta device."""
+"""How much memory a training step takes, found by running one on PyTorch's meta device, which allocates nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,64 +18,80 @@ from torch.utils._pytree import tree_leaves
 
 from semisam_core.losses import supervised_loss
 
-# A convolution over so few channels has nothing to gain from blocking, and CPU libraries unfold its input instead.
+# With so few channels a convolution gains nothing from blocked layouts, and some CPU kernels unfold its input instead.
 FEW_CHANNELS = 4
 
 
-def training_step_bytes(
+@dataclass(frozen=True)
+class StepMemory:
+    """Peak memory of one training step, in bytes.
+
+    Attributes:
+        tensors: the most that tensors take between two operations; the same on every processor.
+        peak: the same with what convolutions may unfold while they run. Which of them do depends on the library and
+            the processor, so this is an upper bound for the layers that are unfolded on some.
+    """
+
+    tensors: int
+    peak: int
+
+
+def training_step_memory(
     build: Callable[[], nn.Module], in_channels: int, patch: tuple[int, int, int], batch: int
-) -> int:
-    """Return the largest number of bytes that the tensors of one training step take at once.
+) -> StepMemory:
+    """Return the peak memory of one training step.
 
-    The step is the real one, operation by operation: forward pass, supervised loss, backward pass, AdamW; with the
-    EMA teacher beside the specialist. Tensors of the meta device have shapes and lifetimes but no content, so this
-    takes a moment and no memory.
+    The step is the real one, operation by operation: forward pass, supervised loss, backward pass, AdamW, with the
+    EMA teacher in memory. Tensors on the meta device have shapes and lifetimes but no content, so this takes about a
+    second and no memory.
 
-    Not counted: what the device's libraries need besides (CUDA's own several hundred MB, cuDNN's workspaces,
-    fragmentation), a second network of the regularizer, the scans themselves.
+    Not counted: what the device's libraries allocate for themselves (several hundred MB for CUDA, cuDNN's workspaces,
+    fragmentation), networks of the regularizer, and the scans.
 
     Args:
-        build: returns a new network; called where new tensors are put on the meta device.
+        build: returns a new network; called with the meta device as the default.
         in_channels: input channels.
         patch: (H, W, D) in voxels.
         batch: patches whose activations are alive at once.
     """
-    with without_memory():
+    with on_meta_device():
         network = build().train()
         teacher = copy.deepcopy(network)
         image, label = torch.empty(batch, in_channels, *patch), torch.empty(batch, *patch)
     optimizer = torch.optim.AdamW(network.parameters())
-    book = PeakBook()
-    book.enter([*network.parameters(), *network.buffers(), *teacher.parameters(), *teacher.buffers(), image, label])
-    with book:
+    tracker = MemoryTracker()
+    tracker.track([*network.parameters(), *network.buffers(), *teacher.parameters(), *teacher.buffers(), image, label])
+    with tracker:
         loss = supervised_loss(network(image), label)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return book.peak
+    return StepMemory(tracker.tensors, tracker.peak)
 
 
 @contextmanager
-def without_memory() -> Iterator[None]:
-    """Within this context a specialist is built on the meta device: tensors with shapes but no content."""
+def on_meta_device() -> Iterator[None]:
+    """Build specialists on the meta device within this context: their tensors have shapes but no content."""
     with torch.device("meta"), _LinspaceOnCPU():
         yield
 
 
-class PeakBook(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, books every tensor's memory from its first use to its last.
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, counts the storage of every tensor from the operation that returns it until it is freed.
 
     Attributes:
-        peak: the largest sum in bytes so far.
+        tensors: the most bytes alive after any operation so far.
+        peak: the most bytes alive at any time so far, with what convolutions may unfold while they run.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.tensors = 0
         self.peak = 0
         self._now = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def enter(self, tensors: Iterable[Any]) -> None:
-        """Book the memory of tensors, each storage once, until it is freed."""
+    def track(self, tensors: Iterable[Any]) -> None:
+        """Count the storage of tensors, each storage once, until it is freed; what is no tensor is ignored."""
         for tensor in tensors:
             if not isinstance(tensor, Tensor):
                 continue
@@ -83,24 +100,25 @@ class PeakBook(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if key in self._alive:
                 continue
 
-            def leave(_: weakref.ref[torch.UntypedStorage], key: int = key, size: int = size) -> None:
+            def forget(_: weakref.ref[torch.UntypedStorage], key: int = key, size: int = size) -> None:
                 self._now -= size
                 del self._alive[key]
 
-            self._alive[key] = weakref.ref(storage, leave)
+            self._alive[key] = weakref.ref(storage, forget)
             self._now += size
+        self.tensors = max(self.tensors, self._now)
         self.peak = max(self.peak, self._now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation and book what it returns and, for a moment, what it needs meanwhile."""
-        answer = func(*args, **(kwargs or {}))
-        self.enter(tree_leaves(answer))
+        """Run one operation; count what it returns and, in `peak`, what it may unfold while it runs."""
+        result = func(*args, **(kwargs or {}))
+        self.track(tree_leaves(result))
         self.peak = max(self.peak, self._now + _unfolded_bytes(func, args))
-        return answer
+        return result
 
 
 class _LinspaceOnCPU(TorchFunctionMode):
-    """SwinUNETR reads its drop-path rates out of a `linspace`, which therefore needs content."""
+    """Keep `linspace` on the CPU: SwinUNETR reads its drop-path rates from one, so it needs content."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -108,7 +126,7 @@ class _LinspaceOnCPU(TorchFunctionMode):
 
 
 def _unfolded_bytes(func: Any, args: Any) -> int:
-    """Return the bytes of an unfolded input (im2col), k^3 copies of it, where a convolution makes one."""
+    """Return the bytes of the input unfolded into columns (im2col), k^3 copies of it; 0 where none are expected."""
     if func is torch.ops.aten.convolution.default:
         image, weight, transposed = args[0], args[1], args[6]
         voxels = _convolved_voxels(image, weight, args)

@@ -20,11 +20,11 @@ class SegResNetArguments(StrictModel):
     """Arguments of the SegResNet.
 
     Attributes:
-        channels: features at the first level; they double from level to level.
+        channels: features at the first level; they double at each further level.
         blocks_down: residual blocks at each level of the encoder.
-        blocks_up: residual blocks at each level of the decoder, one fewer.
-        upsampling: `transposed` convolutions, or `trilinear`, whose gradient a GPU sums in no fixed order, so that
-            a run cannot be repeated bit by bit.
+        blocks_up: residual blocks at each level of the decoder, one entry fewer.
+        upsampling: `transposed` convolutions or `trilinear`, whose gradient on a GPU is summed in no fixed order, so
+            that runs are not reproducible bit by bit.
         normalization: `instance`, `group` or `batch`; only the last has running statistics.
     """
 
@@ -37,7 +37,7 @@ class SegResNetArguments(StrictModel):
     @model_validator(mode="after")
     def _levels(self) -> SegResNetArguments:
         if len(self.blocks_up) != len(self.blocks_down) - 1:
-            raise ValueError("blocks_up has one entry fewer than blocks_down")
+            raise ValueError("blocks_up must have one entry fewer than blocks_down")
         if self.normalization == "group" and self.channels % GROUPS:
             raise ValueError(f"group normalisation uses {GROUPS} groups, so channels must be a multiple of {GROUPS}")
         return self
@@ -49,7 +49,7 @@ class SegResNetArguments(StrictModel):
 
 
 def build_segresnet(arguments: SegResNetArguments, in_channels: int, out_channels: int) -> nn.Module:
-    """Build the network; activations and sums are out of place so that per-sample gradients can be taken."""
+    """Build the network; activations and sums are out of place so that per-sample gradients work."""
     from monai.networks.blocks.segresnet_block import ResBlock
     from monai.networks.nets import SegResNet
 
@@ -80,5 +80,5 @@ class _OutOfPlaceBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return F(x) + x."""
         inner = self.conv1(self.act(self.norm1(x)))
-        answer: Tensor = self.conv2(self.act(self.norm2(inner))) + x
-        return answer
+        result: Tensor = self.conv2(self.act(self.norm2(inner))) + x
+        return result

@@ -18,12 +18,11 @@ Blocks = Annotated[int, Field(ge=1, le=18)]
 class SwinUNETRArguments(StrictModel):
     """Arguments of the Swin UNETR.
 
-    Its normalisation is instance norm in convolutions and layer norm in attention, neither with running statistics.
-    Attention has a bias table that Opacus cannot take per-sample gradients of: this network is not for training with
-    differential privacy.
+    Convolutions use instance norm and attention layer norm, neither with running statistics. Opacus cannot take
+    per-sample gradients of the attention's bias table, so this network cannot be trained with differential privacy.
 
     Attributes:
-        features: features at the first level, a multiple of 12; they double from level to level.
+        features: features at the first level, a multiple of 12; they double at each further level.
         blocks: attention blocks in each of the four stages.
         v2: a residual convolution block before each stage (SwinUNETR-V2, He et al., MICCAI 2023).
     """
@@ -33,7 +32,7 @@ class SwinUNETRArguments(StrictModel):
     v2: bool = False
 
     def divisor(self) -> tuple[int, int, int]:
-        """Return what each side of a patch must be a multiple of: the patch embedding and four mergings halve it."""
+        """Return what each side of a patch must be a multiple of: patch embedding and four mergings halve it."""
         return DIVISOR, DIVISOR, DIVISOR
 
 
@@ -50,12 +49,12 @@ def build_swinunetr(arguments: SwinUNETRArguments, in_channels: int, out_channel
         norm_name=norm_layer("instance"),
         use_v2=arguments.v2,
     )
-    _keep_indices_out_of_the_state(network)
+    _leave_buffers_out_of_the_state(network)
     return network
 
 
-def _keep_indices_out_of_the_state(network: nn.Module) -> None:
-    """Make the windows' position indices, constants of the architecture, no part of what is saved and sent."""
+def _leave_buffers_out_of_the_state(network: nn.Module) -> None:
+    """Keep the windows' position indices, which are constants, out of what is saved and sent."""
     for module in network.modules():
         for name, index in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, index, persistent=False)

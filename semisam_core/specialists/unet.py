@@ -20,8 +20,8 @@ class UNetArguments(StrictModel):
 
     Attributes:
         channels: features at each level.
-        strides: stride between levels, one fewer than channels; a triple gives each axis its own.
-        residual_units: residual units a level.
+        strides: stride between levels, one fewer than channels; a triple sets each axis separately.
+        residual_units: residual units per level.
         normalization: `instance`, `group` or `batch`; only the last has running statistics.
     """
 
@@ -33,12 +33,12 @@ class UNetArguments(StrictModel):
     @model_validator(mode="after")
     def _levels(self) -> UNetArguments:
         if len(self.channels) < 2 or len(self.strides) != len(self.channels) - 1:
-            raise ValueError("strides has one entry fewer than channels, and there are at least two channels")
+            raise ValueError("give at least two channels, and one stride fewer than channels")
         if self.normalization == "group" and any(c % GROUPS for c in self.channels):
             raise ValueError(f"group normalisation uses {GROUPS} groups, so channels must be multiples of {GROUPS}")
         if self.normalization == "group" and self.residual_units > 0:
             raise ValueError(
-                "group normalisation takes residual_units: 0; with any, the output layer is normalised too"
+                "group normalisation accepts only residual_units: 0; with more, the output layer is normalised too"
             )
         return self
 
@@ -50,7 +50,7 @@ class UNetArguments(StrictModel):
 
 
 def build_unet(arguments: UNetArguments, in_channels: int, out_channels: int) -> nn.Module:
-    """Build the network; activations are out of place so that per-sample gradients can be taken."""
+    """Build the network; activations are out of place so that per-sample gradients work."""
     from monai.networks.nets import UNet
 
     network: nn.Module = UNet(

@@ -10,16 +10,16 @@ from semisam_core.configuration import StrictModel
 from semisam_core.specialists.layers import replace_layers
 
 DIVISOR = 16
-# The first layer adds the image, repeated, to its 16 features.
+# The first layer adds the image, repeated along the channels, to its 16 features.
 INPUT_CHANNELS = (1, 2, 4, 8)
 
 
 class VNetArguments(StrictModel):
-    """Arguments of the V-Net; its depth and width are fixed. Dropout is off: it would draw from global randomness.
+    """Arguments of the V-Net; depth and width are fixed. No dropout: it draws from the global random state.
 
     Attributes:
-        activation: `elu`, or `prelu` as in the paper (a learned slope a channel).
-        normalization: `instance` or `batch`; only the latter has running statistics. MONAI's own is batch.
+        activation: `elu`, or `prelu` as in the paper (a learned slope per channel).
+        normalization: `instance` or `batch`; only the latter has running statistics. MONAI's default is batch.
     """
 
     activation: Literal["elu", "prelu"] = "elu"
@@ -31,7 +31,7 @@ class VNetArguments(StrictModel):
 
 
 def build_vnet(arguments: VNetArguments, in_channels: int, out_channels: int) -> nn.Module:
-    """Build the network; MONAI's batch norm gives way to instance norm unless the plan asks for it."""
+    """Build the network, with MONAI's batch norm replaced by instance norm unless the plan asks for batch."""
     from monai.networks.nets import VNet
 
     activation: str | tuple[str, dict[str, Any]] = "prelu"
@@ -45,7 +45,7 @@ def build_vnet(arguments: VNetArguments, in_channels: int, out_channels: int) ->
         dropout_prob_down=None,
         dropout_prob_up=(None, 0.0),
     )
-    replace_layers(network, nn.Dropout3d, lambda _: nn.Identity())  # at probability 0 it still draws random numbers
+    replace_layers(network, nn.Dropout3d, lambda _: nn.Identity())  # draws random numbers even at probability 0
     if arguments.normalization == "instance":
         replace_layers(network, nn.BatchNorm3d, lambda layer: nn.InstanceNorm3d(layer.num_features, affine=True))
     return network

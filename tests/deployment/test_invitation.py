@@ -128,12 +128,12 @@ def test_a_zip_that_was_packed_anew_is_accepted(tmp_path: Path, invitation: Invi
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda members: members.pop("ca.crt"), "expected are exactly"),
-        (_with("ca.key", b"secret"), "expected are exactly"),
-        (_with("../plan.yaml", b""), "expected are exactly"),
-        (_with("/etc/passwd", b""), "expected are exactly"),
-        (_with("code.fab", b"other code"), "code.fab is not the code whose hash"),
-        (_with("plan.yaml", PLAN_TEXT.replace(b"rounds: 2", b"rounds: 3")), "plan.yaml is not the plan whose hash"),
+        (lambda members: members.pop("ca.crt"), "expected exactly"),
+        (_with("ca.key", b"secret"), "expected exactly"),
+        (_with("../plan.yaml", b""), "expected exactly"),
+        (_with("/etc/passwd", b""), "expected exactly"),
+        (_with("code.fab", b"other code"), "the hash of code.fab is not the one"),
+        (_with("plan.yaml", PLAN_TEXT.replace(b"rounds: 2", b"rounds: 3")), "the hash of plan.yaml is not the one"),
         (_with("plan.yaml", b"version: [1"), "not valid YAML"),
         (_with("plan.yaml", b"\xff\xfe\x00"), "not valid YAML"),
         (_with("plan.yaml", b"version: 2020-99-99"), "not valid YAML"),
@@ -141,7 +141,7 @@ def test_a_zip_that_was_packed_anew_is_accepted(tmp_path: Path, invitation: Invi
         (_with("plan.yaml", b"[" * 100_000), "levels of YAML"),
         (_with("plan.yaml", b"? [1, 2]\n: 3"), "plan.yaml"),
         (_with("plan.yaml", b"x" * (2**18 + 1)), "accepted are"),
-        (_with("ca.crt", b"nothing"), "no PEM certificate"),
+        (_with("ca.crt", b"nothing"), "not the PEM certificate"),
         (_with("invitation.json", b"[]"), "not a JSON mapping"),
         (_with("invitation.json", b"{" * 60_000), "not a JSON mapping"),
         (_with_header(format=2), "format"),
@@ -187,7 +187,7 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path: Path, bundle: bytes) ->
     buffer = io.BytesIO(bundle)
     with zipfile.ZipFile(buffer, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("code.fab", b"other code")
-    assert "expected are exactly" in _refusal(tmp_path, buffer.getvalue())
+    assert "expected exactly" in _refusal(tmp_path, buffer.getvalue())
 
 
 def test_a_file_that_is_far_too_large_is_not_read_whole(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.site_config import SiteConfig, inventory, load_site_config, load_site_folder
 from experiments.site_files import write_site_files
+from semisam_core.configuration import flow_yaml
 from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError
 from tests.conftest import blob, tiny_plan, write_blobs, write_nifti
@@ -118,6 +120,13 @@ def test_awkward_names_of_cases_and_folders_read_back_as_they_were(folder: str, 
 @pytest.mark.parametrize("site", ["null", "yes", "0007", "1e3", "0x1f", "0b1", "on", "2020-01-01"])
 def test_a_site_may_be_called_what_yaml_reads_as_a_number_or_a_truth_value(site: str, tmp_path: Path) -> None:
     assert _round_trip(tmp_path, ["case"], "images", site).site == site
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\r\nb", "a\x85b", "\x85", "a\u2028b", " a ", "\ufeffa"])
+def test_a_value_is_one_line_of_yaml_whatever_it_contains(name: str) -> None:
+    text = flow_yaml(name)
+    assert len(text.splitlines()) == 1
+    assert yaml.safe_load(f"single: {text}\nlist: [{text}, x]") == {"single": name, "list": [name, "x"]}
 
 
 # What a file system takes as a name and a table can hold; the table is read in composed Unicode, without outer spaces.

@@ -1,4 +1,4 @@
-"""The three terms of the loss and their schedules."""
+"""The loss terms and their schedules."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_confidence_aware_loss_is_the_papers_formula_class_by_class(seed: in
     assert float(loss) == pytest.approx(_obvious(*_maps(seed), flags), abs=1e-12)
 
 
-def test_the_generalists_loss_has_a_gradient_wherever_student_and_pseudo_label_differ() -> None:
+def test_the_generalist_loss_has_a_gradient_wherever_student_and_pseudo_label_differ() -> None:
     student, target, uncertainty = _maps(0)
     student.requires_grad_(True)
     confidence_aware_loss(student, target, uncertainty, torch.ones(2, 2, dtype=torch.bool)).backward()
@@ -67,7 +67,7 @@ def test_the_gradient_moves_the_student_towards_the_pseudo_label() -> None:
     assert bool((torch.sign(student.grad) == torch.sign(student.detach() - target)).all())
 
 
-def test_uncertainty_is_a_map_and_changes_the_loss_voxel_by_voxel() -> None:
+def test_uncertainty_weights_the_loss_voxel_by_voxel() -> None:
     student, target, uncertainty = _maps(0)
     valid = torch.ones(2, 2, dtype=torch.bool)
     flat = torch.full_like(uncertainty, uncertainty.mean().item())
@@ -88,7 +88,7 @@ def test_an_uncertain_voxel_counts_less_than_a_certain_one() -> None:
     assert float(light) == pytest.approx(math.exp(-3) / (1 + math.exp(-3)))
 
 
-def test_neither_pseudo_label_nor_uncertainty_takes_a_gradient() -> None:
+def test_pseudo_label_and_uncertainty_get_no_gradient() -> None:
     student, target, uncertainty = (each.requires_grad_(True) for each in _maps(1))
     confidence_aware_loss(student, target, uncertainty, torch.ones(2, 2, dtype=torch.bool)).backward()
     assert target.grad is None
@@ -105,7 +105,7 @@ def test_a_refused_class_teaches_nothing() -> None:
     assert float(student.grad[0, 0].abs().sum()) > 0.0
 
 
-def test_nothing_valid_gives_a_zero_that_can_be_differentiated() -> None:
+def test_without_a_valid_pseudo_label_loss_and_gradient_are_zero() -> None:
     student, target, uncertainty = _maps(3)
     student.requires_grad_(True)
     loss = confidence_aware_loss(student, target, uncertainty, torch.zeros(2, 2, dtype=torch.bool))
@@ -115,23 +115,23 @@ def test_nothing_valid_gives_a_zero_that_can_be_differentiated() -> None:
     assert float(student.grad.abs().sum()) == 0.0
 
 
-def test_the_order_of_a_batch_changes_nothing() -> None:
+def test_the_order_of_a_batch_does_not_matter() -> None:
     student, target, uncertainty = _maps(4)
     valid = torch.tensor([[True, False], [True, True]])
-    turned = [each.flip(0) for each in (student, target, uncertainty, valid)]
+    reversed_batch = [each.flip(0) for each in (student, target, uncertainty, valid)]
     assert float(confidence_aware_loss(student, target, uncertainty, valid)) == pytest.approx(
-        float(confidence_aware_loss(*turned)), rel=1e-12
+        float(confidence_aware_loss(*reversed_batch)), rel=1e-12
     )
 
 
-def test_the_supervised_loss_falls_to_nothing_for_a_perfect_answer() -> None:
+def test_a_perfect_prediction_has_almost_no_supervised_loss() -> None:
     label = torch.randint(0, 3, (1, 6, 6, 6), generator=torch.Generator().manual_seed(0))
     perfect = 40.0 * torch.nn.functional.one_hot(label, 3).movedim(-1, 1).float()
     assert float(supervised_loss(perfect, label)) < 1e-3
     assert float(supervised_loss(-perfect, label)) > 1.0
 
 
-def test_consistency_is_the_mean_square_and_leaves_the_teacher_alone() -> None:
+def test_consistency_is_the_mean_squared_difference_without_gradient_for_the_teacher() -> None:
     student, teacher, _ = _maps(5)
     student.requires_grad_(True)
     teacher.requires_grad_(True)
@@ -141,9 +141,10 @@ def test_consistency_is_the_mean_square_and_leaves_the_teacher_alone() -> None:
     assert teacher.grad is None
 
 
-def test_schedules_are_those_of_the_method() -> None:
+def test_schedules_have_their_values_at_start_and_end() -> None:
     assert consistency_weight(0, 100, 0.1) == pytest.approx(0.1 * math.exp(-5))
     assert consistency_weight(100, 100, 0.1) == consistency_weight(500, 100, 0.1) == pytest.approx(0.1)
+    assert consistency_weight(0, 0, 0.1) == 0.1
     assert generalist_weight(0, 100, 2.0, "decay") == 2.0
     assert generalist_weight(100, 100, 2.0, "decay") == pytest.approx(2.0 * math.exp(-5))
     assert generalist_weight(100, 100, 2.0, "constant") == 2.0
@@ -152,7 +153,7 @@ def test_schedules_are_those_of_the_method() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(first=st.integers(0, 1000), later=st.integers(0, 1000))
-def test_consistency_grows_and_trust_in_the_generalist_falls(first: int, later: int) -> None:
+def test_lambda_c_rises_and_lambda_s_falls(first: int, later: int) -> None:
     first, later = sorted((first, later))
     assert consistency_weight(first, 500, 0.1) <= consistency_weight(later, 500, 0.1)
     assert generalist_weight(first, 1000, 1.0, "decay") >= generalist_weight(later, 1000, 1.0, "decay")

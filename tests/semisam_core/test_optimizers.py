@@ -1,4 +1,4 @@
-"""One optimizer step: clipped, at the given rate, and not at all for a loss that is not finite."""
+"""One optimizer step: clipped, at the given rate, and refused for a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from semisam_core.optimizers import GRADIENT_NORM, build_optimizer, descend
-from semisam_core.plan_sections.training import Optimizer
+from semisam_core.optimizers import GRADIENT_NORM, build_optimizer, descend, learning_rate
+from semisam_core.plan_sections.training import OptimizerSettings
 
 
 def _network() -> nn.Linear:
@@ -16,14 +16,14 @@ def _network() -> nn.Linear:
     return network
 
 
-def test_the_step_goes_down_the_gradient_at_the_given_rate() -> None:
+def test_a_step_follows_the_gradient_at_the_given_rate() -> None:
     network = _network()
     optimizer = torch.optim.SGD(network.parameters(), lr=123.0)
     descend(optimizer, (network.weight * torch.tensor([1.0, 2.0, 3.0])).sum(), 0.5, 0)
     assert torch.allclose(network.weight, torch.tensor([[-0.5, -1.0, -1.5]]))
 
 
-def test_gradients_of_earlier_losses_do_not_linger() -> None:
+def test_gradients_do_not_accumulate() -> None:
     network = _network()
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     network.weight.sum().backward()
@@ -38,8 +38,15 @@ def test_a_steep_gradient_is_clipped() -> None:
     assert float(network.weight.detach().norm()) == pytest.approx(GRADIENT_NORM, rel=1e-4)
 
 
+def test_clipping_keeps_the_direction_over_all_parameters() -> None:
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
+    descend(optimizer, 300 * first.sum() + 400 * second.sum(), 1.0, 0)
+    assert [first.item(), second.item()] == pytest.approx([-0.6 * GRADIENT_NORM, -0.8 * GRADIENT_NORM], rel=1e-4)
+
+
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_loss_that_is_not_finite_moves_nothing(value: str) -> None:
+def test_a_loss_that_is_not_finite_changes_no_weight(value: str) -> None:
     network = _network()
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     with pytest.raises(FloatingPointError, match=f"became {value} at step 4"):
@@ -49,7 +56,24 @@ def test_a_loss_that_is_not_finite_moves_nothing(value: str) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_the_plans_optimizer_is_built_with_its_settings(name: str) -> None:
-    optimizer = build_optimizer(_network(), Optimizer(name=name, learning_rate=0.01, weight_decay=0.3))
+    optimizer = build_optimizer(_network(), OptimizerSettings(name=name, learning_rate=0.01, weight_decay=0.3))
     assert type(optimizer).__name__.lower() == name
     (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (0.01, 0.3)
+
+
+def test_sgd_has_momentum_of_nine_tenths() -> None:
+    network = _network()
+    optimizer = build_optimizer(network, OptimizerSettings(name="sgd", weight_decay=0.0))
+    for t in range(3):
+        descend(optimizer, network.weight.sum(), 1.0, t)
+    assert torch.allclose(network.weight, torch.tensor(-(1 + 1.9 + 2.71)))
+
+
+def test_the_learning_rate_falls_to_its_final_share_over_the_study() -> None:
+    settings = OptimizerSettings(learning_rate=0.01, final_share=0.2)
+    rates = [learning_rate(step, 100, settings) for step in range(102)]
+    assert rates[0] == settings.learning_rate
+    assert rates[50] == pytest.approx(0.01 * (0.2 + 0.8 * 0.5**0.9))
+    assert rates[100] == rates[101] == pytest.approx(0.002)
+    assert rates == sorted(rates, reverse=True)

@@ -1,4 +1,4 @@
-"""Labels that mark some of the classes only: what is not marked may be background or any class that nobody drew."""
+"""Sites that annotate only some classes: an unlabeled voxel is background or one of the other classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from semisam_core.generalists import EmbeddingStore
 from semisam_core.inference import new_specialist
 from semisam_core.losses import merge_rest, supervised_loss
 from semisam_core.pseudo_labels.calibration import Calibration, LabeledExample, calibrate
-from semisam_core.regularizers import Step
+from semisam_core.regularizers import TrainingStep
 from tests.conftest import balls, tiny_plan
 from tests.semisam_core.generalists.fake import FakeGeneralist
 from tests.semisam_core.pseudo_labels.test_calibration import Vague
@@ -35,7 +35,7 @@ def _patches(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _obvious(logits: Tensor, label: Tensor, annotated: tuple[int, ...]) -> float:
-    """The marginal loss as it reads in the paper: probabilities added up first, then cross-entropy and Dice."""
+    """The marginal loss as written in the paper: merge probabilities, then cross-entropy and Dice."""
     probability = logits.softmax(1)
     rest = 1 - probability[:, list(annotated)].sum(1)
     entropy = torch.zeros(label.shape, dtype=torch.float64)
@@ -53,7 +53,7 @@ def _obvious(logits: Tensor, label: Tensor, annotated: tuple[int, ...]) -> float
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10_000), annotated=SOME)
-def test_the_marginal_loss_is_cross_entropy_and_dice_with_background_and_unknown_classes_added_up(
+def test_the_marginal_loss_is_cross_entropy_and_dice_with_the_rest_merged(
     seed: int, annotated: tuple[int, ...]
 ) -> None:
     logits, label = _patches(seed)
@@ -62,14 +62,14 @@ def test_the_marginal_loss_is_cross_entropy_and_dice_with_background_and_unknown
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10_000))
-def test_with_every_class_annotated_it_is_the_plain_loss_bit_by_bit(seed: int) -> None:
+def test_with_every_class_annotated_it_equals_the_plain_loss_bit_by_bit(seed: int) -> None:
     logits, label = _patches(seed)
     assert torch.equal(supervised_loss(logits, label, (1, 2, 3)), supervised_loss(logits, label))
 
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10_000), annotated=SOME)
-def test_what_an_unknown_class_is_labeled_changes_nothing(seed: int, annotated: tuple[int, ...]) -> None:
+def test_labels_of_classes_that_are_not_annotated_are_ignored(seed: int, annotated: tuple[int, ...]) -> None:
     logits, label = _patches(seed)
     erased = keep_classes(label, annotated)
     assert set(erased.unique().tolist()) <= {0, *annotated}
@@ -78,8 +78,8 @@ def test_what_an_unknown_class_is_labeled_changes_nothing(seed: int, annotated: 
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10_000), annotated=SOME.filter(lambda chosen: len(chosen) < CLASSES))
-def test_it_stays_open_which_of_the_rest_a_voxel_is(seed: int, annotated: tuple[int, ...]) -> None:
-    """The gradient on the rest's logits goes by the answer itself, so none of them is preferred to another."""
+def test_the_loss_prefers_no_class_of_the_rest(seed: int, annotated: tuple[int, ...]) -> None:
+    """The gradient on the rest's logits is proportional to their probabilities."""
     logits, label = _patches(seed)
     logits.requires_grad_(True)
     supervised_loss(logits, label, annotated).backward()
@@ -90,7 +90,7 @@ def test_it_stays_open_which_of_the_rest_a_voxel_is(seed: int, annotated: tuple[
     assert torch.allclose(gradient, share * gradient.sum(1, keepdim=True), atol=1e-12)
 
 
-def test_a_missing_class_that_the_specialist_sees_costs_nothing_and_is_not_pushed_to_background() -> None:
+def test_segmenting_a_class_that_is_not_annotated_has_no_loss_and_no_gradient() -> None:
     truth = torch.from_numpy(balls()[1]).long()[None]
     seen = 30.0 * functional.one_hot(truth, 1 + CLASSES).movedim(-1, 1).float()
     seen.requires_grad_(True)
@@ -100,10 +100,10 @@ def test_a_missing_class_that_the_specialist_sees_costs_nothing_and_is_not_pushe
     assert float(loss.detach()) < 1e-3
     assert seen.grad is not None
     assert float(seen.grad.abs().max()) < 1e-6
-    assert float(supervised_loss(seen.detach(), drawn)) > 0.5  # taken as background, the same answer is quite wrong
+    assert float(supervised_loss(seen.detach(), drawn)) > 0.5  # wrong if the rest were background
 
 
-def test_a_drawn_class_is_still_told_from_missing_ones() -> None:
+def test_confusing_an_annotated_class_with_the_rest_has_a_loss() -> None:
     truth = torch.from_numpy(balls()[1]).long()[None]
     swapped = torch.tensor([0, 2, 1, 3])[truth]
     wrong = 30.0 * functional.one_hot(swapped, 1 + CLASSES).movedim(-1, 1).float()
@@ -111,14 +111,14 @@ def test_a_drawn_class_is_still_told_from_missing_ones() -> None:
 
 
 @pytest.mark.parametrize("annotated", [(), (0, 1), (4,)])
-def test_classes_that_there_are_not_are_refused(annotated: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"annotated classes are some of 1\.\.3, found"):
+def test_annotated_classes_outside_the_plan_are_refused(annotated: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"annotated classes must be some of 1\.\.3, found"):
         supervised_loss(*_patches(0), annotated)
 
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10_000), annotated=SOME)
-def test_merged_probabilities_are_of_annotated_classes_and_sum_to_one(seed: int, annotated: tuple[int, ...]) -> None:
+def test_merged_probabilities_keep_annotated_classes_and_sum_to_one(seed: int, annotated: tuple[int, ...]) -> None:
     probability = _patches(seed)[0].softmax(1)
     merged = merge_rest(probability, annotated)
     assert torch.allclose(merged.sum(1), torch.ones(()).double())
@@ -126,7 +126,7 @@ def test_merged_probabilities_are_of_annotated_classes_and_sum_to_one(seed: int,
         assert torch.equal(merged[:, k], probability[:, k] if k in annotated else torch.zeros_like(probability[:, k]))
 
 
-def _three_class_step(annotated: tuple[int, ...] | None) -> Step:
+def _three_class_step(annotated: tuple[int, ...] | None) -> TrainingStep:
     step = step_of(new_specialist(tiny_plan(THREE)), classes=3)
     assert step.labeled is not None
     label = (noise(2, 16, 16, 8, seed=5) > 0).to(torch.uint8)  # background and class 1
@@ -137,13 +137,13 @@ def test_the_second_network_of_cross_pseudo_supervision_learns_by_the_marginal_l
     losses = {}
     for annotated in (None, (1,)):
         regularizer, step = built("cps", THREE), _three_class_step(annotated)
-        assert regularizer.own is not None
+        assert regularizer.auxiliary is not None
         assert step.labeled is not None
-        answer = regularizer.own.networks["second"](step.labeled.image)
-        own = regularizer.losses(step).own
-        assert own is not None
+        answer = regularizer.auxiliary.networks["second"](step.labeled.image)
+        loss = regularizer.losses(step).auxiliary
+        assert loss is not None
         losses[annotated] = (
-            float(own.detach()),
+            float(loss.detach()),
             float(supervised_loss(answer.detach(), step.labeled.label, annotated)),
         )
     (plain, plain_supervised), (marginal, marginal_supervised) = losses[None], losses[(1,)]
@@ -151,19 +151,19 @@ def test_the_second_network_of_cross_pseudo_supervision_learns_by_the_marginal_l
     assert plain - marginal == pytest.approx(plain_supervised - marginal_supervised, rel=1e-4)
 
 
-def test_the_discriminator_does_not_see_what_nobody_drew() -> None:
+def test_the_discriminator_does_not_see_classes_that_are_not_annotated() -> None:
     regularizer, step = built("dan", THREE), _three_class_step((1,))
     assert step.labeled is not None
     image, seen = step.unlabeled.image, []
-    assert regularizer.own is not None
-    regularizer.own.networks["discriminator"].register_forward_hook(lambda _, given, __: seen.append(given))
+    assert regularizer.auxiliary is not None
+    regularizer.auxiliary.networks["discriminator"].register_forward_hook(lambda _, given, __: seen.append(given))
     regularizer.losses(step)
     assert len(seen) == 3
     assert any(torch.equal(each[0], image) for each in seen)
-    assert all(float(probability[:, 2:].abs().max()) == 0 for _, probability in seen)
+    assert all(not bool(probability[:, 2:].any()) for _, probability in seen)
 
 
-def test_volumes_and_trust_are_learned_of_annotated_classes_alone(tmp_path: Path) -> None:
+def test_calibration_uses_annotated_classes_only(tmp_path: Path) -> None:
     image, label = (torch.from_numpy(each) for each in balls())
     volume = ((image - image.mean()) / image.std())[None]
     teacher = functional.one_hot(label.long(), 4).movedim(-1, 0).float()

@@ -1,8 +1,9 @@
-"""One round of local training: what teaches, what moves, what repeats."""
+"""One round of local training: loss terms, updates of student and teacher, reproducibility."""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,13 +12,12 @@ from torch import Tensor, nn
 from semisam_core.contract import travelling
 from semisam_core.data.patches import TrainingScan
 from semisam_core.inference import new_specialist
-from semisam_core.losses import proximal_loss
+from semisam_core.losses import proximal_loss, supervised_loss
 from semisam_core.plan import Plan
 from semisam_core.training import (
     Loader,
     LocalRound,
     TrainingResult,
-    learning_rate,
     new_teacher,
     train_round,
     update_teacher,
@@ -25,6 +25,17 @@ from semisam_core.training import (
 from tests.conftest import blob, tiny_plan
 
 CPU = torch.device("cpu")
+# Plain gradient descent on unchanged scans of a patch's size: a step can be worked out by hand.
+BY_HAND = (
+    "task.classes=[{name: a, value: 1}, {name: b, value: 2}]",
+    "training.rounds=8",
+    "training.steps_per_round=1",
+    "training.optimizer={name: sgd, learning_rate: 1.0, weight_decay: 0.0, final_share: 0.0}",
+    "training.augmentation={flip: 0.0, affine_probability: 0.0, intensity: 0.0, noise: 0.0}",
+    "regularizer={name: entropy-minimisation, weight: 3.0, ramp_share: 0.5}",
+    "pseudo_labels.weight=2.0",
+    "teacher.decay=0.6",
+)
 
 
 def _labeled(seed: int = 0) -> Loader:
@@ -72,7 +83,7 @@ def test_training_leaves_the_global_random_state_alone(plan: Plan) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_site_with_labels_only_has_the_supervised_term_only(plan: Plan) -> None:
+def test_a_site_with_labels_only_has_only_the_supervised_term(plan: Plan) -> None:
     _, _, result = _round(plan, [_labeled()], [])
     assert result.steps == plan.training.steps_per_round
     assert result.supervised is not None
@@ -97,18 +108,91 @@ def test_pseudo_labels_alone_teach_the_specialist_to_find_the_object() -> None:
     assert result.generalist < 0.6 * start.generalist
 
 
-def test_a_site_with_nothing_to_learn_takes_no_step() -> None:
+def test_without_a_loss_term_a_site_takes_no_step() -> None:
     plan = tiny_plan("regularizer.name=none", "pseudo_labels=null")
     specialist, _, result = _round(plan, [], [_unlabeled()])
     assert result.steps == 0
     assert torch.equal(_flat(specialist), _flat(new_specialist(plan)))
 
 
-def test_unlabeled_scans_cannot_teach_a_supervised_plan() -> None:
+def test_a_supervised_plan_ignores_unlabeled_scans() -> None:
     plan = tiny_plan("regularizer.name=none", "pseudo_labels=null")
     with_them, _, _ = _round(plan, [_labeled()], [_unlabeled(pseudo_label=True)])
     without, _, _ = _round(plan, [_labeled()], [])
     assert torch.equal(_flat(with_them), _flat(without))
+
+
+def _random_scans() -> tuple[TrainingScan, TrainingScan]:
+    """Return a labeled scan and an unlabeled one with a pseudo-label of class 1 only, both of a patch's size."""
+    generator, sides = torch.Generator().manual_seed(0), (16, 16, 8)
+    known, unknown = (torch.randn((1, *sides), generator=generator) for _ in range(2))
+    label = torch.randint(0, 3, sides, generator=generator).to(torch.uint8)
+    target, uncertainty = torch.rand((2, *sides), generator=generator), 3 * torch.rand((2, *sides), generator=generator)
+    return TrainingScan(known, label), TrainingScan(unknown, None, target, uncertainty, torch.tensor([True, False]))
+
+
+def _terms(network: nn.Module, annotated: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return L_sup, L_unsup (entropy) and L_sam of the random scans as the method writes them."""
+    known, unknown = _random_scans()
+    assert known.label is not None
+    assert unknown.target is not None
+    assert unknown.uncertainty is not None
+    supervised = supervised_loss(network(known.image[None]), known.label[None], annotated)
+    probability = network(unknown.image[None]).softmax(1)[0]
+    entropy = -(probability * probability.log()).sum(0).mean() / math.log(3)
+    weight, error = torch.exp(-unknown.uncertainty[0]), (probability[1] - unknown.target[0]) ** 2
+    return supervised, entropy, (weight * error).sum() / weight.sum()
+
+
+def _one_step_by_hand(
+    plan: Plan, number: int, annotated: tuple[int, ...] | None = None
+) -> tuple[nn.Module, TrainingResult]:
+    known, unknown = _random_scans()
+    specialist = new_specialist(plan)
+    local = LocalRound(
+        plan,
+        specialist,
+        new_teacher(specialist),
+        [lambda: known],
+        [lambda: unknown],
+        number,
+        0,
+        CPU,
+        annotated=annotated,
+    )
+    return specialist, train_round(local)
+
+
+@pytest.mark.parametrize("annotated", [None, (2,)], ids=["every class", "one class"])
+@pytest.mark.parametrize("number", [1, 4, 8])
+def test_a_step_descends_the_weighted_sum_of_the_three_terms(number: int, annotated: tuple[int, ...] | None) -> None:
+    plan, t, total = tiny_plan(*BY_HAND), number - 1, 8
+    specialist, _ = _one_step_by_hand(plan, number, annotated)
+    start = new_specialist(plan)
+    supervised, entropy, generalist = _terms(start, annotated)
+    lambda_c = 3.0 * math.exp(-5 * (1 - min(t, 4) / 4) ** 2)
+    lambda_s = 2.0 * math.exp(-5 * (t / total) ** 2)
+    loss = supervised + lambda_c * entropy + lambda_s * generalist
+    gradients = torch.autograd.grad(loss, list(start.parameters()))
+    rate = (1 - t / total) ** 0.9
+    for before, after, gradient in zip(start.parameters(), specialist.parameters(), gradients, strict=True):
+        assert torch.allclose(before - after, rate * gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_round_reports_its_terms_unweighted() -> None:
+    plan = tiny_plan(*BY_HAND)
+    _, result = _one_step_by_hand(plan, 4)
+    expected = [term.item() for term in _terms(new_specialist(plan), None)]
+    assert [result.supervised, result.consistency, result.generalist] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("number", "decay"), [(1, 0.0), (2, 0.5), (8, 0.6)])
+def test_the_teacher_follows_with_a_decay_that_rises_to_the_plans(number: int, decay: float) -> None:
+    plan, known = tiny_plan(*BY_HAND), _random_scans()[0]
+    specialist, teacher = new_specialist(plan), new_teacher(new_specialist(tiny_plan(*BY_HAND, "seed=1")))
+    before = _flat(teacher)
+    train_round(LocalRound(plan, specialist, teacher, [lambda: known], [], number, 0, CPU))
+    assert torch.allclose(_flat(teacher), decay * before + (1 - decay) * _flat(specialist), atol=1e-6)
 
 
 def test_the_teacher_takes_no_gradient_and_follows_the_specialist(plan: Plan) -> None:
@@ -119,7 +203,7 @@ def test_the_teacher_takes_no_gradient_and_follows_the_specialist(plan: Plan) ->
     assert float((_flat(teacher) - _flat(specialist)).norm()) < float((start - _flat(specialist)).norm())
 
 
-def test_the_teacher_is_the_moving_average() -> None:
+def test_the_teacher_is_the_exponential_moving_average() -> None:
     network, teacher = nn.Linear(3, 2), nn.Linear(3, 2)
     expected = {k: 0.9 * teacher.state_dict()[k] + 0.1 * network.state_dict()[k] for k in ("weight", "bias")}
     update_teacher(teacher, network, 0.9)
@@ -127,7 +211,7 @@ def test_the_teacher_is_the_moving_average() -> None:
         assert torch.allclose(teacher.state_dict()[name], value, atol=1e-7)
 
 
-def test_a_teachers_buffers_are_copied() -> None:
+def test_the_teachers_buffers_are_copied_from_the_specialist() -> None:
     network, teacher = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     network(torch.randn(8, 2))
     update_teacher(teacher, network, 0.9)
@@ -135,62 +219,62 @@ def test_a_teachers_buffers_are_copied() -> None:
     assert int(teacher.num_batches_tracked) == 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_round(plan: Plan) -> None:
+def test_a_loss_that_is_not_finite_stops_the_round(plan: Plan) -> None:
     image = torch.full((1, 24, 24, 16), float("inf"))
     with pytest.raises(FloatingPointError, match="at step 0"):
         _round(plan, [lambda: TrainingScan(image, torch.zeros(24, 24, 16, dtype=torch.uint8))], [])
 
 
-def test_the_learning_rate_falls_to_its_final_share_over_the_study(plan: Plan) -> None:
-    settings = plan.training.optimizer
-    rates = [learning_rate(step, 100, settings) for step in range(101)]
-    assert rates[0] == settings.learning_rate
-    assert rates[-1] == pytest.approx(settings.learning_rate * settings.final_share)
-    assert rates == sorted(rates, reverse=True)
-
-
-def test_progress_is_told_after_each_step(plan: Plan) -> None:
-    told: list[tuple[int, int]] = []
+def test_progress_is_reported_after_each_step(plan: Plan) -> None:
+    reported: list[tuple[int, int]] = []
     specialist = new_specialist(plan)
     teacher = copy.deepcopy(specialist)
     local = LocalRound(
-        plan, specialist, teacher, [_labeled()], [], 1, 0, CPU, progress=lambda done, total: told.append((done, total))
+        plan,
+        specialist,
+        teacher,
+        [_labeled()],
+        [],
+        1,
+        0,
+        CPU,
+        progress=lambda done, total: reported.append((done, total)),
     )
     train_round(local)
-    assert told == [(1, 2), (2, 2)]
+    assert reported == [(1, 2), (2, 2)]
 
 
-def test_the_proximal_loss_has_gradient_w_minus_w_global_and_none_at_the_global_weights() -> None:
+def test_the_gradient_of_the_proximal_loss_is_w_minus_w_global() -> None:
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(3, 2, generator=generator), torch.randn((), generator=generator)]
     weights = [nn.Parameter(value + torch.randn(value.shape, generator=generator)) for value in start]
     proximal_loss(weights, start).backward()  # type: ignore[no-untyped-call]
-    for own, other in zip(weights, start, strict=True):
-        assert own.grad is not None
-        assert torch.allclose(own.grad, own.detach() - other)
+    for value, initial in zip(weights, start, strict=True):
+        assert value.grad is not None
+        assert torch.allclose(value.grad, value.detach() - initial)
     resting = [nn.Parameter(value.clone()) for value in start]
     proximal_loss(resting, start).backward()  # type: ignore[no-untyped-call]
-    assert all(own.grad is not None and not bool(own.grad.any()) for own in resting)
+    assert all(value.grad is not None and not bool(value.grad.any()) for value in resting)
 
 
 @pytest.mark.parametrize("mu", [0.1, 1.0, 9.0])
-def test_descent_with_the_proximal_term_ends_where_a_quadratic_says(mu: float) -> None:
-    start, own_minimum = torch.tensor([1.0, -2.0]), torch.tensor([5.0, 3.0])
+def test_descent_with_the_proximal_term_reaches_the_minimum_of_both_quadratics(mu: float) -> None:
+    start, local_minimum = torch.tensor([1.0, -2.0]), torch.tensor([5.0, 3.0])
     weight = nn.Parameter(start.clone())
     optimizer = torch.optim.SGD([weight], lr=0.1)
     for _ in range(500):
         optimizer.zero_grad()
-        loss = 0.5 * (weight - own_minimum).square().sum() + mu * proximal_loss([weight], [start])
+        loss = 0.5 * (weight - local_minimum).square().sum() + mu * proximal_loss([weight], [start])
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    assert torch.allclose(weight.detach(), (own_minimum + mu * start) / (1 + mu), atol=1e-3)
+    assert torch.allclose(weight.detach(), (local_minimum + mu * start) / (1 + mu), atol=1e-3)
 
 
 def _moved(specialist: nn.Module) -> float:
     return float((_flat(specialist) - _flat(new_specialist(tiny_plan()))).norm())
 
 
-def test_the_first_step_of_a_round_does_not_feel_the_proximal_term_and_later_ones_stay_closer() -> None:
+def test_the_proximal_term_does_not_change_the_first_step_and_keeps_later_ones_closer() -> None:
     changes = (
         "training.optimizer.name=sgd",
         "training.optimizer.learning_rate=0.05",
@@ -210,7 +294,7 @@ def test_the_first_step_of_a_round_does_not_feel_the_proximal_term_and_later_one
     assert moved[0] > moved[1] > moved[2] > 0
 
 
-def test_layers_that_stay_at_the_site_are_not_held_to_the_global_specialist() -> None:
+def test_the_proximal_term_leaves_layers_that_stay_at_the_site_free() -> None:
     specialist = (
         "specialist={name: unet, statistics: local, arguments: {channels: [4, 8], strides: [2], residual_units: 0, "
         "normalization: batch}}"
@@ -224,11 +308,11 @@ def test_layers_that_stay_at_the_site_are_not_held_to_the_global_specialist() ->
     plan = tiny_plan(*changes, "training.proximal=30.0")
     tethered, _, _ = _round(plan, [_labeled()], [])
     free, _, _ = _round(tiny_plan(*changes), [_labeled()], [])
-    travels = set(travelling(plan, free))
-    stays = {name for name, _ in free.named_parameters()} - travels
-    assert stays
-    assert _distance(tethered, plan, travels) < 0.5 * _distance(free, plan, travels)
-    assert _distance(tethered, plan, stays) > 0.7 * _distance(free, plan, stays)
+    shared = set(travelling(plan, free))
+    local = {name for name, _ in free.named_parameters()} - shared
+    assert local
+    assert _distance(tethered, plan, shared) < 0.5 * _distance(free, plan, shared)
+    assert _distance(tethered, plan, local) > 0.7 * _distance(free, plan, local)
 
 
 def _distance(specialist: nn.Module, plan: Plan, names: set[str]) -> float:

@@ -88,6 +88,22 @@ def test_a_late_reply_is_recorded_and_never_aggregated(tmp_path: Path) -> None:
     assert _same(weights_of(record, 3, study_plan()), weights_of(expected, 3, study_plan()))
 
 
+def test_a_reply_after_its_deadline_is_late_even_while_its_round_still_waits_for_others(tmp_path: Path) -> None:
+    def late(grid: ScriptedGrid, sent: Message) -> Message | None:
+        if grid.time.now_s < HOUR + 10:
+            grid.scripts["beta", TRAIN, 1].append(late)
+            return None
+        return answer_well(grid, sent)
+
+    grid = grid_of("alpha", "beta", train_s=10)
+    grid.scripts["beta", TRAIN, 1] = [late]
+    grid.seconds["gamma", TRAIN] = HOUR - 20
+    grid.time.at(60, lambda: grid.start("gamma", 3))  # joins the round a minute late, so its deadline is later
+    record = run(grid, study_plan(rounds=1), tmp_path, 2)
+    assert contributors(record) == ["alpha gamma"]
+    assert events(record, "late", "round", "site") == [(1, "beta")]
+
+
 def test_the_server_does_not_wait_for_a_reply_after_flower_has_dropped_the_message(tmp_path: Path) -> None:
     grid = grid_of("alpha", "beta", train_s=10)
     grid.scripts["beta", TRAIN, 1] = [silent]
@@ -306,12 +322,6 @@ def test_a_round_with_more_rejections_than_the_rule_tolerates_does_not_count(
 
 
 # Too few sites
-
-
-def test_validation_selects_the_later_of_two_equal_rounds(tmp_path: Path) -> None:
-    plan = study_plan("selection=validation", "evaluation.every_rounds=1")
-    record = run(grid_of("alpha", "beta"), plan, tmp_path, 2)
-    assert events(record, "selected", "round") == [(3,)]
 
 
 def test_a_round_waits_for_a_quorum_and_names_the_missing_sites(tmp_path: Path) -> None:

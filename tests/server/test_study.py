@@ -25,6 +25,7 @@ from server.app import app as server_app
 from server.run_folder import RunFolder
 from server.study import Study, StudyFailedError
 from tests.conftest import tiny_plan, write_nifti
+from tests.server.scripted import events, grid_of, run, study_plan
 
 MakeSite = Callable[..., Path]
 
@@ -212,6 +213,12 @@ def test_selection_by_validation_takes_the_best_round_and_says_that_labels_were_
     (selected,) = [line for line in lines if line["event"] == "selected"]
     assert means[int(str(selected["round"]))] == max(means.values())
     assert "validation labels were used" in str(selected["by"])
+
+
+def test_validation_selects_the_later_of_two_equal_rounds(tmp_path: Path) -> None:
+    plan = study_plan("selection=validation", "evaluation.every_rounds=1")
+    record = run(grid_of("alpha", "beta"), plan, tmp_path, 2)
+    assert events(record, "selected", "round") == [(3,)]
 
 
 def test_two_classes_go_through_the_whole_study(sites: list[Path], tmp_path: Path) -> None:

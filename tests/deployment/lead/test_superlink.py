@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -217,24 +218,30 @@ def plain(tmp_path: Path) -> Iterator[tuple[str, str]]:
         thread.join(20)
 
 
-def _activate(address: str, key: ec.EllipticCurvePrivateKey) -> int:
-    interceptors = [NodeAuthHttpInterceptor(key, key.public_key())]
-    with FleetHttpClient.from_server_address(address, True, None, interceptors) as client:
-        request = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=30)
+def _activate(address: str, public: ec.EllipticCurvePublicKey, signed_by: ec.EllipticCurvePrivateKey | None) -> int:
+    signs = [] if signed_by is None else [NodeAuthHttpInterceptor(signed_by, public)]
+    with FleetHttpClient.from_server_address(
+        address, True, None, [RuntimeVersionHttpInterceptor(component_name="SuperNode"), *signs]
+    ) as client:
+        request = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=30)
         return int(client.ActivateNode(request).node_id)
 
 
-def test_a_key_connects_once_it_is_registered_and_not_before(
+def test_a_key_connects_once_it_is_registered_and_only_with_its_private_half(
     plain: tuple[str, str], key: ec.EllipticCurvePrivateKey
 ) -> None:
     public, control = plain
     with pytest.raises(httpx.HTTPStatusError):
-        _activate(public, key)
+        _activate(public, key.public_key(), key)
     with FlowerControl(control, None) as commands:
         commands.register("north", key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    assert _activate(public, key) > 0
+    for signed_by in (None, ec.generate_private_key(ec.SECP384R1())):  # a public key is no secret
+        with pytest.raises(httpx.HTTPStatusError):
+            _activate(public, key.public_key(), signed_by)
+    assert _activate(public, key.public_key(), key) > 0
+    stranger = ec.generate_private_key(ec.SECP384R1())
     with pytest.raises(httpx.HTTPStatusError):
-        _activate(public, ec.generate_private_key(ec.SECP384R1()))
+        _activate(public, stranger.public_key(), stranger)
 
 
 def test_the_control_api_is_served_at_the_control_port_only(plain: tuple[str, str]) -> None:

@@ -89,7 +89,7 @@ def _nothing_marked(data: Path) -> None:
         (_nearly_one, "0.9999 were rounded to whole numbers"),
         (_foreign_value, "accept [0, 1]"),
         (_no_affine, "no usable affine"),
-        (_nothing_marked, "marks nothing"),
+        (_nothing_marked, "its label is empty"),
     ],
 )
 def test_a_bad_case_is_named_with_its_reason(
@@ -129,7 +129,7 @@ def test_an_altered_copy_of_approved_code_is_a_problem(site: Path) -> None:
     copy = next((site / "storage" / "code").rglob("client/app.py"))
     copy.chmod(0o644)
     copy.write_text("# something else")
-    assert "not the file that was approved" in _found(_look(site), "code", Level.PROBLEM)
+    assert "differs from the file that was approved" in _found(_look(site), "code", Level.PROBLEM)
 
 
 def test_no_approved_code_is_a_problem(site: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_disk_that_is_too_small_is_noticed(site: Path, monkeypatch: pytest.Mon
 def test_a_server_that_is_not_there_is_a_problem(site: Path) -> None:
     findings = _look(site, server=True)
     assert "cannot be reached" in _found(findings, "server", Level.PROBLEM)
-    assert "cannot be known" in _found(findings, "registration", Level.WARNING)
+    assert "could not be checked" in _found(findings, "registration", Level.WARNING)
 
 
 def test_a_proxy_in_the_environment_is_noticed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,12 @@ def test_the_pooled_site_has_every_case_in_its_role_and_named_after_its_site(stu
         "beta--case-3",
         "beta--case-4",
     ]
+    assert _ids(cohort.pooled_sites, Role.UNLABELED)["pooled"] == [
+        "alpha--case-0",
+        "alpha--case-2",
+        "beta--case-1",
+        "beta--case-2",
+    ]
     assert cohort.origin["beta--case-3"] == ("beta", "case-3")
     one = nib.load(cohort.pooled_sites / "images" / "beta--case-3.nii.gz")
     assert (one.get_fdata() == nib.load(tmp_path / "data/beta/images/case-3.nii.gz").get_fdata()).all()

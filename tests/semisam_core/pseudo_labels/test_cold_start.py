@@ -218,6 +218,39 @@ def test_position_distinguishes_structures_that_look_the_same(tmp_path: Path) ->
     assert found[0.0] < 0.75
 
 
+def test_positions_are_relative_to_the_scan_along_each_axis(tmp_path: Path) -> None:
+    left, right = slice(2, 14), slice(26, 38)
+
+    def scan(height: int) -> tuple[Tensor, Tensor]:
+        rows = slice(3 * height // 10, 7 * height // 10)
+        label = _boxes((height, 40, 4), (rows, left, slice(0, 4)))
+        image = label.clone()
+        image[rows, right] = 1
+        return _image(image), label
+
+    starter = _starter(tmp_path, _plan(f"{SECTION}.position_weight=1.0"))
+    tall, target = scan(80)  # fills the frame along its rows only, unlike the labeled scan
+    rough = starter.rough(tall, starter.learn([scan(40)]))
+    assert dice_of(rough[1] > 0.5, target > 0) > 0.85
+
+
+def test_each_class_has_as_many_prototypes_as_the_plan_says(tmp_path: Path) -> None:
+    counts = (f"{SECTION}.background_prototypes=7", f"{SECTION}.foreground_prototypes=3")
+    starter = _starter(tmp_path, _plan(f"{SECTION}.position_weight=1.0", *counts))
+    prototypes = starter.learn([(_image(LABELED), LABELED)])
+    assert [len(each) for each in prototypes.classes] == [7, 3]
+
+
+def test_the_temperature_sets_how_certain_a_mask_is(tmp_path: Path) -> None:
+    certainty = {}
+    for temperature in (0.1, 1.0):
+        starter = _starter(tmp_path, _plan(f"{SECTION}.temperature={temperature}"))
+        rough = starter.rough(_image(OTHER), starter.learn([(_image(LABELED), LABELED)]))
+        certainty[temperature] = float(rough[1].max())
+    # Two classes alone are opposite directions around the mean: similarities of 1 and -1.
+    assert certainty == pytest.approx({0.1: 1.0, 1.0: float(torch.sigmoid(torch.tensor(2.0)))}, abs=0.01)
+
+
 def test_the_same_scans_give_the_same_prototypes_and_masks_bit_by_bit(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     image = torch.randint(0, 3, (1, 48, 40, 6), generator=generator).float()

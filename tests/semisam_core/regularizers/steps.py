@@ -1,4 +1,4 @@
-"""Training steps for these tests: tiny plans, small patches with known answers, one object for each regularizer."""
+"""Tiny plans, small training steps and fixed networks for the tests of regularizers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from semisam_core.regularizers import REGULARIZERS, LabeledPatches, Losses, Regularizer, Step, UnlabeledPatches
+from semisam_core.regularizers import (
+    REGULARIZERS,
+    LabeledPatches,
+    Regularizer,
+    RegularizerLosses,
+    TrainingStep,
+    UnlabeledPatches,
+)
 from semisam_core.training import new_regularizer
 from tests.conftest import tiny_plan
 
@@ -20,7 +27,7 @@ SIDES = (16, 16, 8)
 
 
 def plan_of(name: str, *changes: str) -> Plan:
-    """Return the tiny plan with this regularizer and two unlabeled patches a step."""
+    """Return the tiny plan with this regularizer and two unlabeled patches per step."""
     return tiny_plan(f"regularizer.name={name}", "training.unlabeled_batch=2", *changes)
 
 
@@ -35,7 +42,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def unlabeled_batch(image: Tensor, classes: int = 1, pseudo_label: bool = False) -> UnlabeledPatches:
-    """Return unlabeled patches; a pseudo-label marks the voxels above 0 in the first channel as every class."""
+    """Return unlabeled patches whose pseudo-label, for every class, is the voxels above 0 in the first channel."""
     count, _, *sides = image.shape
     target = (image[:, :1] > 0).float().expand(count, classes, *sides)
     valid = torch.full((count, classes), pseudo_label)
@@ -52,10 +59,10 @@ def step_of(
     seed: int = 0,
     count: int = 2,
     classes: int = 1,
-) -> Step:
-    """Return a step of noise: labels are the voxels above 0, the teacher a copy of the student where none is given."""
+) -> TrainingStep:
+    """Return a step of noise, labeled where it is above 0; the teacher is a copy of the student by default."""
     image, known = noise(count, 1, *SIDES, seed=1), noise(2, 1, *SIDES, seed=2)
-    return Step(
+    return TrainingStep(
         t=t,
         total_steps=total_steps,
         student=student,
@@ -72,26 +79,26 @@ def specialist(seed: int = 0) -> nn.Module:
     return new_specialist(tiny_plan(f"seed={seed}"))
 
 
-def losses_of(name: str, step: Step) -> Losses:
+def losses_of(name: str, step: TrainingStep) -> RegularizerLosses:
     return built(name).losses(step)
 
 
-def student_loss(name: str, step: Step) -> Tensor:
+def student_loss(name: str, step: TrainingStep) -> Tensor:
     loss = losses_of(name, step).student
     assert loss is not None
     return loss
 
 
 def flat_gradient(network: nn.Module) -> Tensor:
-    """Return every gradient of a network, zeros where there is none."""
+    """Return all gradients of a network in one vector, zeros where there is none."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in network.parameters()])
 
 
 class Fixed(nn.Module):
-    """A network with one parameter, which answers with given logits whatever it is shown.
+    """A network with one parameter that returns the same logits for every patch.
 
     Args:
-        logits: (C, H, W, D), the same for each patch.
+        logits: (C, H, W, D).
     """
 
     def __init__(self, logits: Tensor) -> None:

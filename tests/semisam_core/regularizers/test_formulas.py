@@ -1,4 +1,4 @@
-"""Each regularizer against its published formula, worked out here in plain arithmetic."""
+"""Each regularizer against its published formula in plain arithmetic."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _noisy(image: Tensor, generator: torch.Generator) -> Tensor:
     return image + (0.1 * torch.randn(image.shape, generator=generator)).clamp(-0.2, 0.2)
 
 
-def test_mean_teacher_is_the_mean_squared_difference_to_the_teachers_view_of_a_noisy_copy() -> None:
+def test_mean_teacher_is_the_mean_squared_difference_to_the_teacher_on_a_noisy_copy() -> None:
     student, teacher = specialist(0), specialist(1)
     loss = student_loss("mean-teacher", step_of(student, teacher, seed=4))
     image = step_of(student).unlabeled.image
@@ -69,19 +69,19 @@ def test_uncertainty_aware_mean_teacher_counts_the_voxels_of_low_entropy(t: int)
 
 
 def _sure(strength: float = 20.0) -> Fixed:
-    """Return a network that is certain everywhere, of one class here and of the other there."""
+    """Return a network that is certain of a random class at every voxel."""
     sign = noise(1, *SIDES, seed=3).sign()
     return Fixed(strength * torch.cat([sign, -sign]))
 
 
 def _half_certain(strength: float = 20.0) -> Fixed:
-    """Return a teacher that is certain of background in the first half of the rows, and guesses in the others."""
+    """Return a teacher that is certain of background in the first half of the rows and guesses in the second."""
     logits = torch.zeros(2, *SIDES)
     logits[0, : SIDES[0] // 2] = strength
     return Fixed(logits)
 
 
-def test_voxels_at_which_the_teacher_guesses_teach_nothing() -> None:
+def test_voxels_where_the_teacher_guesses_have_no_gradient() -> None:
     student = Fixed(noise(2, *SIDES))
     student_loss("ua-mt", step_of(student, _half_certain(), labeled=False)).backward()
     assert student.logits.grad is not None
@@ -98,14 +98,14 @@ def test_a_teacher_that_guesses_everywhere_gives_no_loss_and_no_gradient() -> No
     assert float(flat_gradient(student).norm()) == 0.0
 
 
-def test_a_teacher_that_is_certain_everywhere_makes_it_mean_teacher() -> None:
+def test_with_a_teacher_that_is_certain_everywhere_ua_mt_equals_mean_teacher() -> None:
     student, teacher = Fixed(noise(2, *SIDES)), _sure()
     aware, plain = (student_loss(name, step_of(student, teacher)) for name in ("ua-mt", "mean-teacher"))
     assert aware.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("channels", [2, 3, 5])
-def test_the_threshold_rises_to_the_entropy_of_a_guess_among_all_channels(channels: int) -> None:
+def test_the_threshold_rises_to_the_entropy_of_a_uniform_guess(channels: int) -> None:
     limits = [threshold(t, 100, channels) for t in range(101)]
     assert limits == sorted(limits)
     assert limits[0] == pytest.approx((0.75 + 0.25 * math.exp(-5)) * math.log(channels))
@@ -114,7 +114,7 @@ def test_the_threshold_rises_to_the_entropy_of_a_guess_among_all_channels(channe
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10_000), channels=st.integers(2, 4), sharpness=st.floats(0.1, 30))
-def test_entropy_is_shannons_over_its_largest_value(seed: int, channels: int, sharpness: float) -> None:
+def test_entropy_is_shannon_entropy_over_its_maximum(seed: int, channels: int, sharpness: float) -> None:
     student = Fixed(sharpness * noise(channels, 3, 2, 2, seed=seed))
     logits = student.logits.detach()
     total = 0.0
@@ -127,7 +127,7 @@ def test_entropy_is_shannons_over_its_largest_value(seed: int, channels: int, sh
     assert -1e-6 <= loss <= 1 + 1e-6
 
 
-def test_entropy_is_one_for_a_guess_and_zero_without_a_flaw_for_certainty() -> None:
+def test_entropy_is_one_for_a_guess_and_zero_with_finite_gradient_for_certainty() -> None:
     guess, certain = Fixed(torch.zeros(2, *SIDES)), _sure(strength=400.0)
     assert student_loss("entropy-minimisation", step_of(guess, labeled=False)).item() == pytest.approx(1.0)
     loss = student_loss("entropy-minimisation", step_of(certain, labeled=False))
@@ -136,7 +136,7 @@ def test_entropy_is_one_for_a_guess_and_zero_without_a_flaw_for_certainty() -> N
     assert bool(flat_gradient(certain).isfinite().all())
 
 
-def test_entropy_minimisation_makes_a_leaning_answer_firmer_whether_right_or_wrong() -> None:
+def test_entropy_minimisation_sharpens_any_prediction() -> None:
     student = Fixed(torch.stack([torch.full(SIDES, 0.3), torch.full(SIDES, -0.3)]))
     student_loss("entropy-minimisation", step_of(student, labeled=False)).backward()
     assert student.logits.grad is not None
@@ -149,7 +149,7 @@ def _set_share(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_interpolation_compares_the_mixed_scans_answer_with_the_mixed_answers(
+def test_interpolation_compares_the_prediction_of_the_mix_with_the_mix_of_predictions(
     monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     _set_share(monkeypatch, 0.3)
@@ -165,7 +165,9 @@ def test_interpolation_compares_the_mixed_scans_answer_with_the_mixed_answers(
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_without_mixing_it_is_mean_teacher_without_noise(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+def test_without_mixing_interpolation_is_mean_teacher_without_noise(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
     _set_share(monkeypatch, share)
     student, teacher = specialist(0), specialist(1)
     step = step_of(student, teacher)
@@ -173,7 +175,7 @@ def test_without_mixing_it_is_mean_teacher_without_noise(monkeypatch: pytest.Mon
     assert student_loss("ict", step).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_network_that_is_linear_between_scans_has_no_interpolation_loss() -> None:
+def test_a_linear_network_has_no_interpolation_loss() -> None:
     class Linear(nn.Module):
         def forward(self, image: Tensor) -> Tensor:
             share = image.sigmoid() * 0 + 0.5 + 0.05 * image.clamp(-4, 4)  # a probability, linear in the scan
@@ -182,7 +184,7 @@ def test_a_network_that_is_linear_between_scans_has_no_interpolation_loss() -> N
     assert student_loss("ict", step_of(Linear())).item() == pytest.approx(0.0, abs=1e-10)
 
 
-def test_shares_are_beta_distributed_most_near_the_ends() -> None:
+def test_mixing_shares_follow_the_beta_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     shares = torch.tensor([draw_share(generator) for _ in range(3000)])
     assert bool(((shares >= 0) & (shares <= 1)).all())
@@ -191,9 +193,9 @@ def test_shares_are_beta_distributed_most_near_the_ends() -> None:
 
 
 def _second(regularizer: Regularizer) -> nn.Module:
-    assert regularizer.own is not None
+    assert regularizer.auxiliary is not None
     network = specialist()
-    network.load_state_dict({k.removeprefix("second."): v for k, v in regularizer.own.state().items()})
+    network.load_state_dict({k.removeprefix("second."): v for k, v in regularizer.auxiliary.state().items()})
     return network
 
 
@@ -203,83 +205,83 @@ def _cross_entropy(learner: Tensor, other: Tensor) -> Tensor:
     return -chosen.log().mean()
 
 
-def test_cross_pseudo_supervision_is_cross_entropy_against_the_others_choice_on_both_kinds_of_scan() -> None:
+def test_cross_pseudo_supervision_is_cross_entropy_with_the_other_networks_class_on_both_kinds_of_scan() -> None:
     regularizer, student = built("cps"), specialist(3)
     step = step_of(student)
     losses, second = regularizer.losses(step), _second(regularizer)
     assert losses.student is not None
-    assert losses.own is not None
+    assert losses.auxiliary is not None
     assert step.labeled is not None
     scans = (step.unlabeled.image, step.labeled.image)
     expected = sum(_cross_entropy(student(scan), second(scan)) for scan in scans)
     assert losses.student.item() == pytest.approx(expected.item(), rel=1e-5)
     cross = sum(_cross_entropy(second(scan), student(scan)) for scan in scans)
     supervised = supervised_loss(second(step.labeled.image), step.labeled.label)
-    assert losses.own.item() == pytest.approx((supervised + 0.1 * cross).item(), rel=1e-5)
+    assert losses.auxiliary.item() == pytest.approx((supervised + 0.1 * cross).item(), rel=1e-5)
 
 
 def test_cross_pseudo_supervision_is_symmetric() -> None:
     regularizer, student = built("cps"), specialist(3)
     second = _second(regularizer)
     losses = regularizer.losses(step_of(student, labeled=False))
-    assert regularizer.own is not None
-    regularizer.own.load({f"second.{k}": v for k, v in student.state_dict().items()})
+    assert regularizer.auxiliary is not None
+    regularizer.auxiliary.load({f"second.{k}": v for k, v in student.state_dict().items()})
     exchanged = regularizer.losses(step_of(second, labeled=False))
     assert losses.student is not None
-    assert losses.own is not None
+    assert losses.auxiliary is not None
     assert exchanged.student is not None
-    assert exchanged.own is not None
-    assert losses.own.item() == pytest.approx(0.1 * exchanged.student.item(), rel=1e-5)
-    assert exchanged.own.item() == pytest.approx(0.1 * losses.student.item(), rel=1e-5)
+    assert exchanged.auxiliary is not None
+    assert losses.auxiliary.item() == pytest.approx(0.1 * exchanged.student.item(), rel=1e-5)
+    assert exchanged.auxiliary.item() == pytest.approx(0.1 * losses.student.item(), rel=1e-5)
 
 
-def test_the_second_network_learns_from_pseudo_labels_as_the_student_does() -> None:
+def test_the_second_network_learns_from_pseudo_labels_like_the_student() -> None:
     regularizer, student = built("cps"), specialist(3)
     step = step_of(student, labeled=False, pseudo_label=True)
-    own, batch = regularizer.losses(step).own, step.unlabeled
+    auxiliary, batch = regularizer.losses(step).auxiliary, step.unlabeled
     second = _second(regularizer)(batch.image)
     taught = confidence_aware_loss(_softmax(second)[:, 1:], batch.target, batch.uncertainty, batch.valid)
     expected = 0.7 * taught + 0.1 * _cross_entropy(second, student(batch.image))
-    assert own is not None
-    assert own.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert auxiliary is not None
+    assert auxiliary.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_two_networks_begin_with_different_weights() -> None:
-    own = _second(built("cps")).state_dict()
-    assert any(not torch.equal(value, own[name]) for name, value in specialist(0).state_dict().items())
+def test_the_two_networks_start_with_different_weights() -> None:
+    second = _second(built("cps")).state_dict()
+    assert any(not torch.equal(value, second[name]) for name, value in specialist(0).state_dict().items())
 
 
 def _discriminator(regularizer: Regularizer) -> Discriminator:
-    assert regularizer.own is not None
+    assert regularizer.auxiliary is not None
     network = Discriminator(channels=3)
-    network.load_state_dict({k.removeprefix("discriminator."): v for k, v in regularizer.own.state().items()})
+    network.load_state_dict({k.removeprefix("discriminator."): v for k, v in regularizer.auxiliary.state().items()})
     return network
 
 
-def test_the_student_is_paid_for_deceiving_the_discriminator_which_is_paid_for_telling() -> None:
+def test_the_adversarial_losses_are_those_of_the_paper() -> None:
     regularizer, student = built("dan"), specialist(3)
     step = step_of(student)
     losses, score = regularizer.losses(step), _discriminator(regularizer)
     assert losses.student is not None
-    assert losses.own is not None
+    assert losses.auxiliary is not None
     assert step.labeled is not None
     unlabeled = torch.sigmoid(score(step.unlabeled.image, _softmax(student(step.unlabeled.image))))
     labeled = torch.sigmoid(score(step.labeled.image, _softmax(student(step.labeled.image))))
     assert losses.student.item() == pytest.approx(-unlabeled.log().mean().item(), rel=1e-5)
-    told = -labeled.log().mean() - (1 - unlabeled).log().mean()
-    assert losses.own.item() == pytest.approx(told.item(), rel=1e-5)
+    separated = -labeled.log().mean() - (1 - unlabeled).log().mean()
+    assert losses.auxiliary.item() == pytest.approx(separated.item(), rel=1e-5)
 
 
-def test_the_discriminator_learns_to_tell_labeled_from_unlabeled_and_the_student_then_pays() -> None:
+def test_a_discriminator_that_learns_to_separate_scans_raises_the_students_loss() -> None:
     regularizer, student = built("dan"), specialist(3)
-    assert regularizer.own is not None
+    assert regularizer.auxiliary is not None
     step = step_of(student)
     step.unlabeled.image.mul_(0.2)  # the unlabeled scans look fainter
     before = regularizer.losses(step)
     for t in range(150):
-        loss = regularizer.losses(copy.copy(step)).own
+        loss = regularizer.losses(copy.copy(step)).auxiliary
         assert loss is not None
-        regularizer.own.step(loss, t)
+        regularizer.auxiliary.step(loss, t)
     after, score = regularizer.losses(step), _discriminator(regularizer)
     assert before.student is not None
     assert after.student is not None
@@ -289,13 +291,13 @@ def test_the_discriminator_learns_to_tell_labeled_from_unlabeled_and_the_student
     assert after.student.item() > before.student.item()
 
 
-def test_without_labeled_scans_there_is_nothing_to_tell_apart_and_no_adversarial_term() -> None:
+def test_without_labeled_scans_there_is_no_adversarial_term() -> None:
     losses = built("dan").losses(step_of(specialist(), labeled=False, pseudo_label=True))
     assert losses.student is None
-    assert losses.own is None
+    assert losses.auxiliary is None
 
 
 @pytest.mark.parametrize("sides", [(8, 8, 8), (16, 12, 9), (33, 8, 20)])
-def test_the_discriminator_takes_patches_of_any_size(sides: tuple[int, int, int]) -> None:
+def test_the_discriminator_accepts_patches_of_any_size(sides: tuple[int, int, int]) -> None:
     scores = Discriminator(channels=3)(noise(2, 1, *sides), noise(2, 2, *sides))
     assert scores.shape == (2,)

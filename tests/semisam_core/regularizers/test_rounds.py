@@ -1,4 +1,4 @@
-"""Every regularizer at a real site, round after round: what is sent, what is kept, what a repeated round gives."""
+"""Every regularizer at a real site over several rounds: what is sent, what is kept, what a repeated round gives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.semisam_core.test_training import _labeled, _unlabeled
 
 MakeSite = Callable[..., Path]
 UNLABELED = {"labeled": [], "validation": []}
-# A prompt is made of whatever the untrained specialist finds, so that pseudo-labels are accepted.
+# Prompt with anything the untrained specialist predicts, so that pseudo-labels are accepted.
 EAGER = ("pseudo_labels.prompting.threshold=0.01", "pseudo_labels.gates.minimum_volume_ml=0.0")
 State = dict[str, Tensor]
 
@@ -82,7 +82,7 @@ def test_a_round_asked_for_again_gives_the_same_weights(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_has_its_say_in_what_the_specialist_becomes(name: str) -> None:
+def test_every_regularizer_changes_the_specialist(name: str) -> None:
     def trained(regularizer: str) -> State:
         plan = plan_of(regularizer, "regularizer.ramp_share=0.0")
         specialist = new_specialist(plan)
@@ -93,20 +93,20 @@ def test_each_has_its_say_in_what_the_specialist_becomes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_NETWORKS)
-def test_networks_of_its_own_are_trained_with_the_student_and_kept_at_the_site(make_site: MakeSite, name: str) -> None:
+def test_auxiliary_networks_are_trained_and_kept_at_the_site(make_site: MakeSite, name: str) -> None:
     plan, path = plan_of(name), make_site()
     list(_rounds(path, plan))
     assert [file.stem for file in _kept(path)] == ["networks-00001", "networks-00002"]
     fresh = new_regularizer(plan, CPU)
     assert fresh is not None
-    assert fresh.own is not None
+    assert fresh.auxiliary is not None
     state = RunState(load_site_config(path).storage.folder, "run")
     first, second = state.load_networks(before=2), state.load_networks(before=3)
     assert first is not None
     assert second is not None
-    assert first.keys() == fresh.own.state().keys()
-    for name_of_tensor, begun in fresh.own.state().items():
-        assert not torch.equal(begun, first[name_of_tensor])
+    assert first.keys() == fresh.auxiliary.state().keys()
+    for name_of_tensor, initial in fresh.auxiliary.state().items():
+        assert not torch.equal(initial, first[name_of_tensor])
         assert not torch.equal(first[name_of_tensor], second[name_of_tensor])
 
 
@@ -118,7 +118,7 @@ def test_a_regularizer_without_networks_keeps_none(make_site: MakeSite, name: st
 
 
 @pytest.mark.parametrize("name", WITH_NETWORKS)
-def test_a_round_goes_on_with_the_networks_of_the_last(make_site: MakeSite, name: str) -> None:
+def test_a_round_resumes_from_the_networks_of_the_last(make_site: MakeSite, name: str) -> None:
     plan, path = plan_of(name), make_site()
     (first, _), (second, _) = _rounds(path, plan)
     _kept(path)[0].unlink()
@@ -126,7 +126,7 @@ def test_a_round_goes_on_with_the_networks_of_the_last(make_site: MakeSite, name
 
 
 @pytest.mark.parametrize("name", WITH_NETWORKS)
-def test_a_site_that_was_left_out_of_a_round_goes_on_with_what_it_has(make_site: MakeSite, name: str) -> None:
+def test_a_site_that_missed_a_round_resumes_from_its_latest_networks(make_site: MakeSite, name: str) -> None:
     plan, path = plan_of(name, "training.rounds=3"), make_site()
     ((first, _),) = _rounds(path, plan, count=1)
     third, _ = _train(path, plan, first, 3)
@@ -136,7 +136,7 @@ def test_a_site_that_was_left_out_of_a_round_goes_on_with_what_it_has(make_site:
 
 
 @pytest.mark.parametrize("damage", ["torn", "other shapes", "not finite"])
-def test_kept_networks_that_are_of_no_use_begin_anew(make_site: MakeSite, damage: str) -> None:
+def test_unusable_kept_networks_are_replaced_by_new_ones(make_site: MakeSite, damage: str) -> None:
     plan, path = plan_of("cps"), make_site()
     ((first, _),) = _rounds(path, plan, count=1)
     (file,) = _kept(path)
@@ -160,13 +160,13 @@ def test_the_discriminator_is_not_trained_at_a_site_without_labels(make_site: Ma
     fresh = new_regularizer(plan, CPU)
     kept = RunState(load_site_config(path).storage.folder, "run").load_networks(before=3)
     assert fresh is not None
-    assert fresh.own is not None
+    assert fresh.auxiliary is not None
     assert kept is not None
-    assert _same(kept, fresh.own.state())
+    assert _same(kept, fresh.auxiliary.state())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_site_without_labels_and_pseudo_labels_steps_only_if_its_regularizer_teaches(
+def test_a_site_without_labels_and_pseudo_labels_trains_only_if_its_regularizer_applies(
     make_site: MakeSite, name: str
 ) -> None:
     plan = plan_of(name, "pseudo_labels=null")
@@ -186,7 +186,7 @@ def test_networks_of_the_last_three_rounds_are_kept_however_far_apart(tmp_path: 
     assert state.load_networks(before=4) is None
 
 
-def test_a_run_that_begins_again_does_not_lose_its_new_networks_to_old_ones(tmp_path: Path) -> None:
+def test_a_restarted_run_prefers_its_new_networks_to_old_ones(tmp_path: Path) -> None:
     state = RunState(tmp_path, "run")
     for number in (6, 7, 8, 1, 2):
         state.save_networks(number, {"w": noise(2, seed=number)})
@@ -195,7 +195,7 @@ def test_a_run_that_begins_again_does_not_lose_its_new_networks_to_old_ones(tmp_
     assert torch.equal(kept["w"], noise(2, seed=2))
 
 
-def test_networks_that_cannot_be_read_give_way_to_those_of_the_round_before(tmp_path: Path) -> None:
+def test_unreadable_networks_fall_back_to_those_of_the_round_before(tmp_path: Path) -> None:
     state = RunState(tmp_path, "run")
     for number in (1, 2):
         state.save_networks(number, {"w": noise(2, seed=number)})

@@ -1,4 +1,4 @@
-"""Small instances of every specialist, which the tests of this folder share."""
+"""Small instances of every specialist, shared by the tests in this folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Example(NamedTuple):
-    """A network small enough for a test, and the smallest patches that it takes."""
+    """A network small enough for a test, and a small patch that it takes."""
 
     name: str
     arguments: dict[str, Any]
@@ -67,6 +67,6 @@ def patches(example: Example, batch: int = 1, channels: int = 1, seed: int = 0) 
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
-    """Return whether two networks hold the same tensors, bit by bit."""
+    """Return whether two networks hold the same tensors bit by bit."""
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -1,4 +1,4 @@
-"""Whose running statistics are: a plan with batch norm must say, and what travels follows from it."""
+"""Shared or local batch norm: a plan with batch norm must choose, and the tensors sent follow from it."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def test_a_network_with_batch_norm_keeps_running_statistics(example: Example) ->
 
 
 @EVERY_BATCHED
-def test_a_plan_with_batch_norm_must_say_whose_statistics_are(example: Example) -> None:
-    with pytest.raises(ValidationError, match=r"specialist\.statistics is missing: .* shared .* or local"):
+def test_a_plan_with_batch_norm_must_choose_shared_or_local(example: Example) -> None:
+    with pytest.raises(ValidationError, match=r"specialist\.statistics is missing; .* shared .* or local"):
         _plan(example, None)
     with pytest.raises(ValidationError, match="statistics"):
         _plan(example, "global")
 
 
 @EVERY_EXAMPLE
-def test_a_plan_without_batch_norm_has_no_statistics_to_speak_of(example: Example) -> None:
+def test_a_plan_without_batch_norm_must_not_choose(example: Example) -> None:
     with pytest.raises(
         ValidationError, match=re.escape(f"specialist.statistics = local: this {example.name} keeps no")
     ):
@@ -60,13 +60,13 @@ def test_a_plan_without_batch_norm_has_no_statistics_to_speak_of(example: Exampl
 
 
 @EVERY_GROUPED
-def test_group_normalisation_has_none_either(example: Example) -> None:
+def test_a_plan_with_group_normalisation_must_not_choose(example: Example) -> None:
     with pytest.raises(ValidationError, match="keeps no running statistics"):
         _plan(example, "shared")
 
 
 @EVERY_BATCHED
-def test_local_batch_norm_layers_do_not_travel_and_all_else_does(example: Example) -> None:
+def test_local_batch_norm_layers_are_not_sent_and_all_else_is(example: Example) -> None:
     plan = _plan(example, "local")
     spec, network = specialist_spec(plan), new_specialist(plan)
     layers = {name for name, layer in network.named_modules() if isinstance(layer, nn.BatchNorm3d)}
@@ -76,7 +76,7 @@ def test_local_batch_norm_layers_do_not_travel_and_all_else_does(example: Exampl
 
 
 @EVERY_BATCHED
-def test_shared_batch_norm_layers_travel_but_for_their_whole_numbers(example: Example) -> None:
+def test_shared_batch_norm_layers_are_sent_except_their_counters(example: Example) -> None:
     plan = _plan(example, "shared")
     spec, state = specialist_spec(plan), new_specialist(plan).state_dict()
     assert set(spec) == {name for name, value in state.items() if value.is_floating_point()}
@@ -85,17 +85,17 @@ def test_shared_batch_norm_layers_travel_but_for_their_whole_numbers(example: Ex
 
 
 @EVERY_BATCHED
-def test_the_servers_first_weights_are_as_agreed(example: Example) -> None:
+def test_initial_weights_match_the_contract(example: Example) -> None:
     for statistics in ("shared", "local"):
         plan = _plan(example, statistics)
         assert disagreement(travelling(plan, new_specialist(plan)), specialist_spec(plan)) is None
 
 
-def test_the_choice_is_part_of_the_plans_hash() -> None:
+def test_shared_and_local_plans_have_different_hashes() -> None:
     assert _plan(BATCHED["unet"], "shared").hash != _plan(BATCHED["unet"], "local").hash
 
 
-def test_batch_norm_tensors_are_named_as_in_the_state_wherever_the_layer_is() -> None:
+def test_batch_norm_tensors_are_named_as_in_the_state_dict() -> None:
     fields = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     assert batch_norm_tensors(nn.BatchNorm3d(2)) == fields
     nested = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Sequential(nn.BatchNorm3d(2)))
@@ -103,7 +103,7 @@ def test_batch_norm_tensors_are_named_as_in_the_state_wherever_the_layer_is() ->
     assert batch_norm_tensors(nn.InstanceNorm3d(2, affine=True)) == set()
 
 
-def test_counters_change_no_prediction() -> None:
+def test_batch_counters_do_not_affect_predictions() -> None:
     example = BATCHED["dynunet"]
     network = build_specialist(example.name, example.arguments, 1, 1, 0)
     network(patches(example, batch=2))
