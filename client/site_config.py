@@ -70,7 +70,7 @@ class Storage(StrictModel):
 
     Attributes:
         folder: the site's own storage folder.
-        memory_gb: memory for loaded scans. A scan that needs more by itself is quarantined.
+        memory_gb: memory for loaded scans; a case whose image alone would take more is quarantined.
         embeddings_gb: disk space for stored embeddings.
     """
 

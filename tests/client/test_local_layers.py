@@ -143,7 +143,7 @@ def test_layers_of_another_network_are_not_used(make_site: MakeSite, caplog: pyt
 
 def test_a_site_refuses_local_layers_from_the_server(make_site: MakeSite) -> None:
     plan = _plan("local")
-    with pytest.raises(WeightsNotAgreedError, match="foreign"):
+    with pytest.raises(WeightsNotAgreedError, match="10 are not agreed"):
         _site(make_site(), plan, 1).train(dict(new_specialist(plan).state_dict()))
 
 

@@ -51,9 +51,9 @@ def test_cases_are_counted_by_role_and_checked_once(make_site: MakeSite, plan: P
     assert sorted(reads) == [f"case-{k}" for k in range(5)]
 
 
-@pytest.mark.parametrize(("fits", "read_again"), [(3, []), (2, ["case-0", "case-1", "case-2"]), (0, None)])
+@pytest.mark.parametrize(("fits", "read_again"), [(3, []), (2, ["case-0", "case-1", "case-2"])])
 def test_scans_beyond_the_memory_limit_are_read_again_least_recently_used_first(
-    make_site: MakeSite, plan: Plan, reads: list[str], fits: int, read_again: list[str] | None
+    make_site: MakeSite, plan: Plan, reads: list[str], fits: int, read_again: list[str]
 ) -> None:
     size = 24 * 24 * 16 * 4  # bytes of one image, float32
     scans = _scans(make_site(storage={"memory_gb": (fits + 0.5) * size / 1e9}), plan)
@@ -61,10 +61,16 @@ def test_scans_beyond_the_memory_limit_are_read_again_least_recently_used_first(
     reads.clear()
     loaded = [scans.load(case) for case in cases]
     assert [scan.id for scan in loaded if scan is not None] == ["case-0", "case-1", "case-2"]
-    assert reads == (read_again if read_again is not None else ["case-0", "case-1", "case-2"])
+    assert reads == read_again
     reads.clear()
     scans.load(cases[-1])
-    assert reads == [], "the scan used last stays in memory, whatever the limit"
+    assert reads == []
+
+
+def test_a_scan_over_the_memory_limit_is_quarantined(make_site: MakeSite, plan: Plan) -> None:
+    scans = _scans(make_site(storage={"memory_gb": 0.5 * 24 * 24 * 16 * 4 / 1e9}), plan)
+    assert scans.counts() == {"labeled": 0, "unlabeled": 0, "validation": 0, "quarantined": 3}
+    assert all("storage.memory_gb" in quarantined.reason for quarantined in scans.quarantined)
 
 
 def test_a_recently_used_scan_outlives_one_that_was_loaded_after_it(
