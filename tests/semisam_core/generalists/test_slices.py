@@ -100,7 +100,7 @@ def test_a_mask_prompt_has_the_requested_resolution_and_padding() -> None:
 @pytest.mark.parametrize(
     ("position", "says"),
     [
-        ((0, 0, 1.5), "whole slices"),
+        ((0, 0, 1.5), "whole slice"),
         ((20, 0, 0), "outside"),
         ((0, -1, 0), "outside"),
         ((0, 0, math.nan), "outside"),
