@@ -116,7 +116,7 @@ class Vista3D:
             ValueError: the network cannot take cubes of this side.
         """
         if side < 1 or side % network.divisor:
-            raise ValueError(f"the side of a cube must be divisible by {network.divisor}, which {side} is not")
+            raise ValueError(f"cubes must have a side divisible by {network.divisor}, not {side}")
         self.network = network
         self.card = VISTA3D
         self.weights_sha256 = weights_sha256

@@ -136,6 +136,22 @@ def test_a_slice_takes_the_highest_probability_and_mean_quality_of_its_boxes(
     assert both.quality[2] == pytest.approx((one.quality[2] + other.quality[2]) / 2)
 
 
+def test_the_prompt_encoder_sees_the_edges_of_the_box(
+    model: LiteMedSAM, embeddings: dict[int, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, seen = model.network.prompt_encoder.pe_layer, []
+    encode = layer.forward_with_coords
+
+    def spy(corners: Tensor, size: tuple[int, int]) -> Tensor:
+        seen.append(corners.clone())
+        return encode(corners, size)
+
+    monkeypatch.setattr(layer, "forward_with_coords", spy)
+    model.segment(embeddings, Prompts((SliceBox(2, (12, 30, 44, 50)),)), GRID)
+    (corners,) = seen  # (1, 2, 2): upper left and lower right, x before y; 256 / 96 frame pixels per voxel
+    assert (corners.flatten() * 96 / 256).tolist() == pytest.approx([30, 12, 51, 45])
+
+
 def test_a_box_across_the_border_is_clipped(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> None:
     beyond, within = SliceBox(2, (-30, -5.5, 50, 300)), SliceBox(2, (0, 0, 50, SHAPE[1] - 1))
     answers = [model.segment(embeddings, Prompts((box,)), GRID).probability for box in (beyond, within)]

@@ -114,7 +114,7 @@ def test_sam_takes_points_boxes_and_masks_and_medsam_only_boxes() -> None:
         ("medsam", Prompts((BOX,), (), _mask()), "no prompts of kind mask-2d"),
         ("medsam", Prompts(points=(POINT,), mask=_mask()), "no prompts of kind points-2d, mask-2d"),
         ("sam", Prompts((BOX,), span=(0, 3)), "propagated; accepted: box-2d, mask-2d, points-2d"),
-        ("sam", Prompts(points=(Point((1, 1, 2.5)),)), "whole slices"),
+        ("sam", Prompts(points=(Point((1, 1, 2.5)),)), "whole slice"),
     ],
 )
 def test_a_kind_of_prompt_that_the_card_does_not_declare_is_refused(

@@ -321,7 +321,7 @@ def test_nothing_is_printed(model: Sam2, embeddings: dict[int, Tensor], capfd: p
         (Prompts((UPPER,), span=(4, 24)), r"the span \(4, 24\) is not within this scan, which has slices 0 to 23"),
         (Prompts((UPPER,), span=(6, 4)), r"the span \(6, 4\)"),
         (Prompts((SliceBox(24, (0, 0, 5, 5)),)), "slice 24; this scan has slices 0 to 23"),
-        (Prompts(points=(Point((3, 3, 4.5)),)), "whole slices"),
+        (Prompts(points=(Point((3, 3, 4.5)),)), "whole slice"),
         (Prompts(mask=torch.zeros(3, 3, 3)), "the scan's shape"),
     ],
 )

@@ -193,7 +193,7 @@ def test_every_box_is_queried_once_and_no_point_of_an_answered_slice_is_lost(
         (Prompts((SliceBox(6, (0, 0, 5, 5)),)), "slice 6; this scan has slices 0 to 5"),
         (Prompts((SliceBox(0, (50, 0, 55, 5)),)), "lies outside the 48 x 32 slice"),
         (Prompts((SliceBox(0, (5, 0, 4, 5)),)), "is empty"),
-        (Prompts(points=(Point((1, 1, 1.5)),)), "whole slices"),
+        (Prompts(points=(Point((1, 1, 1.5)),)), "whole slice"),
         (Prompts(points=(Point((1, 32, 1)),)), "outside the scan"),
         (Prompts(points=(Point((1, 1, math.nan), positive=False),)), "outside the scan"),
         (Prompts(mask=torch.zeros(48, 32)), r"must have the scan's shape \(48, 32, 6\), not \(48, 32\)"),

@@ -46,7 +46,7 @@ def test_the_edges_of_a_box_are_at_the_same_fraction_of_slice_and_frame(height: 
     [
         (SliceBox(3, (0, 0, 5, 5)), "slice 3; this scan has slices 0 to 2"),
         (SliceBox(0, (0, 0, math.nan, 5)), "not finite"),
-        (SliceBox(0, (6, 0, 5, 5)), r"is empty; accepted is \(row_min, column_min, row_max, column_max\)"),
+        (SliceBox(0, (6, 0, 5, 5)), r"is empty; bounds are \(row_min, column_min, row_max, column_max\)"),
         (SliceBox(1, (20, 0, 25, 5)), "lies outside the 20 x 30 slice"),
     ],
 )
@@ -100,7 +100,7 @@ def test_a_mask_prompt_has_the_requested_resolution_and_padding() -> None:
 @pytest.mark.parametrize(
     ("position", "says"),
     [
-        ((0, 0, 1.5), "whole slices"),
+        ((0, 0, 1.5), "whole slice"),
         ((20, 0, 0), "outside"),
         ((0, -1, 0), "outside"),
         ((0, 0, math.nan), "outside"),
