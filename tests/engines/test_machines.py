@@ -130,14 +130,18 @@ def test_a_temporary_folder_with_a_long_path_does_not_stop_flowers_engine(folder
 def test_where_no_short_folder_can_be_written_the_message_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(folder / ("t" * 120)))
+    long = folder / ("t" * 120)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
     monkeypatch.setattr(simulation, "SHORT_FOLDERS", (str(folder / "missing"),))
     with pytest.raises(FlowerError, match=r"no more than \d+ bytes.*Set TMPDIR to a short path"):
         simulation.ray_folder()
 
 
 def test_the_folder_for_ray_is_private_and_short(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(folder / ("t" * 120)))
+    long = folder / ("t" * 120)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
     with simulation.ray_folder() as made:
         assert len(f"{made}/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.12".encode()) <= 107
         assert Path(made).stat().st_mode & 0o777 == 0o700

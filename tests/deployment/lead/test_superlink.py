@@ -20,7 +20,7 @@ import uvicorn
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -242,6 +242,19 @@ def test_a_key_connects_once_it_is_registered_and_only_with_its_private_half(
     stranger = ec.generate_private_key(ec.SECP384R1())
     with pytest.raises(httpx.HTTPStatusError):
         _activate(public, stranger.public_key(), stranger)
+
+
+def test_a_supernode_cannot_register_itself(plain: tuple[str, str], key: ec.EllipticCurvePrivateKey) -> None:
+    signs = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())]
+    request = RegisterNodeFleetRequest(public_key=public_key_to_bytes(key.public_key()))
+    for address in plain:
+        with (
+            FleetHttpClient.from_server_address(address, True, None, signs) as client,
+            pytest.raises(httpx.HTTPStatusError),
+        ):
+            client.RegisterNode(request)
+    with FlowerControl(plain[1], None) as commands:
+        assert commands.nodes() == []
 
 
 def test_the_control_api_is_served_at_the_control_port_only(plain: tuple[str, str]) -> None:
