@@ -106,7 +106,7 @@ def test_the_doctor_tells_a_registered_key_from_one_that_is_not(deployed: Deploy
     assert known["clock"].startswith("ok")
     invitation = deployed.lead.invite(tmp_path / "second.zip", deployed.code)
     semisam("site", "init", invitation, "--folder", tmp_path / "second")
-    assert "does not take this site's key" in _doctor(tmp_path / "second", 1)["registration"]
+    assert "does not accept this site's key" in _doctor(tmp_path / "second", 1)["registration"]
 
 
 def test_a_server_that_the_invitations_certificate_does_not_vouch_for_is_noticed(
@@ -116,7 +116,7 @@ def test_a_server_that_the_invitations_certificate_does_not_vouch_for_is_noticed
     shutil.copytree(deployed.site, other)
     write_certificates(tmp_path / "tls", "atrium", [], 30)
     shutil.copy(tmp_path / "tls" / "ca.crt", other / "ca.crt")
-    assert "does not vouch for" in _doctor(other, 1)["server"]
+    assert "not signed by the invitation's authority" in _doctor(other, 1)["server"]
 
 
 def test_the_join_message_of_an_approved_bundle_is_answered(started: Deployed, tmp_path: Path) -> None:
