@@ -123,12 +123,12 @@ REL_POS = "image_encoder.blocks.{}.attn.rel_pos_h"
         (_with("image_encoder.pos_embed", 1, 0, 0, 32), r"has shape \(1, 0, 0, 32\)"),
         (_with("image_encoder.blocks.4.norm1.weight", 32), r"image_encoder.blocks.\* are not numbered from 0"),
         (_with(REL_POS.format(2), 5, 8), r"attend to \[3, 5, 8\] tokens, not to one window or all 8"),
-        (_with(REL_POS.format(0), 10, 8), "not one window"),
+        (_with(REL_POS.format(0), 10, 8), "not to one window"),
         (_with(REL_POS.format(0), 9, 7), "one number of attention heads"),
         (_with("image_encoder.neck.0.weight", 40, 32, 1, 1), "40 prompt channels cannot be divided among 8 heads"),
-        (_without("mask_decoder.iou_token.weight"), "than Sam"),
-        (_with("mask_decoder.hf_token.weight", 1, 32), "than Sam"),
-        (_with("mask_decoder.iou_token.weight", 1, 31), "than Sam"),
+        (_without("mask_decoder.iou_token.weight"), "do not fit Sam"),
+        (_with("mask_decoder.hf_token.weight", 1, 32), "do not fit Sam"),
+        (_with("mask_decoder.iou_token.weight", 1, 31), "do not fit Sam"),
     ],
 )
 def test_tensors_in_another_layout_are_refused_with_the_reason(change: Callable[[State], State], says: str) -> None:
