@@ -12,6 +12,8 @@ from semisam_core.files import save_tensors
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.fusion import PseudoLabel
 
+MAXIMUM_UNCERTAINTY = 1e4  # exp(-U) is 0 long before; beyond 65,504 half precision has infinity, which resamples to NaN
+
 
 class PseudoLabelStore:
     """Pseudo-labels of one run on the site's disk, so that rounds between two refreshes can reuse them."""
@@ -28,7 +30,7 @@ class PseudoLabelStore:
         """
         tensors = {
             "target": label.target.half(),
-            "uncertainty": label.uncertainty.half(),
+            "uncertainty": label.uncertainty.clamp_max(MAXIMUM_UNCERTAINTY).half(),
             "generalist": label.generalist.half(),
             "valid": label.valid,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,14 @@ def test_a_damaged_pseudo_label_counts_as_absent(tmp_path: Path) -> None:
     (tmp_path / f"{'a' * 64}.safetensors").write_bytes(b"torn")
     assert store.load("a" * 64) is None
     assert store.load("b" * 64) is None
+
+
+def test_an_uncertainty_beyond_half_precision_stays_finite_and_says_as_little(
+    tmp_path: Path, label: PseudoLabel
+) -> None:
+    store = PseudoLabelStore(tmp_path / "kept")
+    store.save("a" * 64, replace(label, uncertainty=label.uncertainty + 1e6))
+    kept = store.load("a" * 64)
+    assert kept is not None
+    assert bool(kept.uncertainty.isfinite().all())
+    assert not bool(torch.exp(-kept.uncertainty).any())
