@@ -12,7 +12,8 @@ from semisam_core.files import save_tensors
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.fusion import PseudoLabel
 
-MAXIMUM_UNCERTAINTY = 1e4  # exp(-U) is 0 long before; beyond 65,504 half precision has infinity, which resamples to NaN
+# exp(-U) is 0 long before; beyond 65,504 half precision has infinity, which resamples to NaN.
+MAXIMUM_UNCERTAINTY = 1e4
 
 
 class PseudoLabelStore:
