@@ -151,7 +151,7 @@ def test_a_site_name_that_no_command_would_accept_is_refused_before_anything_is_
     site: str, tmp_path: Path
 ) -> None:
     rows = ["case-0,alpha,train", f"case-1,{site},train"]
-    says = "no value for site" if not site else r"site = '.*': a site's name is lowercase letters, digits and dashes"
+    says = "no value for site" if not site else r"site = '.*': a site's name has lowercase letters, digits and dashes"
     with pytest.raises(ConfigError, match=rf"--table .*{says}"):
         _write(tmp_path, rows=rows)
     assert not (tmp_path / "sites").exists()

@@ -124,7 +124,7 @@ REL_POS = "image_encoder.blocks.{}.attn.rel_pos_h"
         (_with("image_encoder.blocks.4.norm1.weight", 32), r"image_encoder.blocks.\* are not numbered from 0"),
         (_with(REL_POS.format(2), 5, 8), r"attend to \[3, 5, 8\] tokens, not to one window or all 8"),
         (_with(REL_POS.format(0), 10, 8), "not to one window"),
-        (_with(REL_POS.format(0), 9, 7), "one number of attention heads"),
+        (_with(REL_POS.format(0), 9, 7), "their number of attention heads"),
         (_with("image_encoder.neck.0.weight", 40, 32, 1, 1), "40 prompt channels cannot be divided among 8 heads"),
         (_without("mask_decoder.iou_token.weight"), "do not fit Sam"),
         (_with("mask_decoder.hf_token.weight", 1, 32), "do not fit Sam"),
