@@ -23,6 +23,8 @@ from tests.conftest import tiny_plan
 
 MakeSite = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
+LONGEST_S = 900  # starting Flower and labeling with LiteMedSAM take minutes on a busy machine
+pytestmark = pytest.mark.timeout(2 * LONGEST_S)
 UNLABELED: dict[str, list[str]] = {"labeled": [], "validation": ["case-1"]}
 
 
@@ -36,6 +38,7 @@ def study(make_site: MakeSite, tmp_path: Path) -> tuple[Path, Path]:
     plan = tiny_plan(
         "pseudo_labels.generalists=[lite-medsam]",
         "pseudo_labels.prompting.threshold=0.3",
+        "pseudo_labels.prompting.slice_step_mm=6.0",
         "pseudo_labels.gates.minimum_volume_ml=0.0",
         "training.steps_per_round=3",
         # Starting Flower's processes is slow on a busy machine.
@@ -67,9 +70,15 @@ def _command(study: tuple[Path, Path], out: Path, *more: str) -> list[str]:
     return [*command, "--out", str(out), "--no-local-baseline", *more]
 
 
-def _run(command: list[str], cwd: Path = ROOT) -> tuple[int, str]:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=400, check=False)
-    return done.returncode, done.stdout + done.stderr
+def _run(command: list[str]) -> tuple[int, str]:
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=LONGEST_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it then ends its own processes, which a kill would leave behind
+        process.communicate(timeout=60)
+        raise
+    return process.returncode, output
 
 
 @pytest.mark.slow
@@ -109,7 +118,7 @@ def test_ctrl_c_cleans_up_and_resume_continues_the_run(study: tuple[Path, Path],
         _command(study, tmp_path / "run", *more), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + LONGEST_S
     while time.monotonic() < deadline and not (metrics.exists() and '"aggregated"' in metrics.read_text()):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -140,7 +149,7 @@ def test_flwr_run_works_as_a_researcher_types_it(study: tuple[Path, Path], tmp_p
     with log_file.open("wb") as log, ProcessTree() as tree:
         for _ in range(4):  # Flower's command gives its SuperLink 15 s to start, too few on a busy machine
             process = tree.start(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
-            process.wait(timeout=400)
+            process.wait(timeout=LONGEST_S)
             if "Failed to start local SuperLink" not in log_file.read_text().rpartition("Starting local SuperLink")[2]:
                 break
             time.sleep(20)

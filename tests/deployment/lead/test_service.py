@@ -23,7 +23,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from deployment.lead.service import Service, control_of, find, stop
+from deployment.background import ProcessRecord
+from deployment.lead.service import control_of, find, stop
 from deployment.lead.study_folder import StudyFolder
 from engines.bundle import stage_app
 from engines.flower_control import FlowerControl, FlowerError, flower_environment, program
@@ -212,7 +213,7 @@ def test_a_process_with_the_pid_of_a_dead_server_is_not_mistaken_for_it(study: S
     write_json(study.server / "superlink.json", {"pid": os.getpid(), "birth": "another boot 1.00", "mark": "gone"})
     assert find(study) is None
     assert not stop(study)
-    assert Service(os.getpid(), birth(psutil.Process()), "x").alive
+    assert ProcessRecord(os.getpid(), birth(psutil.Process()), "x").alive
 
 
 def test_without_a_server_runs_are_refused_and_status_says_so(study: StudyFolder) -> None:
