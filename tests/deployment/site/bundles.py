@@ -100,7 +100,7 @@ def fab(files: Mapping[str, str | bytes]) -> bytes:
 
 
 def echo_fab(app: str = ECHO, **more: str) -> bytes:
-    """Return a bundle whose ClientApp says what it was told."""
+    """Return a bundle whose ClientApp echoes what it received."""
     files = {"pyproject.toml": PYPROJECT, "client/__init__.py": "", "client/app.py": app}
     return fab(files | {"server/__init__.py": "", "server/app.py": SERVER} | more)
 
@@ -125,7 +125,7 @@ class FakeLink:
         claimed: str | None = None,
         lost: bool = False,
     ) -> str:
-        """Put a message of a run of this bundle where the SuperNode puts it; return the message's id.
+        """Put a message for a run of this bundle where the SuperNode would; return the message's id.
 
         Of a lost one, all but the whole itself has arrived.
         """
@@ -168,7 +168,7 @@ class FakeLink:
 
 @contextmanager
 def fake_link(secret: bytes) -> Iterator[FakeLink]:
-    """Serve Flower's own Runtime API of a SuperNode on a free port of this machine."""
+    """Serve Flower's own SuperNode Runtime API on a free port of this machine."""
     factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
     state = factory.state()
     state.set_node_id(7)
@@ -188,7 +188,7 @@ def fake_link(secret: bytes) -> Iterator[FakeLink]:
 
 @contextmanager
 def runner_of(link: FakeLink, secret: bytes, folder: Path, *approved: bytes, seconds: float = 60.0) -> Iterator[Runner]:
-    """Return a site's runner that takes its tasks from this link; its processes end with the context."""
+    """Return a site's task runner that takes its tasks from this link; its processes end with the context."""
     folder.mkdir(parents=True, exist_ok=True)
     store = CodeStore(folder / "storage" / "code")
     for content in approved:

@@ -1,4 +1,4 @@
-"""A real server with TLS and registered keys, to which sites connect and apps are submitted, all of it ended after."""
+"""A real TLS server with registered keys, to which sites connect and apps are submitted; it ends with the test."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def supervised() -> Plan:
 
 
 def app_folder(place: Path, client_app: str | None = None) -> Path:
-    """Write an app that `flwr run` takes: the real client or another, and a server that asks once."""
+    """Write an app for `flwr run`: the real client or another, and a server that asks once."""
     place.mkdir(parents=True)
     packages = [Path(str(semisam_core.__file__)).parent] + ([Path(str(client.__file__)).parent] * (client_app is None))
     for package in packages:
@@ -89,7 +89,7 @@ def app_folder(place: Path, client_app: str | None = None) -> Path:
 
 
 def bundle_of(app: Path) -> bytes:
-    """Return the bundle that `flwr run` sends of an app."""
+    """Return the bundle that `flwr run` sends for an app."""
     from flwr.cli.build import build_fab_from_disk
 
     content = build_fab_from_disk(app)
@@ -167,7 +167,7 @@ class Lead:
         return path
 
     def submit(self, app: Path, out: Path) -> None:
-        """Submit an app, as whoever has the server's certificate can."""
+        """Submit an app, as anyone with the server's certificate can."""
         plan = supervised()
         config = {"plan": plan.canonical_json(), "plan-hash": plan.hash, "out": str(out)}
         toml = self.folder / f"{out.name}.toml"
@@ -231,7 +231,7 @@ def eventually(condition: Callable[[], Any], seconds: float = WAIT_S) -> Any:
 
 
 def answered(out: Path) -> Mapping[str, Any]:
-    """Return what the server's app wrote down of the site's answer."""
+    """Return what the server's app recorded of the site's answer."""
 
     def read() -> tuple[Mapping[str, Any]]:
         return (json.loads(out.read_text()),)

@@ -26,7 +26,7 @@ def semisam(*arguments: str | Path, typed: str | None = None) -> Result:
 
 
 def invite(place: Path, code: bytes | None = None, *assignments: str, **changes: Any) -> Path:
-    """Write an invitation of site alpha to a server where nobody is."""
+    """Write an invitation of site alpha to an address where no server listens."""
     text = yaml.safe_dump(override(TINY_PLAN, ["pseudo_labels=null", *assignments])).encode()
     if not (place / "tls").exists():
         write_certificates(place / "tls", "atrium", [], 30)
@@ -68,6 +68,6 @@ def joined(place: Path, cases: int = 3) -> Path:
 
 
 def change(site: Path, *assignments: str) -> None:
-    """Change keys of the site's YAML."""
+    """Change keys in the site's YAML."""
     path = site / "site.yaml"
     path.write_text(yaml.safe_dump(override(yaml.safe_load(path.read_text()), list(assignments))))

@@ -1,4 +1,4 @@
-"""A person sees what code would run, and says yes or no."""
+"""A person sees the code that would run and approves or declines it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _write(path: Path, content: bytes) -> Path:
     return path
 
 
-def test_an_approval_is_booked_with_the_codes_hash(site: Path) -> None:
+def test_an_approval_is_recorded_with_the_hash_of_the_code(site: Path) -> None:
     booked = read_json_lines(site / "storage" / "audit.jsonl")[-1]
     assert (booked["kind"], booked["code"]) == ("approve", sha256(echo_fab()))
 
 
-def test_what_differs_from_the_last_approved_code_is_shown(site: Path, tmp_path: Path) -> None:
+def test_the_diff_to_the_last_approved_code_is_shown(site: Path, tmp_path: Path) -> None:
     offered = _write(tmp_path / "new.fab", echo_fab(ECHO + "import socket\n", **{"client/more.py": "x = 1\n"}))
     said = semisam("site", "approve", offered, "--folder", site, "--diff", typed="n\n")
     assert "client/app.py" in said.output
@@ -36,13 +36,13 @@ def test_what_differs_from_the_last_approved_code_is_shown(site: Path, tmp_path:
     assert said.exit_code == 1
 
 
-def test_code_that_was_not_agreed_to_is_not_kept(site: Path, tmp_path: Path) -> None:
+def test_declined_code_is_not_stored(site: Path, tmp_path: Path) -> None:
     offered = _write(tmp_path / "new.fab", echo_fab(ECHO + "import socket\n"))
     assert "Nothing was approved" in semisam("site", "approve", offered, "--folder", site, typed="n\n").output
     assert sha256(offered.read_bytes()) not in semisam("site", "approve", "--folder", site, "--list").output
 
 
-def test_what_differs_in_the_plan_is_shown_and_kept(site: Path, tmp_path: Path) -> None:
+def test_changes_of_the_plan_are_shown_and_recorded(site: Path, tmp_path: Path) -> None:
     said = semisam("site", "approve", invite(tmp_path, None, "training.rounds=7"), "--folder", site, "--yes")
     assert "training.rounds: 2 -> 7" in said.output
     assert "rounds: 7" in (site / "plan.yaml").read_text()
@@ -54,7 +54,7 @@ def test_an_invitation_for_another_site_is_refused(site: Path, tmp_path: Path) -
     assert "site beta" in said.output
 
 
-def test_a_revoked_approval_holds_no_more_and_stays_on_record(site: Path) -> None:
+def test_a_revoked_approval_no_longer_holds_and_stays_on_record(site: Path) -> None:
     code = sha256(echo_fab())
     assert semisam("site", "approve", "--folder", site, "--revoke", code[:12]).exit_code == 0
     assert "revoked" in semisam("site", "approve", "--folder", site, "--list").output
@@ -65,11 +65,11 @@ def test_a_revoked_approval_holds_no_more_and_stays_on_record(site: Path) -> Non
     assert "no code is approved" in started.output
 
 
-def test_a_hash_that_nothing_has_cannot_be_revoked(site: Path) -> None:
+def test_an_unknown_hash_cannot_be_revoked(site: Path) -> None:
     assert semisam("site", "approve", "--folder", site, "--revoke", "0" * 64).exit_code == 2
 
 
-def test_code_that_leads_out_of_its_folder_is_never_written(site: Path, tmp_path: Path) -> None:
+def test_code_with_paths_outside_its_folder_is_never_written(site: Path, tmp_path: Path) -> None:
     offered = _write(tmp_path / "new.fab", echo_fab(**{"../../../evil.py": "x"}))
     assert semisam("site", "approve", offered, "--folder", site, "--yes").exit_code == 2
     assert not list(tmp_path.rglob("evil.py"))

@@ -99,7 +99,7 @@ def _doctor(site: Path, expected: int) -> dict[str, str]:
     return {finding["subject"]: f"{finding['level']}: {finding['sentence']}" for finding in json.loads(said)}
 
 
-def test_the_doctor_tells_a_registered_key_from_one_that_is_not(deployed: Deployed, tmp_path: Path) -> None:
+def test_the_doctor_tells_a_registered_key_from_an_unregistered_one(deployed: Deployed, tmp_path: Path) -> None:
     known = _doctor(deployed.site, 0)
     assert known["registration"].startswith("ok")
     assert known["server"].startswith("ok")
@@ -109,9 +109,7 @@ def test_the_doctor_tells_a_registered_key_from_one_that_is_not(deployed: Deploy
     assert "does not accept this site's key" in _doctor(tmp_path / "second", 1)["registration"]
 
 
-def test_a_server_that_the_invitations_certificate_does_not_vouch_for_is_noticed(
-    deployed: Deployed, tmp_path: Path
-) -> None:
+def test_a_server_not_signed_by_the_invitations_certificate_is_reported(deployed: Deployed, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(deployed.site, other)
     write_certificates(tmp_path / "tls", "atrium", [], 30)
@@ -140,7 +138,7 @@ def test_a_malicious_bundle_is_refused_without_a_file_or_an_import(started: Depl
     assert not list((started.site / "running" / "flwr-home").rglob("*.py"))
 
 
-def test_a_supernode_that_is_killed_is_started_anew(started: Deployed) -> None:
+def test_a_killed_supernode_is_restarted(started: Deployed) -> None:
     killed = [p for p in _marked(_mark(started.site)) if "supernode.py" in " ".join(p.cmdline())]
     os.kill(killed[0].pid, signal.SIGKILL)
 
@@ -151,7 +149,7 @@ def test_a_supernode_that_is_killed_is_started_anew(started: Deployed) -> None:
     assert eventually(anew)
 
 
-def test_stop_leaves_no_process(started: Deployed) -> None:
+def test_stop_leaves_no_processes(started: Deployed) -> None:
     mark = _mark(started.site)
     assert len(_marked(mark)) >= 2
     assert "has stopped" in semisam("site", "stop", "--folder", started.site)
@@ -159,7 +157,7 @@ def test_stop_leaves_no_process(started: Deployed) -> None:
     assert "not running" in semisam("site", "status", "--folder", started.site)
 
 
-def test_a_supervisor_that_is_killed_takes_its_processes_with_it(started: Deployed) -> None:
+def test_a_killed_supervisor_takes_its_processes_with_it(started: Deployed) -> None:
     mark = _mark(started.site)
     pid = json.loads((started.site / "running" / "process.json").read_text())["pid"]
     left = started.site / "running" / "task-of-the-killed"

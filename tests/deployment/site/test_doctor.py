@@ -1,4 +1,4 @@
-"""Each bad thing gives its finding; a good site gives none."""
+"""Each fault gives its own finding; a healthy site gives none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _found(findings: list[Finding], subject: str, *levels: Level) -> str:
     return " ".join(f.sentence for f in findings if f.subject == subject and f.level in wanted)
 
 
-def test_a_good_site_has_no_problem(site: Path) -> None:
+def test_a_healthy_site_has_no_problems(site: Path) -> None:
     findings = _look(site)
     assert not worst(findings), [f for f in findings if f.level is Level.PROBLEM]
     assert "1 labeled, 2 unlabeled" in _found(findings, "data", Level.OK)
@@ -99,7 +99,7 @@ def test_a_bad_case_is_named_with_its_reason(
     assert word in _found(_look(site), "case case-0")
 
 
-def test_a_class_that_no_label_marks_is_noticed(site: Path, tmp_path: Path) -> None:
+def test_a_class_absent_from_every_label_is_reported(site: Path, tmp_path: Path) -> None:
     _nothing_marked(tmp_path / "data")
     assert "no label marks blob" in _found(_look(site), "labels")
 
@@ -110,40 +110,40 @@ def test_a_site_without_a_usable_case_is_a_problem(site: Path, tmp_path: Path) -
     assert "no case can be used" in _found(_look(site), "data", Level.PROBLEM)
 
 
-def test_a_folder_that_is_not_there_is_a_problem(site: Path) -> None:
+def test_a_missing_folder_is_a_problem(site: Path) -> None:
     change(site, "data.images=/nowhere")
     assert "/nowhere" in _found(_look(site), "data", Level.PROBLEM)
 
 
-def test_a_mistake_in_the_site_file_is_a_problem_with_its_key(site: Path) -> None:
+def test_a_mistake_in_the_site_file_is_reported_with_its_key(site: Path) -> None:
     change(site, "data.labelled=all")
     assert "data.labelled" in _found(_look(site), "site.yaml", Level.PROBLEM)
 
 
-def test_a_site_file_with_another_name_is_a_problem(site: Path) -> None:
+def test_a_site_file_that_names_another_site_is_a_problem(site: Path) -> None:
     change(site, "site=beta")
     assert "alpha" in _found(_look(site), "site.yaml", Level.PROBLEM)
 
 
-def test_an_altered_copy_of_approved_code_is_a_problem(site: Path) -> None:
+def test_a_modified_copy_of_approved_code_is_a_problem(site: Path) -> None:
     copy = next((site / "storage" / "code").rglob("client/app.py"))
     copy.chmod(0o644)
     copy.write_text("# something else")
     assert "differs from the file that was approved" in _found(_look(site), "code", Level.PROBLEM)
 
 
-def test_no_approved_code_is_a_problem(site: Path) -> None:
+def test_missing_approval_is_a_problem(site: Path) -> None:
     code = json.loads((site / "deployment.json").read_text())["code_hash"]
     semisam("site", "approve", "--folder", site, "--revoke", code)
     assert "none is approved" in _found(_look(site), "code", Level.PROBLEM)
 
 
-def test_a_key_that_others_can_read_is_a_problem(site: Path) -> None:
+def test_a_private_key_readable_by_others_is_a_problem(site: Path) -> None:
     (site / "keys" / "site-key").chmod(0o644)
     assert "chmod 600" in _found(_look(site), "key", Level.PROBLEM)
 
 
-def test_storage_is_made_for_its_owner_only_and_the_doctor_says_where_it_is_not(site: Path, tmp_path: Path) -> None:
+def test_storage_is_private_to_its_owner_and_the_doctor_reports_where_it_is_not(site: Path, tmp_path: Path) -> None:
     storage = tmp_path / "elsewhere"
     change(site, f"storage.folder={storage}")
     assert semisam("site", "approve", invite(tmp_path), "--folder", site, "--yes").exit_code == 0
@@ -153,7 +153,7 @@ def test_storage_is_made_for_its_owner_only_and_the_doctor_says_where_it_is_not(
     assert f"chmod 700 {storage}" in _found(_look(site), "storage", Level.WARNING)
 
 
-def test_another_version_of_flower_is_a_problem_and_of_torch_a_warning(site: Path, tmp_path: Path) -> None:
+def test_a_different_flower_is_a_problem_and_a_different_torch_a_warning(site: Path, tmp_path: Path) -> None:
     older = invite(tmp_path, versions=installed_versions() | {"flwr": "1.30.0", "torch": "2.6.0"})
     assert semisam("site", "approve", older, "--folder", site, "--yes").exit_code == 0
     findings = _look(site)
@@ -161,7 +161,7 @@ def test_another_version_of_flower_is_a_problem_and_of_torch_a_warning(site: Pat
     assert "2.6.0 at the lead" in _found(findings, "torch", Level.WARNING)
 
 
-def test_weights_with_another_hash_are_a_problem(site: Path, tmp_path: Path) -> None:
+def test_weights_with_the_wrong_hash_are_a_problem(site: Path, tmp_path: Path) -> None:
     plan = invite(tmp_path, None, "pseudo_labels={generalists: [medsam], prompting: {planes: [axial]}}")
     assert semisam("site", "approve", plan, "--folder", site, "--yes").exit_code == 0
     assert "skipped" in _found(_look(site), "generalist medsam", Level.WARNING)
@@ -170,13 +170,13 @@ def test_weights_with_another_hash_are_a_problem(site: Path, tmp_path: Path) -> 
     assert "SHA-256" in _found(_look(site), "generalist medsam", Level.PROBLEM)
 
 
-def test_a_patch_that_the_memory_cannot_take_is_a_problem(site: Path, tmp_path: Path) -> None:
+def test_a_patch_too_large_for_memory_is_a_problem(site: Path, tmp_path: Path) -> None:
     huge = invite(tmp_path, None, "data.patch=[512, 512, 512]", "training.labeled_batch=64")
     assert semisam("site", "approve", huge, "--folder", site, "--yes").exit_code == 0
     assert "GiB" in _found(_look(site), "memory", Level.PROBLEM)
 
 
-def test_a_disk_that_is_too_small_is_noticed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nearly_full_disk_is_reported(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
     from types import SimpleNamespace
 
@@ -184,13 +184,13 @@ def test_a_disk_that_is_too_small_is_noticed(site: Path, monkeypatch: pytest.Mon
     assert "storage.folder" in _found(_look(site), "disk", Level.PROBLEM)
 
 
-def test_a_server_that_is_not_there_is_a_problem(site: Path) -> None:
+def test_an_unreachable_server_is_a_problem(site: Path) -> None:
     findings = _look(site, server=True)
     assert "cannot be reached" in _found(findings, "server", Level.PROBLEM)
     assert "could not be checked" in _found(findings, "registration", Level.WARNING)
 
 
-def test_a_proxy_in_the_environment_is_noticed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_in_the_environment_is_reported(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example.org:3128")
@@ -200,7 +200,7 @@ def test_a_proxy_in_the_environment_is_noticed(site: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("ahead", "level"), [(0, Level.OK), (60, Level.PROBLEM), (-60, Level.WARNING), (-400, Level.PROBLEM)]
 )
-def test_clocks_are_compared_as_the_server_will(ahead: float, level: Level) -> None:
+def test_clock_drift_is_judged_as_the_server_does(ahead: float, level: Level) -> None:
     import datetime
     import email.utils
 
@@ -208,14 +208,14 @@ def test_clocks_are_compared_as_the_server_will(ahead: float, level: Level) -> N
     assert _check_clock(email.utils.format_datetime(theirs, usegmt=True)).level is level
 
 
-def test_a_problem_ends_with_status_1_and_json_is_for_programs(site: Path) -> None:
+def test_a_problem_exits_with_1_and_json_is_for_programs(site: Path) -> None:
     change(site, "data.images=/nowhere")
     done = semisam("site", "doctor", "--folder", site, "--no-server", "--json")
     assert done.exit_code == 1
     assert {"level", "subject", "sentence"} == set(json.loads(done.stdout)[0])
 
 
-def test_a_site_without_problems_ends_with_status_0(site: Path) -> None:
+def test_a_site_without_problems_exits_with_0(site: Path) -> None:
     done = semisam("site", "doctor", "--folder", site, "--no-server")
     assert done.exit_code == 0, done.output
     assert "0 problem" in done.output

@@ -21,7 +21,7 @@ def site(tmp_path: Path) -> Path:
     return place
 
 
-def test_the_key_pair_is_what_flower_takes_and_only_its_owner_reads_the_private_one(site: Path) -> None:
+def test_flower_accepts_the_key_pair_and_only_its_owner_can_read_the_private_key(site: Path) -> None:
     private = load_ssh_private_key((site / "keys" / "site-key").read_bytes(), None)
     public = load_ssh_public_key((site / "keys" / "site-key.pub").read_bytes())
     assert isinstance(private, ec.EllipticCurvePrivateKey)
@@ -31,20 +31,20 @@ def test_the_key_pair_is_what_flower_takes_and_only_its_owner_reads_the_private_
     assert stat.S_IMODE(site.stat().st_mode) == 0o700
 
 
-def test_the_public_key_is_printed_and_the_private_one_is_not(tmp_path: Path) -> None:
+def test_only_the_public_key_is_printed(tmp_path: Path) -> None:
     said = semisam("site", "init", invite(tmp_path), "--folder", tmp_path / "here").output
     assert (tmp_path / "here" / "keys" / "site-key.pub").read_text().split()[1] in said.replace("\n", "")
     assert "PRIVATE" not in said
 
 
-def test_the_site_file_can_be_read_and_has_the_invitations_name(site: Path) -> None:
+def test_the_site_file_is_valid_and_carries_the_invited_name(site: Path) -> None:
     config = load_site_config(site / "site.yaml")
     assert config.site == "alpha"
     assert config.storage.folder == site / "storage"
     assert "# " in (site / "site.yaml").read_text()
 
 
-def test_a_folder_that_has_anything_in_it_is_left_as_it_is(site: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_left_untouched(site: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
     done = semisam("site", "init", invite(tmp_path), "--folder", site)
     assert done.exit_code == 2
@@ -52,7 +52,7 @@ def test_a_folder_that_has_anything_in_it_is_left_as_it_is(site: Path, tmp_path:
     assert {path: path.read_bytes() for path in site.rglob("*") if path.is_file()} == before
 
 
-def test_an_invitation_that_was_altered_makes_no_folder(tmp_path: Path) -> None:
+def test_a_tampered_invitation_creates_no_folder(tmp_path: Path) -> None:
     path = invite(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content.replace(b"steps_per_round: 2", b"steps_per_round: 9"))

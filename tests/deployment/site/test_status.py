@@ -30,7 +30,7 @@ def _status(site: Path) -> dict[str, object]:
     return found
 
 
-def test_what_left_is_counted_from_the_audit_log(site: Path) -> None:
+def test_egress_is_counted_from_the_audit_log(site: Path) -> None:
     log = site / "storage" / "audit.jsonl"
     for number in (1, 2):
         append_json_line(log, {"kind": "train", "round": number, "bytes": 500, "scalars": {"steps": 2}})
@@ -47,7 +47,7 @@ def test_a_torn_or_foreign_line_of_the_log_does_not_hide_the_rest(site: Path) ->
     assert semisam("site", "status", "--folder", site).exit_code == 0
 
 
-def test_a_process_that_only_has_the_same_number_is_not_the_site(site: Path) -> None:
+def test_a_process_that_merely_reuses_the_pid_is_not_the_site(site: Path) -> None:
     write_json(site / "running" / "process.json", {"pid": os.getpid(), "birth": "earlier", "mark": "x"})
     assert running(SiteFolder.at(site)) is None
     assert "was not running" in semisam("site", "stop", "--folder", site).output
@@ -55,7 +55,7 @@ def test_a_process_that_only_has_the_same_number_is_not_the_site(site: Path) -> 
 
 @pytest.fixture
 def supervisor(site: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is noted as the site's supervisor, as the supervisor notes itself."""
+    """A process recorded as the site's supervisor, as the supervisor records itself."""
     process = subprocess.Popen(["sleep", "60"])
     noted = {"pid": process.pid, "birth": birth(psutil.Process(process.pid)), "mark": "none has this"}
     write_json(site / "running" / "process.json", noted)
@@ -64,7 +64,7 @@ def supervisor(site: Path) -> Iterator[subprocess.Popen[bytes]]:
     process.wait(10)
 
 
-def test_a_site_is_found_and_stopped_after_the_clock_was_set(
+def test_a_site_is_found_and_stopped_after_the_clock_changed(
     site: Path, supervisor: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     boot = psutil.boot_time()
@@ -75,7 +75,7 @@ def test_a_site_is_found_and_stopped_after_the_clock_was_set(
 
 
 @pytest.mark.parametrize("broken", ["site.yaml", "storage/audit.jsonl"])
-def test_a_site_is_stopped_and_withdrawn_though_a_file_of_it_is_broken(
+def test_a_site_stops_and_withdraws_even_if_one_of_its_files_is_broken(
     site: Path, supervisor: subprocess.Popen[bytes], broken: str
 ) -> None:
     (site / broken).unlink()
@@ -85,7 +85,7 @@ def test_a_site_is_stopped_and_withdrawn_though_a_file_of_it_is_broken(
     assert (site / "withdrawn.json").exists()
 
 
-def test_a_site_that_cannot_be_marked_as_withdrawn_is_stopped_all_the_same(
+def test_a_site_that_cannot_be_marked_withdrawn_is_stopped_anyway(
     site: Path, supervisor: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
@@ -98,7 +98,7 @@ def test_a_site_that_cannot_be_marked_as_withdrawn_is_stopped_all_the_same(
     supervisor.wait(10)  # raises if it lives
 
 
-def test_a_site_that_withdrew_says_so_until_it_is_undone(site: Path) -> None:
+def test_a_withdrawn_site_says_so_until_it_is_undone(site: Path) -> None:
     said = semisam("site", "withdraw", "--folder", site, "--yes").output
     assert "cannot be" in said
     assert "audit.jsonl" in said
@@ -111,18 +111,18 @@ def test_a_site_that_withdrew_says_so_until_it_is_undone(site: Path) -> None:
     assert kinds == ["approve", "withdraw", "withdraw-undone"]
 
 
-def test_withdrawing_needs_a_yes(site: Path) -> None:
+def test_withdrawing_asks_for_confirmation(site: Path) -> None:
     assert semisam("site", "withdraw", "--folder", site, typed="n\n").exit_code == 1
     assert _status(site)["withdrawn"] is False
 
 
-def test_a_folder_that_no_site_joined_in_is_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_where_no_site_has_joined_is_explained(tmp_path: Path) -> None:
     done = semisam("site", "status", "--folder", tmp_path)
     assert done.exit_code == 2
     assert "semisam site init" in done.output
 
 
-def test_a_log_that_is_emptied_or_taken_away_ends_nothing(tmp_path: Path) -> None:
+def test_a_truncated_or_removed_log_stops_nothing(tmp_path: Path) -> None:
     log = tmp_path / "supernode.log"
     look = ConnectionLog(log)
     log.write_text("WARNING : Connection attempt failed, retrying in 2.00 seconds\n")
@@ -133,7 +133,7 @@ def test_a_log_that_is_emptied_or_taken_away_ends_nothing(tmp_path: Path) -> Non
     assert look.look()
 
 
-def test_the_connection_is_what_flower_said_last(tmp_path: Path) -> None:
+def test_the_connection_state_is_the_last_one_flower_logged(tmp_path: Path) -> None:
     log = tmp_path / "supernode.log"
     log.write_text("INFO : SuperNode ID: 12\n")
     look = ConnectionLog(log)

@@ -1,4 +1,4 @@
-"""What a site's supervisor takes for its SuperNode, and what ends with it."""
+"""Which process a site's supervisor accepts as its SuperNode, and what ends with it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_whoever_was_at_the_port_first_is_not_taken_for_the_supernode() -> None:
+def test_another_program_on_the_port_is_not_mistaken_for_the_supernode() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, subprocess.Popen([sys.executable, "-c", "input()"]) as other:
         try:
             port = taken.getsockname()[1]
@@ -45,7 +45,7 @@ def test_whoever_was_at_the_port_first_is_not_taken_for_the_supernode() -> None:
     assert not serves(other.pid, port)
 
 
-def test_what_approved_code_started_ends_with_the_supervisor() -> None:
+def test_processes_started_by_approved_code_end_with_the_supervisor() -> None:
     command = [sys.executable, "-c", STARTS_A_WORKER, STARTS_ANOTHER]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as supervisor:
         assert supervisor.stdout is not None
@@ -61,7 +61,7 @@ def test_what_approved_code_started_ends_with_the_supervisor() -> None:
 
 
 @pytest.mark.parametrize("program", [SUPERNODE, WORKER])
-def test_a_program_whose_supervisor_died_before_it_began_ends(program: Path) -> None:
+def test_a_program_ends_if_its_supervisor_died_before_it_started(program: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
     command = [sys.executable, "-I", str(program), str(gone.pid)]

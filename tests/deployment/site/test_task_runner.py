@@ -39,7 +39,7 @@ def _evil(folder: Path) -> bytes:
     return echo_fab(f"open({str(folder / 'evil')!r}, 'w').write('was here')\n" + ECHO)
 
 
-def test_approved_code_answers_from_the_sites_own_copy(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
+def test_approved_code_runs_from_the_sites_own_copy(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
     asked = link.send(GOOD, "hello")
     assert runner.work()
     said = link.reply(asked).content.config_records["said"]
@@ -48,7 +48,7 @@ def test_approved_code_answers_from_the_sites_own_copy(link: FakeLink, runner: R
     assert said["cli"] is False
 
 
-def test_approved_code_hears_of_paths_from_the_site_only(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
+def test_approved_code_learns_paths_from_the_site_only(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
     asked = link.send(GOOD, "hello")
     assert runner.work()
     said = link.reply(asked).content.config_records["said"]
@@ -56,9 +56,7 @@ def test_approved_code_hears_of_paths_from_the_site_only(link: FakeLink, runner:
     assert said["run-config"] == 0
 
 
-def test_code_that_is_not_approved_is_refused_unopened_and_booked(
-    link: FakeLink, runner: Runner, tmp_path: Path
-) -> None:
+def test_unapproved_code_is_refused_unopened_and_recorded(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
     evil = _evil(tmp_path)
     asked = link.send(evil, "hello")
     assert runner.work()
@@ -69,7 +67,7 @@ def test_code_that_is_not_approved_is_refused_unopened_and_booked(
     assert (booked["refused"], booked["code"]) == ("code-not-approved", sha256(evil))
 
 
-def test_a_bundle_under_the_hash_of_an_approved_one_is_refused_by_its_content(
+def test_a_bundle_that_claims_an_approved_hash_is_refused_by_its_content(
     link: FakeLink, runner: Runner, tmp_path: Path
 ) -> None:
     asked = link.send(_evil(tmp_path), "hello", claimed=sha256(GOOD))
@@ -84,7 +82,7 @@ def test_a_task_for_an_agent_is_refused_even_with_approved_code(link: FakeLink, 
     assert link.reply(asked).content.config_records["refusal"]["rule"] == "code-not-approved"
 
 
-def test_a_process_that_is_killed_is_a_refusal_and_the_next_task_works(link: FakeLink, runner: Runner) -> None:
+def test_a_killed_process_becomes_a_refusal_and_the_next_task_works(link: FakeLink, runner: Runner) -> None:
     first = link.send(GOOD, "die")
     assert runner.work()
     assert link.reply(first).content.config_records["refusal"]["rule"] == "process-ended"
@@ -93,7 +91,7 @@ def test_a_process_that_is_killed_is_a_refusal_and_the_next_task_works(link: Fak
     assert link.reply(second).content.config_records["said"]["say"] == "hello"
 
 
-def test_text_of_an_exception_of_approved_code_stays(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
+def test_exception_text_of_approved_code_never_leaves(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
     asked = link.send(GOOD, "raise")
     assert runner.work()
     reply = link.reply(asked)
@@ -102,7 +100,7 @@ def test_text_of_an_exception_of_approved_code_stays(link: FakeLink, runner: Run
     assert "the name of a patient" in (tmp_path / "worker.log").read_text()
 
 
-def test_an_error_of_approved_code_carries_a_rules_word_or_nothing(link: FakeLink, runner: Runner) -> None:
+def test_an_error_of_approved_code_carries_a_known_reason_or_nothing(link: FakeLink, runner: Runner) -> None:
     told = link.send(GOOD, "error:site-config")
     assert runner.work()
     assert link.reply(told).error.reason == "site-config"
@@ -111,14 +109,14 @@ def test_an_error_of_approved_code_carries_a_rules_word_or_nothing(link: FakeLin
     assert link.reply(tells).content.config_records["refusal"]["rule"] == "internal-error"
 
 
-def test_a_reply_that_is_larger_than_the_site_allows_does_not_leave(link: FakeLink, runner: Runner) -> None:
+def test_a_reply_over_the_sites_limit_does_not_leave(link: FakeLink, runner: Runner) -> None:
     asked = link.send(GOOD, "large")
     assert runner.work()
     assert dict(link.reply(asked).content.config_records["refusal"]) == {"rule": "egress"}
 
 
 @pytest.mark.parametrize(("wish", "rule"), [("pipe", "internal-error"), ("large-head", "egress")])
-def test_a_reply_that_was_laid_out_by_approved_code_itself_is_bounded_too(
+def test_a_reply_that_approved_code_stored_itself_is_bounded_too(
     link: FakeLink, runner: Runner, wish: str, rule: str
 ) -> None:
     asked = link.send(GOOD, wish)
@@ -129,7 +127,7 @@ def test_a_reply_that_was_laid_out_by_approved_code_itself_is_bounded_too(
     assert dict(link.reply(asked).content.config_records["refusal"]) == {"rule": rule}
 
 
-def test_an_approval_that_is_taken_back_ends_the_work_under_way(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
+def test_revoking_an_approval_ends_work_in_progress(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
     asked = link.send(GOOD, "sleep")
     worked = threading.Thread(target=runner.work, daemon=True)
     worked.start()
@@ -142,7 +140,7 @@ def test_an_approval_that_is_taken_back_ends_the_work_under_way(link: FakeLink, 
     assert link.reply(asked).content.config_records["refusal"]["rule"] == "code-not-approved"
 
 
-def test_nothing_of_a_message_stays_on_disk(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
+def test_a_message_leaves_nothing_on_disk(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
     link.send(GOOD, "hello")
     assert runner.work()
     assert not list(tmp_path.glob("task-*"))
@@ -168,7 +166,7 @@ def test_a_message_that_stops_arriving_is_not_waited_for(
     assert link.reply(asked).has_content()
 
 
-def test_a_copy_that_was_altered_is_not_used(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
+def test_a_modified_copy_is_not_used(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
     copy = tmp_path / "storage" / "code" / sha256(GOOD) / "files" / "client" / "app.py"
     copy.chmod(0o644)
     copy.write_text(ECHO + "\n# one line more\n")
@@ -177,14 +175,14 @@ def test_a_copy_that_was_altered_is_not_used(link: FakeLink, runner: Runner, tmp
     assert link.reply(asked).content.config_records["refusal"]["rule"] == "code-altered"
 
 
-def test_a_file_that_was_put_beside_the_copy_is_noticed(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
+def test_a_file_added_to_the_copy_is_detected(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
     (tmp_path / "storage" / "code" / sha256(GOOD) / "files" / "torch.py").write_text("raise SystemExit")
     asked = link.send(GOOD, "hello")
     assert runner.work()
     assert link.reply(asked).content.config_records["refusal"]["rule"] == "code-altered"
 
 
-def test_nothing_but_a_word_leaves_where_the_audit_log_cannot_be_written(
+def test_only_a_reason_leaves_if_the_audit_log_cannot_be_written(
     link: FakeLink, runner: Runner, tmp_path: Path
 ) -> None:
     (tmp_path / "storage" / "audit.jsonl").mkdir()
@@ -193,7 +191,7 @@ def test_nothing_but_a_word_leaves_where_the_audit_log_cannot_be_written(
     assert link.reply(asked).error.reason == "audit-log"
 
 
-def test_code_whose_own_package_is_missing_does_not_get_the_installed_one(link: FakeLink, tmp_path: Path) -> None:
+def test_code_that_lacks_its_own_package_does_not_get_the_installed_one(link: FakeLink, tmp_path: Path) -> None:
     bundle = echo_fab("import semisam_core\n" + ECHO)
     with runner_of(link, SECRET, tmp_path / "lacking", bundle) as runner:
         asked = link.send(bundle, "hello")
