@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from deployment.certificates import expiry
@@ -20,6 +19,7 @@ from deployment.lead.study_folder import StudyFolder, invitation_differs
 from engines.flower_control import FlowerControl, FlowerError, FlowerNode
 from engines.monitor import describe
 from engines.run_state import run_reason, run_state
+from engines.tables import FittingTable
 from semisam_core.files import read_json_lines
 
 LAST_EVENTS = 10
@@ -115,13 +115,11 @@ def _sites(study: StudyFolder, nodes: Sequence[FlowerNode] | None) -> list[dict[
     ]
 
 
-def _sites_table(sites: Sequence[dict[str, Any]]) -> Table:
-    table = Table()
-    for column in ("site", "invited", "admitted", "connection"):
-        table.add_column(column)
+def _sites_table(sites: Sequence[dict[str, Any]]) -> FittingTable:
+    table = FittingTable("site", "invited", "admitted", "connection")
     for site in sites:
         invited = "to another plan, code or address" if site["invitation_is_stale"] else _yes(site["invited"])
-        table.add_row(site["site"], invited, _yes(site["admitted"]), site["connection"])
+        table.add(site["site"], invited, _yes(site["admitted"]), site["connection"])
     return table
 
 

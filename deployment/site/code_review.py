@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from client.site_config import SiteConfig
 from deployment.invitation import Invitation, read_invitation
 from deployment.site.bundle import MAXIMUM_PACKED, Bundle, BundleError, FileChange, compare, printable, read_bundle
 from deployment.site.code_store import CodeStore
 from deployment.site.site_folder import Deployment, SiteFolder, book
+from engines.tables import FittingTable
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan
 
@@ -110,11 +109,11 @@ def _is_invitation(path: Path) -> bool:
         return False
 
 
-def _table(changes: list[FileChange], bundle: Bundle) -> Table:
-    table = Table("file", "", "lines", "bytes")
+def _table(changes: list[FileChange], bundle: Bundle) -> FittingTable:
+    table = FittingTable("file", "", "lines", "bytes", numbers_from=2)
     for change in changes:
         size = str(len(bundle.files[change.path])) if change.path in bundle.files else "-"
-        table.add_row(escape(printable(change.path)), change.kind, f"+{change.added} -{change.removed}", size)
+        table.add(printable(change.path), change.kind, f"+{change.added} -{change.removed}", size)
     return table
 
 

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from deployment.site.bundle import printable
 from deployment.site.lifecycle import running
 from deployment.site.site_folder import SiteFolder, audit_log
+from engines.tables import FittingTable
 from semisam_core.files import read_json_lines
 
 ANSWERS = ("join", "train", "evaluate")
@@ -99,11 +99,11 @@ def print_status(status: SiteStatus, console: Console) -> None:
         refused = ", ".join(f"{rule} {number}" for rule, number in status.refused.items())
         console.print(f"refused: {refused}", markup=False, highlight=False)
     if status.last:
-        table = Table("time", "kind", "run", "round", "what")
+        table = FittingTable("time", "kind", "run", "round", "what")
         for entry in status.last:
             what = _what(entry)
             cells = [str(entry.get(key, "")) for key in ("time", "kind", "run", "round")]
-            table.add_row(*(printable(cell).replace("[", r"\[") for cell in (*cells, what)))
+            table.add(*(printable(cell) for cell in (*cells, what)))
         console.print(table)
 
 
