@@ -45,9 +45,8 @@ def training_scalars(
         "steps": result.steps,
         "seconds": seconds,
     }
-    for term in ("supervised", "consistency", "generalist"):
-        if (value := getattr(result, term)) is not None:
-            scalars[f"loss.{term}"] = value
+    scalars |= {f"loss.{term}": value for term, value in result.losses.items()}
+    scalars |= {f"gradient.{term}": value for term, value in result.gradients.items()}
     return scalars
 
 

@@ -12,6 +12,7 @@ from client.state import RunState
 from semisam_core.contract import disagreement, specialist_spec, tensor_specs, travelling
 from semisam_core.errors import SemiSAMError
 from semisam_core.inference import new_specialist
+from semisam_core.optimizers import build_optimizer, load_moments, moments
 from semisam_core.plan import Plan
 from semisam_core.regularizers import Regularizer
 from semisam_core.training import new_regularizer, new_teacher
@@ -76,6 +77,16 @@ class RoundStart:
             if fitting := _fitting("regularizer networks", kept, fresh, self._round):
                 regularizer.auxiliary.load(fitting)
         return regularizer
+
+    def optimizer(self, specialist: nn.Module) -> torch.optim.Optimizer:
+        """Return the round's optimizer; under `training.optimizer.state: kept`, with this site's moments."""
+        settings = self._plan.training.optimizer
+        optimizer = build_optimizer(specialist, settings)
+        if settings.state == "kept":
+            kept, fresh = self._state.load_moments(self._round), moments(optimizer, specialist, settings)
+            if fitting := _fitting("optimizer moments", kept, fresh, self._round):
+                load_moments(optimizer, specialist, settings, fitting)
+        return optimizer
 
 
 def local_layers(plan: Plan, specialist: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from semisam_core.errors import SemiSAMError
 from semisam_core.evaluation import ClassScore, score_case
 from semisam_core.files import write_json
 from semisam_core.inference import predict, segmentation
+from semisam_core.optimizers import moments
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.fusion import PseudoLabel
 from semisam_core.regularizers import teaches
@@ -76,7 +77,8 @@ class Site:
     def train(self, weights: Mapping[str, Tensor]) -> SiteReport:
         """Refresh pseudo-labels on schedule, train one round, and store what stays here for the next.
 
-        Stored are the teacher, the regularizer's own networks, and the specialist's local layers.
+        Stored are the teacher, the regularizer's own networks, and, as the plan says, the specialist's local layers and
+        the optimizer's moments.
 
         Args:
             weights: the specialist's tensors as the server sent them.
@@ -89,6 +91,7 @@ class Site:
         specialist = self._start.specialist(weights, self.round)
         teacher = self._start.teacher(specialist)
         regularizer = self._start.regularizer()
+        optimizer = self._start.optimizer(specialist)
         labels = self._labeler.labels(
             self.round, teacher, self.scans.pair_loaders(Role.UNLABELED), self.scans.pair_loaders(Role.LABELED)
         )
@@ -103,6 +106,7 @@ class Site:
             seed=derive_seed(self.plan.seed, self.config.site, self.round),
             device=self.device,
             regularizer=regularizer,
+            optimizer=optimizer,
             annotated=self.scans.annotated,
             progress=lambda done, total: self.progress("train", done, total, "steps"),
         )
@@ -110,6 +114,8 @@ class Site:
         self.state.save_teacher(self.round, _cpu(teacher.state_dict()))
         if regularizer is not None and regularizer.auxiliary is not None:
             self.state.save_networks(self.round, regularizer.auxiliary.state())
+        if self.plan.training.optimizer.state == "kept":
+            self.state.save_moments(self.round, moments(optimizer, specialist, self.plan.training.optimizer))
         if self.plan.specialist.statistics == "local":
             self.state.save_layers(self.round, _cpu(local_layers(self.plan, specialist)))
         log_gates(self.state.folder / "gates.jsonl", self.round, labels, self.plan.class_names)

@@ -15,16 +15,16 @@ from semisam_core.files import save_tensors
 logger = logging.getLogger(__name__)
 
 KEEP_ROUNDS = 3
-TEACHER, NETWORKS, LAYERS = "teacher", "networks", "layers"
+TEACHER, NETWORKS, LAYERS, MOMENTS = "teacher", "networks", "layers", "moments"
 
 
 class RunState:
     """The folder of one run at one site.
 
-    The teacher, the regularizer's own networks and the specialist's local layers are kept for the last three rounds
-    that the site took part in. Each `load_*` returns what the latest of the site's rounds before a given one left,
-    which need not be the round just before: the site may have sat out some. A round that is asked for again, because
-    the server died after the site had answered, thus starts from the same tensors as the first time.
+    The teacher, the regularizer's own networks, the specialist's local layers and the optimizer's moments are kept for
+    the last three rounds that the site took part in. Each `load_*` returns what the latest of the site's rounds before
+    a given one left, which need not be the round just before: the site may have sat out some. A round that is asked for
+    again, because the server died after the site had answered, thus starts from the same tensors as the first time.
 
     Args:
         storage: the site's storage folder.
@@ -75,6 +75,18 @@ class RunState:
     def load_layers(self, before: int) -> dict[str, Tensor] | None:
         """Return the latest local layers of a round before this one, or None."""
         return self._latest(LAYERS, before)
+
+    def save_moments(self, round_number: int, moments: dict[str, Tensor]) -> None:
+        """Keep the optimizer's moments as this round left them.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._save(MOMENTS, round_number, moments)
+
+    def load_moments(self, before: int) -> dict[str, Tensor] | None:
+        """Return the latest moments of the optimizer of a round before this one, or None."""
+        return self._latest(MOMENTS, before)
 
     def _latest(self, kind: str, before: int) -> dict[str, Tensor] | None:
         earlier = (number for number in self._rounds(kind) if number < before)

@@ -39,7 +39,7 @@ def describe(event: Mapping[str, Any]) -> str | None:
     if kind == "trained":
         return (
             f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps, "
-            f"pseudo-labels {event['accepted']:.0f} accepted, {event.get('gated', 0):.0f} gated"
+            f"pseudo-labels {event['accepted']:.0f} accepted, {event.get('gated', 0):.0f} gated{_gradients(event)}"
         )
     if kind == "evaluated":
         scores = [f"{key[5:]} {value:.3f}" for key, value in event.items() if key.startswith("dice.")]
@@ -49,6 +49,15 @@ def describe(event: Mapping[str, Any]) -> str | None:
     if kind == "silent":
         return f"round {event['round']}: {', '.join(event['names'])} did not answer within {event['seconds']:g} s"
     return _fault(event)
+
+
+def _gradients(event: Mapping[str, Any]) -> str:
+    """Return each loss term's share of the gradients, so that a term that teaches nothing is seen at once."""
+    norms = {key.partition(".")[2]: value for key, value in event.items() if key.startswith("gradient.")}
+    total = sum(norms.values())
+    if len(norms) < 2 or total <= 0:
+        return ""
+    return "; gradient " + ", ".join(f"{term} {norm / total:.0%}" for term, norm in norms.items())
 
 
 class RunMonitor:

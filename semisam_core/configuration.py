@@ -7,10 +7,18 @@ import math
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, TypeGuard, TypeVar
+from typing import Annotated, Any, ClassVar, TypeGuard, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from semisam_core.errors import ConfigError
 
@@ -37,9 +45,21 @@ def is_name(text: object) -> TypeGuard[str]:
 
 
 class StrictModel(BaseModel):
-    """Base of plan and site files: frozen, unknown keys are errors, values are not coerced."""
+    """Base of plan and site files: frozen, unknown keys are errors, values are not coerced.
+
+    Attributes:
+        omitted_defaults: keys whose default is not written out. A key added when plans are already in use belongs here,
+            so that plans without it keep their hashes.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    omitted_defaults: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_omitted_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        unused = {key for key in self.omitted_defaults if getattr(self, key) == fields[key].default}
+        return {key: each for key, each in serialize(self).items() if key not in unused}
 
 
 Model = TypeVar("Model", bound=StrictModel)

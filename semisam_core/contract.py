@@ -38,6 +38,10 @@ TRAIN_SCALARS = (
     "loss.supervised",
     "loss.consistency",
     "loss.generalist",
+    # Norm of each weighted term's gradient: one whose share is tiny teaches nothing, whatever its loss.
+    "gradient.supervised",
+    "gradient.consistency",
+    "gradient.generalist",
     "seconds",
 )
 CLASS_SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm", "surface_dice", "cases", "missing_distances")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_ALL_BUT_CLASS = (0, 2, 3, 4)  # of (B, K, H, W, D)
+
 
 def supervised_loss(logits: Tensor, label: Tensor, annotated: Sequence[int] | None = None) -> Tensor:
     """Return 0.5 * (cross-entropy + Dice) on labeled patches.
@@ -94,15 +96,43 @@ def confidence_aware_loss(student: Tensor, target: Tensor, uncertainty: Tensor, 
     Returns:
         A scalar; 0, with a zero gradient, if nothing is valid.
     """
-    weight = torch.exp(-uncertainty.detach()) * valid[:, :, None, None, None]
-    error = (student - target.detach()) ** 2
-    dims = (0, 2, 3, 4)
-    mass = weight.sum(dims)
-    per_class = (weight * error).sum(dims) / mass.clamp_min(1e-12)
+    weight = _confidence(uncertainty, valid)
+    return _mean_over_classes(weight * (student - target.detach()) ** 2, weight, student, valid)
+
+
+def confident_entropy_loss(student: Tensor, target: Tensor, uncertainty: Tensor, valid: Tensor) -> Tensor:
+    """Return the binary cross-entropy of p against y, weighted by exp(-U), averaged over the classes with a target.
+
+    Unlike that of the squared error, its gradient does not vanish where the student is sure and wrong. Arguments and
+    result are those of `confidence_aware_loss`.
+    """
+    weight = _confidence(uncertainty, valid)
+    entropy = functional.binary_cross_entropy(student.clamp(0, 1), target.detach(), reduction="none")
+    return _mean_over_classes(weight * entropy, weight, student, valid)
+
+
+def confident_dice_loss(student: Tensor, target: Tensor, uncertainty: Tensor, valid: Tensor) -> Tensor:
+    """Return 1 - soft Dice of p and y, voxels weighted by exp(-U), averaged over the classes with a target.
+
+    Arguments and result are those of `confidence_aware_loss`.
+    """
+    weight, y = _confidence(uncertainty, valid), target.detach()
+    overlap, size = (weight * student * y).sum(_ALL_BUT_CLASS), (weight * (student + y)).sum(_ALL_BUT_CLASS)
+    return _mean_of_present(1 - (2 * overlap + 1) / (size + 1), student, valid)
+
+
+def _confidence(uncertainty: Tensor, valid: Tensor) -> Tensor:
+    return torch.exp(-uncertainty.detach()) * valid[:, :, None, None, None]
+
+
+def _mean_over_classes(weighted: Tensor, weight: Tensor, student: Tensor, valid: Tensor) -> Tensor:
+    mass = weight.sum(_ALL_BUT_CLASS).clamp_min(1e-12)
+    return _mean_of_present(weighted.sum(_ALL_BUT_CLASS) / mass, student, valid)
+
+
+def _mean_of_present(per_class: Tensor, student: Tensor, valid: Tensor) -> Tensor:
     present = valid.any(0)
-    if not bool(present.any()):
-        return student.sum() * 0.0
-    return per_class[present].mean()
+    return per_class[present].mean() if bool(present.any()) else student.sum() * 0.0
 
 
 def consistency_weight(step: int, ramp_steps: float, weight: float) -> float:
@@ -112,8 +142,14 @@ def consistency_weight(step: int, ramp_steps: float, weight: float) -> float:
     return weight * math.exp(-5 * (1 - min(step, ramp_steps) / ramp_steps) ** 2)
 
 
-def generalist_weight(step: int, total_steps: int, weight: float, schedule: str) -> float:
-    """Return lambda_s(t) = weight * exp(-5 (t / T)^2), or the constant weight."""
+def generalist_weight(step: int, total_steps: int, weight: float, schedule: str, ramp_share: float = 1 / 3) -> float:
+    """Return lambda_s(t) of one of three schedules.
+
+    `decay`: weight * exp(-5 (t / T)^2), trusted early, less later (the paper's). `constant`: the weight. `ramp-up`:
+    weight * exp(-5 (1 - min(t / (ramp_share T), 1))^2), since pseudo-labels get better as the study goes on.
+    """
+    if schedule == "ramp-up":
+        return consistency_weight(step, ramp_share * total_steps, weight)
     if schedule == "constant":
         return weight
     return weight * math.exp(-5 * (step / total_steps) ** 2)

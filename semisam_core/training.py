@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from semisam_core.contract import travelling
 from semisam_core.data.patches import Batch, PatchStream, TrainingScan
 from semisam_core.losses import (
     confidence_aware_loss,
+    confident_dice_loss,
+    confident_entropy_loss,
     consistency_weight,
     generalist_weight,
     proximal_loss,
@@ -21,6 +23,7 @@ from semisam_core.losses import (
 )
 from semisam_core.optimizers import build_optimizer, descend, learning_rate
 from semisam_core.plan import Plan
+from semisam_core.plan_sections.pseudo_labels import PseudoLabelLoss
 from semisam_core.progress import ProgressCallback
 from semisam_core.regularizers import (
     LabeledPatches,
@@ -36,14 +39,20 @@ from semisam_core.specialists import build_specialist
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Steps taken, and the mean of each unweighted loss term over them; None where the term did not apply."""
+    """What a round's training did.
+
+    Attributes:
+        steps: optimizer steps taken.
+        losses: term -> mean of the unweighted loss over the steps in which it applied; see `TERMS`.
+        gradients: term -> norm of the weighted term's gradient at the last of these steps.
+    """
 
     steps: int
-    supervised: float | None
-    consistency: float | None
-    generalist: float | None
+    losses: Mapping[str, float]
+    gradients: Mapping[str, float]
 
 
+TERMS = ("supervised", "consistency", "generalist")
 Loader = Callable[[], TrainingScan]
 
 
@@ -61,6 +70,7 @@ class LocalRound:
         seed: seed of this site in this round.
         device: where to compute.
         regularizer: the plan's regularizer with the site's auxiliary networks, trained in place; None builds a new one.
+        optimizer: the specialist's, its moments updated in place; None builds a new one.
         annotated: the classes (from 1) that the site annotates; None for all.
         progress: called with (steps taken, steps of the round) after each step.
     """
@@ -74,6 +84,7 @@ class LocalRound:
     seed: int
     device: torch.device
     regularizer: Regularizer | None = None
+    optimizer: torch.optim.Optimizer | None = None
     annotated: tuple[int, ...] | None = None
     progress: ProgressCallback | None = None
 
@@ -85,7 +96,7 @@ def train_round(local: LocalRound) -> TrainingResult:
     the whole study.
 
     Returns:
-        Steps taken (0 where no loss term applies at this site) and mean losses.
+        Steps taken (0 where no loss term applies at this site), mean losses, and the size of each term's gradient.
 
     Raises:
         FloatingPointError: a loss is not finite; discard the weights.
@@ -94,10 +105,10 @@ def train_round(local: LocalRound) -> TrainingResult:
     per_round = local.plan.training.steps_per_round
     steps = per_round if trainer.has_work else 0
     for step in range(steps):
-        trainer.step((local.number - 1) * per_round + step)
+        trainer.step((local.number - 1) * per_round + step, measured=step == steps - 1)
         if local.progress is not None:
             local.progress(step + 1, steps)
-    return trainer.result(steps)
+    return TrainingResult(steps, trainer.losses, trainer.gradients)
 
 
 def new_regularizer(plan: Plan, device: torch.device) -> Regularizer | None:
@@ -127,6 +138,17 @@ def update_teacher(teacher: nn.Module, specialist: nn.Module, decay: float) -> N
             buffer.copy_(source)
 
 
+def pseudo_label_loss(student: Tensor, batch: UnlabeledPatches, weights: PseudoLabelLoss) -> Tensor:
+    """Return L_sam of the student's probabilities p, (B, K, H, W, D): the sum of its weighted parts."""
+    parts = {
+        confidence_aware_loss: weights.squared,
+        confident_entropy_loss: weights.cross_entropy,
+        confident_dice_loss: weights.dice,
+    }
+    taught = (batch.target, batch.uncertainty, batch.valid)
+    return torch.stack([weight * part(student, *taught) for part, weight in parts.items() if weight > 0]).sum()
+
+
 class _Trainer:
     """The state of one round: patch streams, optimizer, running means."""
 
@@ -141,42 +163,45 @@ class _Trainer:
         unlabeled = local.unlabeled if plan.uses_unlabeled else ()
         self._unlabeled = _stream(unlabeled, plan, training.unlabeled_batch, local.seed + 1)
         self._generator = torch.Generator().manual_seed(local.seed + 2)
-        self._optimizer = build_optimizer(self._specialist, training.optimizer)
+        self._optimizer = local.optimizer or build_optimizer(self._specialist, training.optimizer)
         sent = travelling(plan, self._specialist)
         self._shared = [value for name, value in self._specialist.named_parameters() if name in sent]
         self._start = [value.detach().clone() for value in self._shared] if training.proximal > 0 else []
-        self._sums = {"supervised": [0.0, 0], "consistency": [0.0, 0], "generalist": [0.0, 0]}
+        self._sums = {term: [0.0, 0] for term in TERMS}
+        self.gradients: dict[str, float] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether any term of the loss applies at this site."""
         return self._labeled is not None or self._unlabeled is not None
 
-    def step(self, t: int) -> None:
-        """Take optimizer step t of the study."""
+    @property
+    def losses(self) -> dict[str, float]:
+        """The mean so far of each term that has applied."""
+        return {term: total / count for term, (total, count) in self._sums.items() if count}
+
+    def step(self, t: int, measured: bool) -> None:
+        """Take optimizer step t of the study; `measured`: note the size of each term's gradient first."""
         labeled = self._labeled_patches()
-        terms = []
+        terms: dict[str, Tensor] = {}
         if labeled is not None:
             loss = supervised_loss(labeled.logits, labeled.label, self._annotated)
-            terms.append(self._weighted("supervised", loss, 1.0))
+            terms["supervised"] = self._weighted("supervised", loss, 1.0)
         auxiliary: Tensor | None = None
         if self._unlabeled is not None:
             step = self._training_step(labeled, self._unlabeled.next(), t)
             losses = RegularizerLosses(None) if self._regularizer is None else self._regularizer.losses(step)
-            terms += self._unlabeled_terms(step, losses.student)
+            terms |= self._unlabeled_terms(step, losses.student)
             auxiliary = losses.auxiliary
+        if measured:
+            self.gradients = {term: self._gradient_norm(terms[term]) for term in TERMS if term in terms}
         if self._start:
-            terms.append(self._plan.training.proximal * proximal_loss(self._shared, self._start))
+            terms["proximal"] = self._plan.training.proximal * proximal_loss(self._shared, self._start)
         rate = learning_rate(t, self._plan.training.total_steps, self._plan.training.optimizer)
-        descend(self._optimizer, torch.stack(terms).sum(), rate, t)
+        descend(self._optimizer, torch.stack(list(terms.values())).sum(), rate, t)
         if auxiliary is not None and self._auxiliary is not None:
             self._auxiliary.step(auxiliary, t)
         update_teacher(self._teacher, self._specialist, teacher_decay(t, self._plan.teacher.decay))
-
-    def result(self, steps: int) -> TrainingResult:
-        """Return the means so far."""
-        means = {name: total / count if count else None for name, (total, count) in self._sums.items()}
-        return TrainingResult(steps, means["supervised"], means["consistency"], means["generalist"])
 
     def _labeled_patches(self) -> LabeledPatches | None:
         if self._labeled is None:
@@ -203,19 +228,21 @@ class _Trainer:
                 valid=batch.valid.to(device),
             ),
             consistency_weight=consistency_weight(t, plan.regularizer.ramp_share * total, plan.regularizer.weight),
-            generalist_weight=generalist_weight(t, total, policy.weight, policy.schedule) if policy else 0.0,
+            generalist_weight=(
+                generalist_weight(t, total, policy.weight, policy.schedule, policy.ramp_share) if policy else 0.0
+            ),
             generator=self._generator,
         )
 
-    def _unlabeled_terms(self, step: TrainingStep, consistency: Tensor | None) -> list[Tensor]:
-        batch, terms = step.unlabeled, []
+    def _unlabeled_terms(self, step: TrainingStep, consistency: Tensor | None) -> dict[str, Tensor]:
+        batch, terms = step.unlabeled, {}
         if consistency is not None:
-            terms.append(self._weighted("consistency", consistency, step.consistency_weight))
+            terms["consistency"] = self._weighted("consistency", consistency, step.consistency_weight)
         if self._plan.pseudo_labels is not None and bool(batch.valid.any()):
             foreground = step.logits.softmax(1)[:, 1:]
-            loss = confidence_aware_loss(foreground, batch.target, batch.uncertainty, batch.valid)
-            terms.append(self._weighted("generalist", loss, step.generalist_weight))
-        return terms or [step.logits.sum() * 0.0]
+            loss = pseudo_label_loss(foreground, batch, self._plan.pseudo_labels.loss)
+            terms["generalist"] = self._weighted("generalist", loss, step.generalist_weight)
+        return terms or {"none": step.logits.sum() * 0.0}
 
     def _weighted(self, name: str, loss: Tensor, weight: float) -> Tensor:
         """Add the loss to its running mean and return it weighted."""
@@ -223,6 +250,12 @@ class _Trainer:
         total[0] += loss.item()
         total[1] += 1
         return loss * weight
+
+    def _gradient_norm(self, term: Tensor) -> float:
+        trained = [value for value in self._specialist.parameters() if value.requires_grad]
+        found = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+        parts = [each.norm() for each in found if each is not None]
+        return float(torch.stack(parts).norm()) if parts else 0.0
 
 
 def _stream(scans: Sequence[Loader], plan: Plan, batch_size: int, seed: int) -> PatchStream | None:

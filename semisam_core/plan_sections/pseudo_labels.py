@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from semisam_core.configuration import Fraction, Spacing, StrictModel
 from semisam_core.generalists.base import PromptKind
@@ -22,8 +22,6 @@ class Strategy(StrEnum):
     SCRIBBLES = "scribbles"
     PROPAGATED = "propagated"
 
-
-DEFAULT_WINDOW_OVERLAP = 0.25
 
 _CLICKS = frozenset({PromptKind.POINTS_2D, PromptKind.POINTS_3D})
 _MASKS = frozenset({PromptKind.MASK_2D, PromptKind.MASK_3D})
@@ -125,8 +123,30 @@ class ColdStart(StrictModel):
         return value
 
 
+class PseudoLabelLoss(StrictModel):
+    """L_sam = squared * squared error + cross_entropy * cross-entropy + dice * soft Dice, voxels weighted by exp(-U).
+
+    The squared error is the paper's. Its gradient is small where the student is sure and wrong; cross-entropy and Dice
+    are loudest there.
+    """
+
+    squared: float = Field(default=1.0, ge=0, le=10)
+    cross_entropy: float = Field(default=0.0, ge=0, le=10)
+    dice: float = Field(default=0.0, ge=0, le=10)
+
+    @model_validator(mode="after")
+    def _teaches(self) -> PseudoLabelLoss:
+        if self.squared + self.cross_entropy + self.dice <= 0:
+            raise ValueError("at least one of squared, cross_entropy and dice must be above 0")
+        return self
+
+
 class PseudoLabels(StrictModel):
-    """Pseudo-labels and their loss L_sam, weighted by lambda_s(t) = weight * exp(-5 (t/T)^2) if it decays.
+    """Pseudo-labels and their loss L_sam, weighted by lambda_s(t).
+
+    `schedule`: `decay` is the paper's weight * exp(-5 (t/T)^2), which trusts generalists less as the specialist learns;
+    `ramp-up` rises to the full weight over the first `ramp_share` of the study, since pseudo-labels get better;
+    `constant` stays.
 
     A `fused` target is share * generalists + (1 - share) * teacher, with share = generalist_share + share_gain * (1 -
     agreement), at most 1. The agreement is the Dice overlap of the two: the smaller it is, the weaker the specialist.
@@ -135,12 +155,16 @@ class PseudoLabels(StrictModel):
     for fast training shows them too little.
 
     `window_overlap`: overlap of the sliding window whose predictions become prompts and fused targets; scores use
-    `evaluation.overlap`. The default is not written, so that plans without the key keep their hashes.
+    `evaluation.overlap`.
     """
+
+    omitted_defaults = ("window_overlap", "ramp_share", "loss")
 
     generalists: tuple[str, ...] = Field(min_length=1)
     weight: float = Field(default=1.0, ge=0, le=100)
-    schedule: Literal["decay", "constant"] = "decay"
+    schedule: Literal["decay", "constant", "ramp-up"] = "decay"
+    ramp_share: Fraction = 0.33
+    loss: PseudoLabelLoss = PseudoLabelLoss()
     spacing_mm: Spacing | None = None
     first_round: int = Field(default=2, ge=1)
     refresh_every: int = Field(default=1, ge=1)
@@ -148,16 +172,11 @@ class PseudoLabels(StrictModel):
     generalist_share: Fraction = 0.5
     share_gain: Fraction = 1.0
     smooth_sigma_slices: float = Field(default=1.0, ge=0, le=10)
-    window_overlap: float = Field(default=DEFAULT_WINDOW_OVERLAP, ge=0, lt=1)
+    window_overlap: float = Field(default=0.25, ge=0, lt=1)
     prompting: Prompting = Prompting()
     gates: Gates = Gates()
     uncertainty: Uncertainty = Uncertainty()
     cold_start: ColdStart | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_default_overlap(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unused = ("window_overlap", DEFAULT_WINDOW_OVERLAP)
-        return {key: each for key, each in serialize(self).items() if (key, each) != unused}
 
     @model_validator(mode="after")
     def _cold_start_fits(self) -> PseudoLabels:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from semisam_core.configuration import Fraction, Name, Spacing, StrictModel
 
@@ -15,9 +15,10 @@ class TargetClass(StrictModel):
     """One structure to segment: its value in label files, or the values of its parts.
 
     A class has either one `value`, or two or more `values`, kept in ascending order. With `connected`, segmentations
-    keep only the structure's largest connected component. Unused keys are omitted from the canonical plan, so that
-    equal plans have equal hashes and plans without a key keep theirs.
+    keep only the structure's largest connected component.
     """
+
+    omitted_defaults = ("value", "values", "connected")
 
     name: Name
     value: LabelValue | None = None
@@ -40,10 +41,6 @@ class TargetClass(StrictModel):
         if (self.value is None) == (self.values is None):
             raise ValueError("give either value, or values for a structure that is the union of several")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_unused_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: each for key, each in serialize(self).items() if each is not None and each is not False}
 
     @property
     def label_values(self) -> tuple[int, ...]:
@@ -100,9 +97,10 @@ class Data(StrictModel):
     """The specialist's grid: RAS orientation, this spacing, patches of this size.
 
     `nan` is what happens to a scan with NaN voxels: `refuse` quarantines it; `zero` sets them to 0 in the scan's own
-    units, for scans whose background is NaN. Only `zero` is written to the canonical plan, so that plans without the
-    key keep their hashes.
+    units, for scans whose background is NaN.
     """
+
+    omitted_defaults = ("nan",)
 
     spacing_mm: Spacing
     intensity: Intensity
@@ -116,7 +114,3 @@ class Data(StrictModel):
         if not all(8 <= side <= 512 for side in value):
             raise ValueError("each side of the patch is in voxels, between 8 and 512")
         return value
-
-    @model_serializer(mode="wrap")
-    def _without_default_nan(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: each for key, each in serialize(self).items() if (key, each) != ("nan", "refuse")}

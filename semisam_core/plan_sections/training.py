@@ -23,12 +23,19 @@ class SpecialistSettings(StrictModel):
 
 
 class OptimizerSettings(StrictModel):
-    """The local optimizer. Its state is reset every round and never leaves the site."""
+    """The local optimizer.
+
+    `state`: its moments at the start of a round. `reset`: none. `kept`: as the site's latest round left them, for
+    studies of many short rounds, where moments that start over stay noisy. They never leave the site.
+    """
+
+    omitted_defaults = ("state",)
 
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=2e-3, gt=0, le=1)
     weight_decay: float = Field(default=1e-4, ge=0, le=1)
     final_share: Fraction = 0.1
+    state: Literal["reset", "kept"] = "reset"
 
 
 class Augmentation(StrictModel):

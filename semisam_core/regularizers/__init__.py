@@ -15,8 +15,10 @@ from semisam_core.regularizers.base import (
     TrainingStep,
     UnlabeledPatches,
 )
+from semisam_core.regularizers.copy_paste import CopyPaste
 from semisam_core.regularizers.cross_pseudo import CrossPseudoSupervision
 from semisam_core.regularizers.entropy_minimisation import EntropyMinimisation
+from semisam_core.regularizers.fixmatch import FixMatch
 from semisam_core.regularizers.interpolation import InterpolationConsistency
 from semisam_core.regularizers.mean_teacher import MeanTeacher
 from semisam_core.regularizers.uncertainty_aware import UncertaintyAwareMeanTeacher
@@ -62,6 +64,8 @@ REGULARIZERS: Mapping[str, RegularizerSpec] = {
     "ict": RegularizerSpec(lambda context: InterpolationConsistency(), minimum_patches=2),
     "cps": RegularizerSpec(CrossPseudoSupervision),
     "dan": RegularizerSpec(DeepAdversarial, needs_labels=True),
+    "fixmatch": RegularizerSpec(lambda context: FixMatch()),
+    "bcp": RegularizerSpec(lambda context: CopyPaste(), needs_labels=True),
 }
 
 

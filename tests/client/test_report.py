@@ -42,7 +42,8 @@ def test_gates_are_counted_by_scan_class_and_reason() -> None:
 
 def test_a_rounds_scalars_are_agreed_ones_and_leave_out_losses_that_did_not_apply() -> None:
     labels = {"x": _label(1.0, 0.0, (None, Refusal.EMPTY)), "y": _label(1.0, 1.0, (None, None))}
-    scalars = training_scalars(COUNTS, labels, TrainingResult(7, None, 0.5, 0.25), 3.5)
+    result = TrainingResult(7, {"consistency": 0.5, "generalist": 0.25}, {"consistency": 2.0, "generalist": 0.1})
+    scalars = training_scalars(COUNTS, labels, result, 3.5)
     assert {name: scalars[name] for name in ("labeled", "unlabeled", "accepted", "gated", "gated.empty", "steps")} == {
         "labeled": 1,
         "unlabeled": 2,
@@ -52,14 +53,15 @@ def test_a_rounds_scalars_are_agreed_ones_and_leave_out_losses_that_did_not_appl
         "steps": 7,
     }
     assert (scalars["loss.consistency"], scalars["loss.generalist"], scalars["seconds"]) == (0.5, 0.25, 3.5)
-    assert "loss.supervised" not in scalars
+    assert (scalars["gradient.consistency"], scalars["gradient.generalist"]) == (2.0, 0.1)
+    assert not {"loss.supervised", "gradient.supervised"} & set(scalars)
     assert set(scalars) <= set(TRAIN_SCALARS)
     assert [scalar_mistake(name, value) for name, value in scalars.items()] == [None] * len(scalars)
 
 
 def test_confidence_is_the_mean_over_accepted_pairs() -> None:
     sure, unsure = _label(1.0, 0.0, (None, Refusal.EMPTY)), _label(1.0, 1.0, (None, None))
-    result = TrainingResult(0, None, None, None)
+    result = TrainingResult(0, {}, {})
     confidence = training_scalars(COUNTS, {"x": sure, "y": unsure}, result, 0.0)["confidence"]
     assert confidence == pytest.approx((1 + 2 * torch.tensor(-1.0).exp().item()) / 3)
     refused = _label(1.0, 0.0, (Refusal.EMPTY, Refusal.EMPTY))

@@ -1,4 +1,4 @@
-"""How a run's faults are shown: one line each, with site names."""
+"""How a run's faults and a round's training are shown: one line each, with site names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,25 @@ EVENTS = [
 
 @pytest.mark.parametrize(("event", "content", "words"), EVENTS, ids=[event for event, _, _ in EVENTS])
 def test_what_went_wrong_is_shown_as_a_line(tmp_path: Path, event: str, content: dict[str, Any], words: str) -> None:
+    assert words in _said(tmp_path, event, content)
+
+
+TRAINED = {"round": 2, "site": "beta", "steps": 30, "accepted": 3, "gated": 1}
+
+
+def test_a_term_that_teaches_next_to_nothing_is_seen_in_the_line_of_its_round(tmp_path: Path) -> None:
+    norms = {"gradient.supervised": 0.58, "gradient.consistency": 0.007, "gradient.generalist": 0.04}
+    line = _said(tmp_path, "trained", TRAINED | norms)
+    assert "3 accepted, 1 gated; gradient consistency 1%, generalist 6%, supervised 93%" in line
+
+
+@pytest.mark.parametrize("norms", [{}, {"gradient.supervised": 1.0}, {"gradient.a": 0.0, "gradient.b": 0.0}])
+def test_without_terms_to_compare_nothing_is_said_of_gradients(tmp_path: Path, norms: dict[str, float]) -> None:
+    assert "gradient" not in _said(tmp_path, "trained", TRAINED | norms)
+
+
+def _said(folder: Path, event: str, content: dict[str, Any]) -> str:
     said = io.StringIO()
-    with RunMonitor("study", tmp_path, {}, Console(file=said, width=200)):
-        RunFolder(tmp_path).record(event, **content)
-    assert words in said.getvalue()
+    with RunMonitor("study", folder, {}, Console(file=said, width=200)):
+        RunFolder(folder).record(event, **content)
+    return said.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from semisam_core.losses import (
     confidence_aware_loss,
+    confident_dice_loss,
+    confident_entropy_loss,
     consistency_loss,
     consistency_weight,
     generalist_weight,
@@ -19,6 +22,7 @@ from semisam_core.losses import (
 )
 
 SHAPE = (2, 2, 4, 4, 3)  # (B, K, H, W, D)
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _maps(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -124,6 +128,47 @@ def test_the_order_of_a_batch_does_not_matter() -> None:
     )
 
 
+LOUDER = (confident_entropy_loss, confident_dice_loss)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10_000), valid=st.lists(st.booleans(), min_size=4, max_size=4))
+def test_confident_entropy_and_dice_are_their_formulas_class_by_class(seed: int, valid: list[bool]) -> None:
+    flags = torch.tensor(valid).reshape(2, 2)
+    student, target, uncertainty = _maps(seed)
+    entropies, dices = [], []
+    for k in range(2):
+        p, y, w = (each[flags[:, k], k].flatten() for each in (student, target, torch.exp(-uncertainty)))
+        if len(p):
+            entropies.append(float(-(w * (y * p.log() + (1 - y) * (1 - p).log())).sum() / w.sum()))
+            dices.append(float(1 - (2 * (w * p * y).sum() + 1) / ((w * p).sum() + (w * y).sum() + 1)))
+    for loss, parts in zip(LOUDER, (entropies, dices), strict=True):
+        expected = sum(parts) / len(parts) if parts else 0.0
+        assert float(loss(student, target, uncertainty, flags)) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", LOUDER)
+def test_louder_losses_give_no_gradient_to_pseudo_labels_or_from_refused_ones(loss: Loss) -> None:
+    student, target, uncertainty = (each.requires_grad_(True) for each in _maps(2))
+    loss(student, target, uncertainty, torch.tensor([[True, False], [False, False]])).backward()
+    assert target.grad is None
+    assert uncertainty.grad is None
+    assert student.grad is not None
+    assert float(student.grad[0, 1].abs().sum() + student.grad[1].abs().sum()) == 0.0
+    assert float(student.grad[0, 0].abs().sum()) > 0.0
+
+
+def test_cross_entropy_is_louder_than_the_squared_error_where_the_student_is_sure_and_wrong() -> None:
+    gradients = []
+    for loss in (confidence_aware_loss, confident_entropy_loss):
+        logit = torch.full((1, 1, 2, 2, 2), -5.0, requires_grad=True)
+        ones = torch.ones(1, 1, 2, 2, 2)
+        loss(logit.sigmoid(), ones, torch.zeros_like(ones), torch.ones(1, 1, dtype=torch.bool)).backward()
+        assert logit.grad is not None
+        gradients.append(float(logit.grad.norm()))
+    assert gradients[1] > 50 * gradients[0]
+
+
 def test_a_perfect_prediction_has_almost_no_supervised_loss() -> None:
     label = torch.randint(0, 3, (1, 6, 6, 6), generator=torch.Generator().manual_seed(0))
     perfect = 40.0 * torch.nn.functional.one_hot(label, 3).movedim(-1, 1).float()
@@ -148,6 +193,8 @@ def test_schedules_have_their_values_at_start_and_end() -> None:
     assert generalist_weight(0, 100, 2.0, "decay") == 2.0
     assert generalist_weight(100, 100, 2.0, "decay") == pytest.approx(2.0 * math.exp(-5))
     assert generalist_weight(100, 100, 2.0, "constant") == 2.0
+    assert generalist_weight(0, 100, 2.0, "ramp-up", 0.25) == pytest.approx(2.0 * math.exp(-5))
+    assert generalist_weight(25, 100, 2.0, "ramp-up", 0.25) == generalist_weight(100, 100, 2.0, "ramp-up", 0.25) == 2.0
     assert [teacher_decay(t, 0.99) for t in (0, 1, 9_999)] == [0.0, 0.5, 0.99]
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step: clipped, at the given rate, and refused for a loss that is not finite."""
+"""The optimizer: steps clipped, at the given rate, refused for a loss that is not finite; moments kept over rounds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from semisam_core.optimizers import GRADIENT_NORM, build_optimizer, descend, learning_rate
+from semisam_core.optimizers import (
+    GRADIENT_NORM,
+    build_optimizer,
+    descend,
+    learning_rate,
+    load_moments,
+    moments,
+)
 from semisam_core.plan_sections.training import OptimizerSettings
 
 
@@ -77,3 +84,34 @@ def test_the_learning_rate_falls_to_its_final_share_over_the_study() -> None:
     assert rates[50] == pytest.approx(0.01 * (0.2 + 0.8 * 0.5**0.9))
     assert rates[100] == rates[101] == pytest.approx(0.002)
     assert rates == sorted(rates, reverse=True)
+
+
+def _steps(network: nn.Module, optimizer: torch.optim.Optimizer, first: int, count: int) -> None:
+    for t in range(first, first + count):
+        image = torch.randn(4, 3, generator=torch.Generator().manual_seed(t))
+        descend(optimizer, (network(image) ** 2 - network(image)).sum(), 0.01, t)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_steps_with_kept_moments_are_those_of_an_optimizer_that_never_stopped(name: str) -> None:
+    settings = OptimizerSettings(name=name)
+    whole, parts = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    parts.load_state_dict(whole.state_dict())
+    _steps(whole, build_optimizer(whole, settings), 0, 6)
+    kept = moments(build_optimizer(parts, settings), parts, settings)
+    for first in (0, 2, 4):
+        optimizer = build_optimizer(parts, settings)
+        load_moments(optimizer, parts, settings, kept)
+        _steps(parts, optimizer, first, 2)
+        kept = moments(optimizer, parts, settings)
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_parameter_without_a_gradient_has_zero_moments(name: str) -> None:
+    settings, network = OptimizerSettings(name=name), nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 1))
+    optimizer = build_optimizer(network, settings)
+    descend(optimizer, network[1].weight.sum(), 0.01, 0)
+    found = moments(optimizer, network, settings)
+    assert {key.rpartition(".")[0] for key in found} == {key for key, _ in network.named_parameters()}
+    assert all((float(value.abs().sum()) > 0) == key.startswith("1.weight") for key, value in found.items())

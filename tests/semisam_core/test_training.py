@@ -9,16 +9,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from semisam_core import training
 from semisam_core.contract import travelling
 from semisam_core.data.patches import TrainingScan
 from semisam_core.inference import new_specialist
-from semisam_core.losses import proximal_loss, supervised_loss
+from semisam_core.losses import (
+    confidence_aware_loss,
+    confident_dice_loss,
+    confident_entropy_loss,
+    proximal_loss,
+    supervised_loss,
+)
 from semisam_core.plan import Plan
+from semisam_core.plan_sections.pseudo_labels import PseudoLabelLoss
+from semisam_core.regularizers import UnlabeledPatches
 from semisam_core.training import (
+    TERMS,
     Loader,
     LocalRound,
     TrainingResult,
     new_teacher,
+    pseudo_label_loss,
     train_round,
     update_teacher,
 )
@@ -86,16 +97,12 @@ def test_training_leaves_the_global_random_state_alone(plan: Plan) -> None:
 def test_a_site_with_labels_only_has_only_the_supervised_term(plan: Plan) -> None:
     _, _, result = _round(plan, [_labeled()], [])
     assert result.steps == plan.training.steps_per_round
-    assert result.supervised is not None
-    assert result.consistency is None
-    assert result.generalist is None
+    assert set(result.losses) == set(result.gradients) == {"supervised"}
 
 
 def test_a_site_without_labels_learns_from_consistency_and_pseudo_labels(plan: Plan) -> None:
     specialist, _, result = _round(plan, [], [_unlabeled(pseudo_label=True)])
-    assert result.supervised is None
-    assert result.consistency is not None
-    assert result.generalist is not None
+    assert set(result.losses) == set(result.gradients) == {"consistency", "generalist"}
     assert not torch.equal(_flat(specialist), _flat(new_specialist(plan)))
 
 
@@ -103,9 +110,7 @@ def test_pseudo_labels_alone_teach_the_specialist_to_find_the_object() -> None:
     plan = tiny_plan("regularizer.name=none", "training.steps_per_round=60", "pseudo_labels.schedule=constant")
     _, _, result = _round(plan, [], [_unlabeled(pseudo_label=True)])
     _, _, start = _round(tiny_plan("regularizer.name=none"), [], [_unlabeled(pseudo_label=True)])
-    assert result.generalist is not None
-    assert start.generalist is not None
-    assert result.generalist < 0.6 * start.generalist
+    assert result.losses["generalist"] < 0.6 * start.losses["generalist"]
 
 
 def test_without_a_loss_term_a_site_takes_no_step() -> None:
@@ -183,7 +188,54 @@ def test_a_round_reports_its_terms_unweighted() -> None:
     plan = tiny_plan(*BY_HAND)
     _, result = _one_step_by_hand(plan, 4)
     expected = [term.item() for term in _terms(new_specialist(plan), None)]
-    assert [result.supervised, result.consistency, result.generalist] == pytest.approx(expected, rel=1e-5)
+    assert list(result.losses.values()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_round_reports_the_gradient_of_each_weighted_term_at_its_last_step() -> None:
+    plan = tiny_plan(*BY_HAND)
+    _, result = _one_step_by_hand(plan, 4)
+    start = new_specialist(plan)
+    weights = (1.0, 3.0 * math.exp(-5 * (1 - 3 / 4) ** 2), 2.0 * math.exp(-5 * (3 / 8) ** 2))
+    for weight, term, name in zip(weights, _terms(start, None), TERMS, strict=True):
+        gradients = torch.autograd.grad(weight * term, list(start.parameters()), retain_graph=True, allow_unused=True)
+        norm = math.sqrt(sum(float((each**2).sum()) for each in gradients if each is not None))
+        assert result.gradients[name] == pytest.approx(norm, rel=1e-4)
+
+
+def test_measuring_gradients_does_not_change_the_weights(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, _, _ = _round(plan, [_labeled()], [_unlabeled(pseudo_label=True)])
+    monkeypatch.setattr(training._Trainer, "_gradient_norm", lambda *_: 0.0)
+    unmeasured, _, _ = _round(plan, [_labeled()], [_unlabeled(pseudo_label=True)])
+    assert torch.equal(_flat(measured), _flat(unmeasured))
+
+
+def test_the_loss_on_pseudo_labels_is_the_sum_of_its_weighted_parts() -> None:
+    shape, generator = (2, 1, 4, 4, 3), torch.Generator().manual_seed(0)
+    student, target, uncertainty = (torch.rand(shape, generator=generator) for _ in range(3))
+    valid = torch.tensor([[True], [False]])
+    batch = UnlabeledPatches(torch.zeros(shape), target, uncertainty, valid)
+    parts = [
+        float(part(student, target, uncertainty, valid))
+        for part in (confidence_aware_loss, confident_entropy_loss, confident_dice_loss)
+    ]
+    for weights in ((1.0, 0.0, 0.0), (0.5, 2.0, 0.0), (0.0, 0.0, 3.0), (1.0, 0.5, 0.25)):
+        loss = pseudo_label_loss(
+            student, batch, PseudoLabelLoss(squared=weights[0], cross_entropy=weights[1], dice=weights[2])
+        )
+        expected = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_louder_pseudo_labels_reach_the_student_by_the_plans_loss() -> None:
+    quiet = tiny_plan("regularizer.name=none", "pseudo_labels.schedule=constant")
+    loud = tiny_plan(
+        "regularizer.name=none",
+        "pseudo_labels.schedule=constant",
+        "pseudo_labels.loss.cross_entropy=0.5",
+        "pseudo_labels.loss.dice=0.5",
+    )
+    norms = [_round(plan, [], [_unlabeled(pseudo_label=True)])[2].gradients["generalist"] for plan in (quiet, loud)]
+    assert norms[1] > 2 * norms[0]
 
 
 @pytest.mark.parametrize(("number", "decay"), [(1, 0.0), (2, 0.5), (8, 0.6)])

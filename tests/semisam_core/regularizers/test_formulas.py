@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from semisam_core.losses import confidence_aware_loss, supervised_loss
 from semisam_core.regularizers import Regularizer
 from semisam_core.regularizers.adversarial import Discriminator
+from semisam_core.regularizers.copy_paste import box_mask
+from semisam_core.regularizers.fixmatch import strong_view
 from semisam_core.regularizers.interpolation import draw_share
 from semisam_core.regularizers.uncertainty_aware import threshold
 from tests.semisam_core.regularizers.steps import (
@@ -301,3 +303,61 @@ def test_without_labeled_scans_there_is_no_adversarial_term() -> None:
 def test_the_discriminator_accepts_patches_of_any_size(sides: tuple[int, int, int]) -> None:
     scores = Discriminator(channels=3)(noise(2, 1, *sides), noise(2, 2, *sides))
     assert scores.shape == (2,)
+
+
+def test_fixmatch_is_cross_entropy_of_strong_views_where_the_teacher_is_certain() -> None:
+    student, teacher = specialist(0), Fixed(2 * noise(2, *SIDES))
+    loss = student_loss("fixmatch", step_of(student, teacher, seed=4))
+    image, generator = step_of(student).unlabeled.image, torch.Generator().manual_seed(4)
+    answer = _softmax(teacher(image))
+    certain, chosen = answer.amax(1) >= 0.95, answer.argmax(1, keepdim=True)
+    assert 0 < float(certain.float().mean()) < 1
+    expected = []
+    for _ in range(2):
+        probability = _softmax(student(strong_view(image, generator))).gather(1, chosen)[:, 0]
+        expected.append(float(-(probability.log() * certain).sum() / certain.numel()))
+    assert loss.item() == pytest.approx(sum(expected) / 2, rel=1e-4)
+
+
+def test_fixmatch_learns_nothing_from_a_teacher_that_guesses() -> None:
+    student = specialist(0)
+    loss = student_loss("fixmatch", step_of(student, Fixed(torch.zeros(2, *SIDES))))
+    loss.backward()
+    assert float(loss.detach()) == float(flat_gradient(student).abs().sum()) == 0
+
+
+def test_a_strong_view_blanks_a_box_and_moves_no_voxel() -> None:
+    image = torch.zeros(1, 1, 20, 20, 10)
+    image[..., 5:15, 5:15, :] = 1
+    view = strong_view(image, torch.Generator().manual_seed(0))
+    values, counts = view.unique(return_counts=True)
+    assert int(counts.max()) == 8 * 8 * 4  # all else is noisy
+    outside = (view != values[counts.argmax()]).squeeze()
+    inside, around = view[0, 0][outside & (image[0, 0] > 0)], view[0, 0][outside & (image[0, 0] == 0)]
+    assert float(inside.mean() - around.mean()) > 0.3
+
+
+def test_copy_paste_learns_each_part_of_a_mixture_from_its_own_label() -> None:
+    student, teacher = specialist(0), specialist(1)
+    step = step_of(student, teacher, seed=4)
+    loss = student_loss("bcp", step)
+    assert step.labeled is not None
+    known, label, unknown = step.labeled.image, step.labeled.label, step.unlabeled.image
+    answer = teacher(unknown).argmax(1)
+    box = box_mask(known.shape[2:], torch.Generator().manual_seed(4))
+    expected = 0.0
+    for expert in (~box, box):
+        mixed = known.clone()
+        mixed[..., ~expert] = unknown[..., ~expert]
+        logits = student(mixed)
+        parts = [(label[:, expert], expert, 1.0), (answer[:, ~expert], ~expert, 0.5)]
+        for truth, part, weight in parts:
+            expected += weight * float(supervised_loss(logits[..., part][..., None, None], truth[..., None, None]))
+    assert loss.item() == pytest.approx(expected / 2, rel=1e-4)
+
+
+def test_the_pasted_box_has_two_thirds_of_each_side_and_lies_anywhere_in_the_patch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.stack([box_mask(torch.Size((9, 6, 3)), generator) for _ in range(100)])
+    assert set(masks.flatten(1).sum(1).tolist()) == {6 * 4 * 2}
+    assert bool(masks.any(0).all())
