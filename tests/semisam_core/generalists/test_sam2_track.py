@@ -109,7 +109,7 @@ def test_answers_equal_the_packages_predictor(
     expected = _by_the_package(model, monkeypatch, prompt, start=min(prompts.slices()))
     assert sorted(expected) == list(range(FLAT[2]))
     for index, logits in expected.items():
-        assert torch.allclose(answer[:, :, index], torch.sigmoid(logits), atol=1e-4)
+        assert torch.allclose(answer[:, :, index], torch.sigmoid(logits), atol=1e-3)
 
 
 def test_the_quality_is_the_iou_that_the_decoder_predicts(model: Sam2) -> None:
