@@ -100,7 +100,10 @@ def test_a_list_that_does_not_exist_is_named(project: Path, capsys: pytest.Captu
 def test_every_listed_fault_still_fits_the_code_and_names_tests_that_exist(path: Path) -> None:
     for mutant in read_mutants(path, ROOT):
         for test in mutant.tests:
-            assert (ROOT / test.partition("::")[0]).exists(), f"{mutant.fault}: {test}"
+            file, _, name = test.partition("::")
+            assert (ROOT / file).exists(), f"{mutant.fault}: {test}"
+            function = name.rpartition("::")[2].partition("[")[0]
+            assert not name or f"def {function}(" in (ROOT / file).read_text(), f"{mutant.fault}: {test}"
 
 
 def test_pytest_collects_nothing_from_the_lists() -> None:
