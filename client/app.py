@@ -29,7 +29,7 @@ from semisam_core.contract import (
     RejectionRule,
     evaluation_scalars,
     same_version,
-    specialist_spec,
+    update_spec,
 )
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.plan import Plan, plan_from_json
@@ -93,7 +93,7 @@ def train(message: Message, context: Context) -> Message:
             report.scalars,
             TRAIN_SCALARS,
             report.weights,
-            specialist_spec(request.plan),
+            update_spec(request.plan),
         )
 
     return _answer("train", message, context, work)

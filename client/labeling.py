@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from client.evidence import SiteEvidence
 from client.progress import ProgressLog
 from client.scans import ScanPair
 from client.site_config import SiteConfig, annotated_classes, usable_generalists
 from semisam_core.data.scans import resample
 from semisam_core.errors import WeightsError
+from semisam_core.files import append_json_line
 from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist, scan_key
 from semisam_core.inference import predict
 from semisam_core.plan import Plan
@@ -23,6 +25,9 @@ from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes, backg
 from semisam_core.pseudo_labels.fusion import PseudoLabel, make_pseudo_label
 from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.store import PseudoLabelStore
+from semisam_core.sources.feature_head import FeatureHeadSource, FeatureReader, train_head
+from semisam_core.sources.head_network import FeatureHead
+from semisam_core.sources.labeling import LabelRecord
 
 logger = logging.getLogger(__name__)
 CALIBRATION_SCANS = 8
@@ -30,6 +35,7 @@ CALIBRATION_SCANS = 8
 
 Scans = Iterable[tuple[str, Callable[[], ScanPair | None]]]
 Predict = Callable[[ScanPair], Tensor]
+Make = Callable[[str, ScanPair], PseudoLabel]
 
 
 class Labeler:
@@ -50,6 +56,7 @@ class Labeler:
         self._generalist_plan = plan.as_generalists_see
         self._store = PseudoLabelStore(folder / "pseudo_labels")
         self._cold_store = PseudoLabelStore(folder / "pseudo_labels_cold")
+        self._evidence_log = folder / "evidence.jsonl"
         limit = int(config.storage.embeddings_gb * 1e9)
         self._embeddings = EmbeddingStore(config.storage.folder / "embeddings", limit)
 
@@ -77,10 +84,20 @@ class Labeler:
 
     @property
     def active(self) -> bool:
-        """Whether the plan wants pseudo-labels and this site has a generalist for them."""
-        return bool(usable_generalists(self._config, self._plan))
+        """Whether the plan wants pseudo-labels and this site can make them, with generalists or from other sources."""
+        policy = self._plan.pseudo_labels
+        return policy is not None and (
+            policy.method == "evidence" or bool(usable_generalists(self._config, self._plan))
+        )
 
-    def labels(self, round_number: int, teacher: nn.Module, unlabeled: Scans, labeled: Scans) -> dict[str, PseudoLabel]:
+    def labels(
+        self,
+        round_number: int,
+        teacher: nn.Module,
+        unlabeled: Scans,
+        labeled: Scans,
+        head: FeatureHead | None = None,
+    ) -> dict[str, PseudoLabel]:
         """Return each unlabeled case's pseudo-label: a fresh one in a refresh round, otherwise the stored one.
 
         At a site without labeled scans a cold start has no effect: before `first_round` every class of every scan is
@@ -91,6 +108,7 @@ class Labeler:
             teacher: its predictions become prompts, except in a cold start, where prototypes do.
             unlabeled: (case, loader) of the scans to label. A loader returns None if the case became unusable.
             labeled: (case, loader) of the scans that generalists and volumes are calibrated on.
+            head: the global feature head, if the plan has one.
         """
         policy = self._plan.pseudo_labels
         if policy is None or not self.active:
@@ -104,13 +122,19 @@ class Labeler:
             )
         if round_number >= policy.first_round:
             predict_by = partial(self._predict, teacher)
-            return self._label(unlabeled, scans, predict_by, self._store, policy.due(round_number))
+            return self._label(unlabeled, scans, predict_by, self._store, policy.due(round_number), head)
         return self._label(unlabeled, (), self._background_only, self._cold_store, True) if cold else {}
 
     def _label(
-        self, unlabeled: Scans, labeled: Scans, predict_by: Predict, store: PseudoLabelStore, refresh: bool
+        self,
+        unlabeled: Scans,
+        labeled: Scans,
+        predict_by: Predict,
+        store: PseudoLabelStore,
+        refresh: bool,
+        head: FeatureHead | None = None,
     ) -> dict[str, PseudoLabel]:
-        calibration: Calibration | None = None
+        make: Make | None = None
         found: dict[str, PseudoLabel] = {}
         cases = list(unlabeled)
         for done, (case, load) in enumerate(cases):
@@ -121,9 +145,9 @@ class Labeler:
             key = scan_key(pair.scan.image)
             label = None if refresh else store.load(key)
             if label is None:
-                if calibration is None:
-                    calibration = self._calibration(predict_by, labeled)
-                store.save(key, self._ask(pair, predict_by(pair), calibration))
+                if make is None:
+                    make = self._maker(predict_by, labeled, head)
+                store.save(key, make(case, pair))
                 label = _stored(store, key)  # as later rounds read it: half precision
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")
@@ -138,7 +162,8 @@ class Labeler:
         elif not labeled:
             logger.warning("Cold start has no effect at this site: there is no labeled scan to take prototypes from.")
         else:
-            return ColdStarter(generalist, self._embeddings, self._generalist_plan, self._report_embedding)
+            settings = cold_start_of(policy_of(self._plan))
+            return ColdStarter(generalist, self._embeddings, self._generalist_plan, settings, self._report_embedding)
         return None
 
     def _prompted_by_prototypes(self, starter: ColdStarter, labeled: Scans) -> Predict:
@@ -163,14 +188,80 @@ class Labeler:
     def _report_embedding(self, done: int, total: int) -> None:
         self._progress("embed", done, total, "slices")
 
-    def ask(self, pair: ScanPair, network: nn.Module, calibration: Calibration | None = None) -> PseudoLabel:
-        """Return a pseudo-label, on the specialist's grid, from this site's generalists prompted by a network."""
-        return self._ask(pair, self._predict(network, pair), calibration)
+    def ask(
+        self, case: str, pair: ScanPair, network: nn.Module, labeled: Scans, head: FeatureHead | None = None
+    ) -> PseudoLabel:
+        """Return a pseudo-label, on the specialist's grid, with a network in the teacher's place."""
+        return self._maker(partial(self._predict, network), labeled, head)(case, pair)
 
-    def _ask(self, pair: ScanPair, prediction: Tensor, calibration: Calibration | None) -> PseudoLabel:
-        seen = pair.for_generalists
+    def train_head(self, head: FeatureHead, labeled: Scans, seed: int) -> int:
+        """Train the feature head in place on this site's labels, and return the steps it took in each plane.
+
+        It stays as it was sent, and 0 is returned, where the site has no labels or labels of some classes only, lacks
+        the generalist, or does not let it be trained on its labels (`egress.feature_head`), or where training fails.
+        """
+        reader, policy = self._feature_reader(), policy_of(self._plan)
+        settings = policy.sources.feature_head
+        if not self._config.egress.feature_head or reader is None or settings is None:
+            return 0
+        spacing, classes = self._generalist_plan.data.spacing_mm, len(self._plan.task.classes)
+        known = list(_labeled(labeled))
+        if not known or len(annotated_classes(self._config, self._plan)) < classes:
+            return 0
+        sent = {name: value.clone() for name, value in head.state_dict().items()}
+        try:
+            scans = {
+                plane: [
+                    reader.labeled(pair.for_generalists.image, label, spacing, plane, classes) for pair, label in known
+                ]
+                for plane in head.planes
+            }
+            train_head(head, scans, settings, seed, self._device)
+        except (RuntimeError, ValueError, FloatingPointError) as error:
+            logger.warning("The feature head was not trained in this round: %s", error)
+            head.load_state_dict(sent)
+            return 0
+        return settings.steps_per_round
+
+    def _feature_reader(self) -> FeatureReader | None:
+        """Return what reads features for the plan's head; None without a head, or at a site without its generalist."""
+        policy = policy_of(self._plan)
+        settings = policy.sources.feature_head
+        name = None if settings is None else settings.generalist
+        generalist = next((each for each in self.generalists if each.card.name == name), None)
+        if generalist is None:
+            return None
+        step, smooth = policy.prompting.slice_step_mm, policy.smooth_sigma_slices
+        return FeatureReader(generalist, self._embeddings, step, smooth, self._report_embedding)
+
+    def _maker(self, predict_by: Predict, labeled: Scans, head: FeatureHead | None = None) -> Make:
+        """Return a function that makes the pseudo-label of one scan by the plan's method."""
+        scans = list(labeled)
+        calibration = self._calibration(predict_by, scans)
+        if policy_of(self._plan).method == "semisam+":
+            return lambda _, pair: self._prompted(pair, predict_by(pair), calibration)
+        site = SiteEvidence(
+            self._generalist_plan,
+            self.generalists,
+            self._embeddings,
+            self._config.storage.folder / "transforms",
+            annotated_classes(self._config, self._plan),
+            self._report_embedding,
+        )
+        reader = self._feature_reader()
+        more = [] if head is None or reader is None else [FeatureHeadSource(head, reader, self._device)]
+        label_by = site.labeler(predict_by, lambda: _labeled(scans), calibration, more)
+
+        def make(case: str, pair: ScanPair) -> PseudoLabel:
+            record = label_by(pair)
+            self._log_evidence(case, record)
+            return _on_the_specialists_grid(record.label, pair)
+
+        return make
+
+    def _prompted(self, pair: ScanPair, prediction: Tensor, calibration: Calibration) -> PseudoLabel:
         label = make_pseudo_label(
-            seen.image,
+            pair.for_generalists.image,
             prediction,
             self.generalists,
             self._embeddings,
@@ -178,7 +269,20 @@ class Labeler:
             calibration,
             self._report_embedding,
         )
-        return label.moved(lambda maps: resample(maps, seen.grid, pair.scan.grid))
+        return _on_the_specialists_grid(label, pair)
+
+    def _log_evidence(self, case: str, record: LabelRecord) -> None:
+        """Log which source counted how much, class by class. The log stays at the site."""
+        names, combined = self._plan.class_names, record.combined
+        for k, name in enumerate(names):
+            line = {
+                "case": case,
+                "class": name,
+                "agreement": round(float(combined.agreement[k]), 4),
+                "weights": {source: round(float(weight[k]), 4) for source, weight in combined.weights.items()},
+                "refused": None if (refusal := record.label.refusals[k]) is None else refusal.value,
+            }
+            append_json_line(self._evidence_log, line)
 
     def _calibration(self, predict_by: Predict, labeled: Scans) -> Calibration:
         examples = (
@@ -199,6 +303,10 @@ def _labeled(scans: Scans) -> Iterator[tuple[ScanPair, Tensor]]:
         pair = load()
         if pair is not None and pair.for_generalists.label is not None:
             yield pair, pair.for_generalists.label
+
+
+def _on_the_specialists_grid(label: PseudoLabel, pair: ScanPair) -> PseudoLabel:
+    return label.moved(lambda maps: resample(maps, pair.for_generalists.grid, pair.scan.grid))
 
 
 def _stored(store: PseudoLabelStore, key: str) -> PseudoLabel:

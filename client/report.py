@@ -34,7 +34,7 @@ def training_scalars(
     Args:
         counts: the site's scans by role.
         labels: the round's pseudo-labels by case.
-        result: steps taken and mean losses.
+        result: steps taken, mean losses and gradients.
         seconds: duration of the round.
     """
     confidences = [confidence for label in labels.values() for confidence in label.confidences()]

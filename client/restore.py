@@ -15,6 +15,7 @@ from semisam_core.inference import new_specialist
 from semisam_core.optimizers import build_optimizer, load_moments, moments
 from semisam_core.plan import Plan
 from semisam_core.regularizers import Regularizer
+from semisam_core.sources.head_network import FeatureHead, feature_head_of
 from semisam_core.training import new_regularizer, new_teacher
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,19 @@ class RoundStart:
             layers = _fitting("batch-norm layers", kept, fresh, before) or {}
         specialist.load_state_dict({**specialist.state_dict(), **layers, **weights})
         return specialist.to(self._device)
+
+    def head(self, weights: Mapping[str, Tensor]) -> FeatureHead | None:
+        """Return the plan's feature head with the weights that the server sent; None if the plan has none.
+
+        Raises:
+            WeightsNotAgreedError: the weights are not the plan's feature head.
+        """
+        head = feature_head_of(self._plan)
+        if mistake := disagreement(weights, {} if head is None else tensor_specs(head.state_dict())):
+            raise WeightsNotAgreedError(mistake)
+        if head is not None:
+            head.load_state_dict(dict(weights))
+        return head
 
     def teacher(self, specialist: nn.Module) -> nn.Module:
         """Return the round's teacher: a copy of the specialist, or the kept teacher under `teacher.start: site`."""

@@ -17,7 +17,7 @@ from client.restore import RoundStart, local_layers
 from client.scans import SiteScans
 from client.site_config import SiteConfig
 from client.state import RunState
-from semisam_core.contract import travelling
+from semisam_core.contract import split_update, travelling, with_prefix
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.scans import keep_classes, load_original_label, to_original
 from semisam_core.errors import SemiSAMError
@@ -29,6 +29,7 @@ from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.fusion import PseudoLabel
 from semisam_core.regularizers import teaches
 from semisam_core.reporting.overview import Panel, draw_overview
+from semisam_core.sources.head_network import FeatureHead
 from semisam_core.training import Loader, LocalRound, train_round
 
 
@@ -81,20 +82,22 @@ class Site:
         the optimizer's moments.
 
         Args:
-            weights: the specialist's tensors as the server sent them.
+            weights: the tensors as the server sent them, the specialist's and the feature head's.
 
         Raises:
             WeightsNotAgreedError: the weights are not the plan's specialist.
             FloatingPointError: training diverged.
         """
         began = time.monotonic()
-        specialist = self._start.specialist(weights, self.round)
+        own, head_weights = split_update(weights)
+        specialist, head = self._start.specialist(own, self.round), self._start.head(head_weights)
         teacher = self._start.teacher(specialist)
         regularizer = self._start.regularizer()
         optimizer = self._start.optimizer(specialist)
-        labels = self._labeler.labels(
-            self.round, teacher, self.scans.pair_loaders(Role.UNLABELED), self.scans.pair_loaders(Role.LABELED)
-        )
+        known = self.scans.pair_loaders(Role.LABELED)
+        labels = self._labeler.labels(self.round, teacher, self.scans.pair_loaders(Role.UNLABELED), known, head)
+        seed = derive_seed(self.plan.seed, self.config.site, self.round)
+        head_steps = self._labeler.train_head(head, known, seed) if head is not None else 0
         labeled, unlabeled = self._loaders(labels)
         local = LocalRound(
             plan=self.plan,
@@ -103,7 +106,7 @@ class Site:
             labeled=labeled,
             unlabeled=unlabeled,
             number=self.round,
-            seed=derive_seed(self.plan.seed, self.config.site, self.round),
+            seed=seed,
             device=self.device,
             regularizer=regularizer,
             optimizer=optimizer,
@@ -120,7 +123,11 @@ class Site:
             self.state.save_layers(self.round, _cpu(local_layers(self.plan, specialist)))
         log_gates(self.state.folder / "gates.jsonl", self.round, labels, self.plan.class_names)
         scalars = training_scalars(self.scans.counts(), labels, result, time.monotonic() - began)
-        return SiteReport(scalars, _cpu(travelling(self.plan, specialist)))
+        sent = travelling(self.plan, specialist)
+        if head is not None:
+            scalars["head_steps"] = head_steps
+            sent |= with_prefix(head)
+        return SiteReport(scalars, _cpu(sent))
 
     def evaluate(self, weights: Mapping[str, Tensor], final: bool) -> SiteReport:
         """Score the specialist on the classes that the validation labels mark, in each scan's own geometry.
@@ -129,13 +136,14 @@ class Site:
         cases are reported.
 
         Args:
-            weights: the specialist to score.
+            weights: the specialist to score, and the feature head, which is used for the picture only.
             final: whether to draw the site's picture too.
 
         Raises:
             WeightsNotAgreedError: the weights are not the plan's specialist.
         """
-        specialist = self._start.specialist(weights, self.round + 1)
+        own, head_weights = split_update(weights)
+        specialist, head = self._start.specialist(own, self.round + 1), self._start.head(head_weights)
         cases = self.scans.usable(Role.VALIDATION)
         scores: list[list[ClassScore | None]] = []
         for done, case in enumerate(cases):
@@ -143,7 +151,7 @@ class Site:
             scores.append(self._score(case, specialist))
         self.progress("evaluate", len(cases), len(cases), "scans")
         if final:
-            self._draw(specialist)
+            self._draw(specialist, head)
         means = mean_scores(scores, self.plan.class_names, self.config.egress.validation_scores)
         return SiteReport({"validation": len(cases)} | means)
 
@@ -183,7 +191,7 @@ class Site:
         log_scores(self.state.folder / "scores.jsonl", self.round, case.id, scores, names)
         return scores
 
-    def _draw(self, specialist: nn.Module) -> None:
+    def _draw(self, specialist: nn.Module, head: FeatureHead | None) -> None:
         """Draw one case: scan, label, pseudo-label and prediction. The picture stays at the site."""
         roles = (Role.VALIDATION, Role.UNLABELED, Role.LABELED)
         cases = next((usable for role in roles if (usable := self.scans.usable(role))), [])
@@ -191,12 +199,15 @@ class Site:
             return
         found = segmentation(predict(specialist, scan.image, self.plan, self.device), self.plan)
         pair = self.scans.load_pair(cases[0])
-        pseudo = self._labeler.ask(pair, specialist) if pair is not None and self._labeler.generalists else None
+        labeled = self.scans.pair_loaders(Role.LABELED)
+        pseudo = (
+            self._labeler.ask(cases[0].id, pair, specialist, labeled, head) if pair and self._labeler.active else None
+        )
         panel = Panel(
             site=self.config.site,
             image=scan.image[0],
             truth=scan.label,
-            pseudo_label=pseudo.generalist if pseudo is not None else None,
+            pseudo_label=pseudo.target if pseudo is not None else None,
             prediction=torch.stack([(found == k).float() for k in range(1, len(self.plan.class_names) + 1)]),
             spacing_mm=scan.grid.spacing_mm,
         )

@@ -85,10 +85,13 @@ class Egress(StrictModel):
     Attributes:
         maximum_update_mb: size limit of an update.
         validation_scores: the validation scores that may leave.
+        feature_head: whether the plan's feature head may be trained on this site's labels. If not, the site sends back
+            the one that it was sent.
     """
 
     maximum_update_mb: float = Field(default=500.0, gt=0)
     validation_scores: tuple[str, ...] = CLASS_SCORES
+    feature_head: bool = True
 
     @field_validator("validation_scores")
     @classmethod

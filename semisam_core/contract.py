@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal
+from semisam_core.sources.head_network import FeatureHead, feature_head_of
 from semisam_core.specialists import batch_norm_tensors, outline_specialist
 
 SPECIALIST_RECORD = "specialist"
@@ -23,6 +24,9 @@ STUDY_RECORD = "study"
 SITE_RECORD = "site"
 METRICS_RECORD = "metrics"
 REFUSAL_RECORD = "refusal"
+HEAD_PREFIX = (
+    "feature-head."  # of the head's tensors, which travel beside the specialist's; no specialist has such names
+)
 # In the study record, if the server rejected this site's last reply: the RejectionRule and the round.
 REJECTED, REJECTED_ROUND = "rejected", "rejected-round"
 
@@ -35,6 +39,7 @@ TRAIN_SCALARS = (
     *(f"gated.{refusal.value}" for refusal in Refusal),
     "confidence",
     "steps",
+    "head_steps",
     "loss.supervised",
     "loss.consistency",
     "loss.generalist",
@@ -46,7 +51,7 @@ TRAIN_SCALARS = (
 )
 CLASS_SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm", "surface_dice", "cases", "missing_distances")
 # Which values a scalar may take, by its name up to the first dot. All others may be any non-negative number.
-COUNTS = frozenset({*JOIN_SCALARS, "accepted", "gated", "steps", "cases", "missing_distances"})
+COUNTS = frozenset({*JOIN_SCALARS, "accepted", "gated", "steps", "head_steps", "cases", "missing_distances"})
 SHARES = frozenset({"confidence", "dice", "jaccard", "surface_dice"})
 ANY_SIGN = frozenset({"loss"})
 
@@ -133,6 +138,32 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def update_spec(plan: Plan) -> dict[str, TensorSpec]:
+    """Return name -> shape and dtype of every tensor of an update: the specialist's and the feature head's."""
+    return specialist_spec(plan) | tensor_specs(initial_head(plan))
+
+
+def initial_head(plan: Plan) -> dict[str, Tensor]:
+    """Return the tensors of the plan's feature head before the first round, by their names in an update.
+
+    Empty if the plan has no feature head.
+    """
+    head = feature_head_of(plan)
+    return {} if head is None else with_prefix(head)
+
+
+def with_prefix(head: FeatureHead) -> dict[str, Tensor]:
+    """Return a feature head's tensors by their names in an update."""
+    return {HEAD_PREFIX + name: value for name, value in head.state_dict().items()}
+
+
+def split_update(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the specialist's tensors and the feature head's, the latter without their prefix."""
+    specialist = {name: value for name, value in tensors.items() if not name.startswith(HEAD_PREFIX)}
+    head = {name.removeprefix(HEAD_PREFIX): tensors[name] for name in tensors if name not in specialist}
+    return specialist, head
 
 
 def specialist_spec(plan: Plan) -> dict[str, TensorSpec]:

@@ -228,6 +228,7 @@ def _check_counts(scalars: Mapping[str, float], kind: str, plan: Plan, declared:
             ("labeled + unlabeled", scalars["labeled"] + scalars["unlabeled"], scans),
             ("accepted + gated", scalars["accepted"] + scalars.get("gated", 0.0), pairs),
             ("steps", scalars["steps"], plan.training.steps_per_round),
+            ("head_steps", scalars.get("head_steps", 0.0), _head_steps(plan)),
         ]
     if kind == MessageType.EVALUATE:
         cases = [name for name in scalars if name.partition(".")[0] in ("cases", "missing_distances")]
@@ -235,3 +236,9 @@ def _check_counts(scalars: Mapping[str, float], kind: str, plan: Plan, declared:
     for name, found, most in limits:
         if found > most:
             raise NotAdmittedError(RejectionRule.COUNTS, f"{name} is {found:g} but can be at most {most:g}")
+
+
+def _head_steps(plan: Plan) -> int:
+    """Return how many steps a site's feature head takes in a round."""
+    head = None if plan.pseudo_labels is None else plan.pseudo_labels.sources.feature_head
+    return 0 if head is None else head.steps_per_round

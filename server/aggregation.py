@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from semisam_core.aggregation import Update, aggregation_rule
+from semisam_core.contract import HEAD_PREFIX
 from semisam_core.plan_sections.aggregation import Aggregation
+
+logger = logging.getLogger(__name__)
 
 
 def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float, classes: int = 1) -> list[float]:
@@ -80,6 +85,54 @@ def votes(updates: Sequence[Update], shares: Sequence[float], policy: Aggregatio
     for k, vote in zip(voters, counted, strict=True):
         found[k] = vote
     return found
+
+
+def combine_heads(
+    updates: Sequence[Update], current: Mapping[str, Tensor], policy: Aggregation, rejected: int = 0
+) -> dict[str, Tensor]:
+    """Return the new feature head's tensors, combined by the plan's rule from the sites that trained it.
+
+    A site's weight is its number of labeled scans; all others send back the head that they were sent. Where fewer sites
+    trained it than the rule needs, the head stays as it is.
+
+    Args:
+        updates: admitted updates in the order of site names.
+        current: the global tensors at the start of the round.
+        policy: the rule and its settings.
+        rejected: how many sites' replies the server rejected in this round.
+    """
+    names = [name for name in current if name.startswith(HEAD_PREFIX)]
+    if not names:
+        return {}
+    trained = [_Part(each, names) for each in updates if each.scalars.get("head_steps", 0) > 0]
+    total = sum(each.scalars["labeled"] for each in trained)
+    if total <= 0:
+        return {name: current[name] for name in names}
+    try:
+        counted = votes(trained, [each.scalars["labeled"] / total for each in trained], policy, rejected)
+    except ValueError as error:
+        logger.warning("The feature head is left as it is: %s", error)
+        return {name: current[name] for name in names}
+    return combine(trained, counted, policy)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of an update's tensors."""
+
+    update: Update
+    names: Sequence[str]
+
+    @property
+    def site(self) -> str:
+        return self.update.site
+
+    @property
+    def scalars(self) -> Mapping[str, float]:
+        return self.update.scalars
+
+    def tensor(self, name: str) -> Tensor:
+        return self.update.tensor(name)
 
 
 def combine(updates: Sequence[Update], counted: Sequence[float], policy: Aggregation) -> dict[str, Tensor]:

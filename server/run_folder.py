@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semisam_core.contract import disagreement, specialist_spec, weights_sha256
+from semisam_core.contract import disagreement, update_spec, weights_sha256
 from semisam_core.errors import ConfigError, SemiSAMError
 from semisam_core.files import append_json_line, read_json_lines, save_tensors, write_atomically, write_json
 from semisam_core.plan import Plan
@@ -217,7 +217,7 @@ class RunFolder:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{path}: this checkpoint cannot be read ({type(error).__name__}).") from None
-        if mistake := disagreement(weights, specialist_spec(plan)):
+        if mistake := disagreement(weights, update_spec(plan)):
             raise ConfigError(f"{path}: this checkpoint does not belong to this plan: {mistake}.")
         if metadata.get("plan") != plan.hash:
             raise ConfigError(f"{path}: this checkpoint does not belong to this plan: it has another plan's hash.")

@@ -18,15 +18,17 @@ from semisam_core.contract import (
     SPECIALIST_RECORD,
     STUDY_RECORD,
     RejectionRule,
-    specialist_spec,
+    initial_head,
+    split_update,
     travelling,
+    update_spec,
     weights_sha256,
 )
 from semisam_core.errors import SemiSAMError
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from server.admission import Admitted, Rejected
-from server.aggregation import combine, evidence_weights, votes
+from server.aggregation import combine, combine_heads, evidence_weights, votes
 from server.exchange import Exchange, Phase
 from server.messages import Clock, Mailbox
 from server.optimizer import ServerOptimizer
@@ -113,7 +115,8 @@ class Study:
         """Return where to resume: the newest intact checkpoint, or the initial specialist."""
         found = self.folder.newest(self.plan)
         if found is None:
-            found = Checkpoint(0, travelling(self.plan, new_specialist(self.plan)), {}, {})
+            weights = travelling(self.plan, new_specialist(self.plan)) | initial_head(self.plan)
+            found = Checkpoint(0, weights, {}, {})
             self.folder.save_round(0, found.weights, self.plan)
         if self.folder.metrics_path.exists():
             self.folder.record("resumed", round=found.round)
@@ -144,7 +147,7 @@ class Study:
             lambda rejected: self._content(number, sent, rejected=rejected),
             accept,
             self._review,
-            specialist_spec(self.plan),
+            update_spec(self.plan),
         )
         combined, record = self._combine(number, phase, weights)
         record |= {"rounds": self.plan.training.rounds, "seconds": round(self.clock.now() - began, 3)}
@@ -174,6 +177,7 @@ class Study:
         except ValueError as error:
             raise StudyFailedError(f"Round {number}: {error}.") from None
         combined = self._optimizer.step(weights, combine(updates, shares, policy))
+        combined |= combine_heads(updates, weights, policy, len(phase.rejected))
         return combined, {
             "round": number,
             "weights": {u.site: s for u, s in zip(updates, shares, strict=True)},
@@ -219,7 +223,7 @@ class Study:
         self._keep_best(best, self.folder.load_round(best, self.plan), chosen_by)
 
     def _keep_best(self, number: int, weights: dict[str, Tensor], chosen_by: str) -> None:
-        self.folder.save_best(number, weights, self.plan, chosen_by)
+        self.folder.save_best(number, split_update(weights)[0], self.plan, chosen_by)
         self.folder.record("selected", round=number, by=chosen_by)
 
     def _content(

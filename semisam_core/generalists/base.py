@@ -137,8 +137,8 @@ class GeneralistCard:
         source: the name of the weights and where they are published.
         training_data: what it was trained on, to the extent that this is published.
         overlaps: common benchmarks whose scans are, or may be, in its training data.
-        feature_maps: whether its embeddings are feature maps of slices, so that prototypes of a class can be computed;
-            the model then implements `slices.FeatureMaps`.
+        feature_channels: channels of the feature maps that its embeddings of slices hold, from which prototypes and
+            feature heads are learned; the model then implements `slices.FeatureMaps`. 0 for a model without.
     """
 
     name: str
@@ -148,7 +148,12 @@ class GeneralistCard:
     source: str
     training_data: tuple[str, ...]
     overlaps: tuple[str, ...] = ()
-    feature_maps: bool = False
+    feature_channels: int = 0
+
+    @property
+    def feature_maps(self) -> bool:
+        """Whether its embeddings are feature maps of slices."""
+        return self.feature_channels > 0
 
 
 class Generalist(Protocol):

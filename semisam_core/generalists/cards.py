@@ -23,7 +23,7 @@ LITE_MEDSAM = GeneralistCard(
         "scans is published.",
     ),
     overlaps=("any public challenge scan may be in the training data",),
-    feature_maps=True,
+    feature_channels=256,
 )
 
 SAM = GeneralistCard(
@@ -45,7 +45,7 @@ SAM = GeneralistCard(
         "SA-1B: 11 million licensed photographs with 1.1 billion masks (Kirillov et al., ICCV 2023). No medical "
         "collection is listed.",
     ),
-    feature_maps=True,
+    feature_channels=256,
 )
 
 MEDSAM = GeneralistCard(
@@ -94,7 +94,7 @@ MEDSAM = GeneralistCard(
         "TotalSegmentator",
         "WMH",
     ),
-    feature_maps=True,
+    feature_channels=256,
 )
 
 _CUBES = (

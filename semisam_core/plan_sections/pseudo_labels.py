@@ -9,7 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from semisam_core.configuration import Fraction, Spacing, StrictModel
 from semisam_core.generalists.base import PromptKind
-from semisam_core.generalists.registry import accepted_prompts, generalist_names, generalist_spec
+from semisam_core.generalists.registry import accepted_prompts
+from semisam_core.plan_sections.sources import Anatomical, Prototypes, Sources
 
 
 class Strategy(StrEnum):
@@ -33,8 +34,6 @@ USABLE_KINDS: dict[Strategy, frozenset[PromptKind]] = {  # a generalist must tak
     Strategy.SCRIBBLES: _CLICKS,
     Strategy.PROPAGATED: frozenset({PromptKind.PROPAGATED}),
 }
-
-Anatomical = Literal["axial", "coronal", "sagittal"]
 
 
 class Prompting(StrictModel):
@@ -99,7 +98,7 @@ class Uncertainty(StrictModel):
     specialist: float = Field(default=4.0, ge=0)
 
 
-class ColdStart(StrictModel):
+class ColdStart(Prototypes):
     """Rough masks from prototypes of each class, before the specialist has learned anything; see `cold_start.py`.
 
     Up to and including `until_round`, even before `first_round`, they prompt instead of the teacher at sites with
@@ -107,20 +106,6 @@ class ColdStart(StrictModel):
     """
 
     until_round: int = Field(ge=1)
-    generalist: str
-    plane: Anatomical = "axial"
-    foreground_prototypes: int = Field(default=8, ge=1, le=256)
-    background_prototypes: int = Field(default=32, ge=1, le=1024)
-    position_weight: float = Field(default=0.6, ge=0, le=100)
-    temperature: float = Field(default=0.1, gt=0, le=10)
-
-    @field_validator("generalist")
-    @classmethod
-    def _has_feature_maps(cls, value: str) -> str:
-        if not generalist_spec(value).card.feature_maps:
-            able = [name for name in generalist_names() if generalist_spec(name).card.feature_maps]
-            raise ValueError(f"the embeddings of {value} give no prototypes; accepted are {', '.join(able)}")
-        return value
 
 
 class PseudoLabelLoss(StrictModel):
@@ -144,6 +129,9 @@ class PseudoLabelLoss(StrictModel):
 class PseudoLabels(StrictModel):
     """Pseudo-labels and their loss L_sam, weighted by lambda_s(t).
 
+    `method`: under `semisam+`, the paper's, generalists prompted by the teacher make the pseudo-label. Under
+    `evidence`, all `sources` do: their combination prompts the generalists, whose answer is one more source.
+
     `schedule`: `decay` is the paper's weight * exp(-5 (t/T)^2), which trusts generalists less as the specialist learns;
     `ramp-up` rises to the full weight over the first `ramp_share` of the study, since pseudo-labels get better;
     `constant` stays.
@@ -158,9 +146,11 @@ class PseudoLabels(StrictModel):
     `evaluation.overlap`.
     """
 
-    omitted_defaults = ("window_overlap", "ramp_share", "loss")
+    omitted_defaults = ("method", "sources", "window_overlap", "ramp_share", "loss")
 
-    generalists: tuple[str, ...] = Field(min_length=1)
+    method: Literal["semisam+", "evidence"] = "semisam+"
+    generalists: tuple[str, ...]
+    sources: Sources = Sources()
     weight: float = Field(default=1.0, ge=0, le=100)
     schedule: Literal["decay", "constant", "ramp-up"] = "decay"
     ramp_share: Fraction = 0.33
@@ -177,6 +167,22 @@ class PseudoLabels(StrictModel):
     gates: Gates = Gates()
     uncertainty: Uncertainty = Uncertainty()
     cold_start: ColdStart | None = None
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> PseudoLabels:
+        if self.method == "semisam+" and not self.generalists:
+            raise ValueError("generalists is empty; only method: evidence can do without")
+        if self.method == "evidence" and self.cold_start is not None:
+            raise ValueError(
+                "cold_start does not go with method: evidence, which has sources.prototypes from the start"
+            )
+        for key, settings in (("prototypes", self.sources.prototypes), ("feature_head", self.sources.feature_head)):
+            if settings is not None and settings.generalist not in self.generalists:
+                raise ValueError(
+                    f"sources.{key}.generalist {settings.generalist} is not in pseudo_labels.generalists; "
+                    f"accepted are {', '.join(self.generalists) or 'none'}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _cold_start_fits(self) -> PseudoLabels:

@@ -30,6 +30,7 @@ class Refusal(StrEnum):
     LOW_CONFIDENCE = "low-confidence"
     DISAGREEMENT = "disagreement"
     FAILED = "failed"
+    UNCORROBORATED = "uncorroborated"
 
 
 @dataclass(frozen=True)

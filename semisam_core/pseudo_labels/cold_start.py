@@ -21,6 +21,7 @@ from semisam_core.generalists.embedding_store import EmbeddingStore
 from semisam_core.generalists.slices import FeatureMaps
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.pseudo_labels import ColdStart, PseudoLabels
+from semisam_core.plan_sections.sources import Prototypes as PrototypeSettings
 from semisam_core.progress import ProgressCallback
 from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.views import AXES, View, fill_between, smooth_over_slices
@@ -46,27 +47,32 @@ class ColdStarter:
     """Learns prototypes from labeled scans and uses them to find rough masks on others."""
 
     def __init__(
-        self, generalist: Generalist, store: EmbeddingStore, plan: Plan, progress: ProgressCallback | None = None
+        self,
+        generalist: Generalist,
+        store: EmbeddingStore,
+        plan: Plan,
+        settings: PrototypeSettings,
+        progress: ProgressCallback | None = None,
     ) -> None:
-        """Prepare a cold start.
+        """Prepare to find prototypes.
 
         Args:
-            generalist: the one that the plan names under `cold_start`.
+            generalist: the one that the settings name.
             store: cache of embeddings.
-            plan: must have `pseudo_labels.cold_start`.
+            plan: must have `pseudo_labels`.
+            settings: the plan's cold start or its source of prototypes.
             progress: called with (slices of a scan encoded, slices needed).
 
         Raises:
             ConfigError: the generalist's embeddings are not feature maps.
-            ValueError: the plan has no cold start.
         """
         if not isinstance(generalist, FeatureMaps):
             raise ConfigError(
-                f"cold_start: the embeddings of the generalist {generalist.card.name} are not feature maps; choose one "
+                f"the embeddings of the generalist {generalist.card.name} are not feature maps; choose one "
                 "whose card says feature_maps"
             )
         self._generalist, self._maps, self._store, self._progress = generalist, generalist, store, progress
-        self._plan, self._policy, self._cold = plan, policy_of(plan), cold_start_of(policy_of(plan))
+        self._plan, self._policy, self._settings = plan, policy_of(plan), settings
 
     def learn(self, examples: Iterable[tuple[Tensor, Tensor]]) -> Prototypes:
         """Cluster the features inside each class by k-means; deterministic.
@@ -84,7 +90,7 @@ class ColdStarter:
             for k in range(count):
                 shares = self._maps.framing.shares((turned == k).float(), seen.side)
                 found[k].append(_sample(seen.vectors[shares > (_INSIDE if k else _PURE)], POSITIONS, generator))
-        wanted = [self._cold.background_prototypes] + [self._cold.foreground_prototypes] * (count - 1)
+        wanted = [self._settings.background_prototypes] + [self._settings.foreground_prototypes] * (count - 1)
         return Prototypes(
             tuple(
                 spherical_k_means(torch.cat(each), k, generator) if each else torch.zeros(0, 1)
@@ -113,7 +119,7 @@ class ColdStarter:
             (seen.vectors @ each.T).amax(-1) if len(each) else torch.full(seen.vectors.shape[:-1], -torch.inf)
             for each in prototypes.classes
         ]
-        shares = torch.softmax(torch.stack(nearest) / self._cold.temperature, 0)[1:]  # (K, N, S, S)
+        shares = torch.softmax(torch.stack(nearest) / self._settings.temperature, 0)[1:]  # (K, N, S, S)
         height, width, depth = view.grid.shape
         foreground = torch.zeros(len(shares), height, width, depth)
         for k, each in enumerate(shares):
@@ -124,7 +130,7 @@ class ColdStarter:
         return torch.stack([view.turn_back(each) for each in torch.cat([background, foreground])])
 
     def _view(self, image: Tensor) -> View:
-        return View(image[0], self._plan.data.spacing_mm, AXES[self._cold.plane])
+        return View(image[0], self._plan.data.spacing_mm, AXES[self._settings.plane])
 
     def _features(self, view: View) -> _Features:
         units = range(0, view.grid.shape[2], view.slice_step(self._policy.prompting.slice_step_mm))
@@ -135,12 +141,12 @@ class ColdStarter:
         inside = self._maps.framing.shares(torch.ones(1, height, width), side)[0] > _INSIDE  # (S, S)
         # The mean feature tells scanners apart rather than structures.
         vectors = F.normalize(vectors - vectors[:, inside].mean((0, 1)), dim=-1)
-        if self._cold.position_weight > 0:
+        if self._settings.position_weight > 0:
             rows, columns = (
                 pixels * side / self._maps.framing.side for pixels in self._maps.framing.size((height, width))
             )
             place = _places(units, side, (rows, columns, depth))
-            vectors = F.normalize(torch.cat([vectors, self._cold.position_weight * place], -1), dim=-1)
+            vectors = F.normalize(torch.cat([vectors, self._settings.position_weight * place], -1), dim=-1)
         return _Features(tuple(units), vectors)
 
 

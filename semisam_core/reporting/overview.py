@@ -27,7 +27,7 @@ class Panel:
         site: the title.
         image: (H, W, D).
         truth: (H, W, D) class indices, or None without a label.
-        pseudo_label: the generalists' probabilities (K, H, W, D), or None without a pseudo-label.
+        pseudo_label: its target (K, H, W, D), or None where none can be made.
         prediction: the specialist's segmentation, a mask of 0 and 1 per class (K, H, W, D).
         spacing_mm: voxel size along H, W, D.
     """
@@ -53,7 +53,7 @@ def draw_overview(panel: Panel, path: Path) -> None:
     columns = (
         ("scan", None, None),
         ("truth", truth, "no label here"),
-        ("pseudo-label", panel.pseudo_label, "no generalist here"),
+        ("pseudo-label", panel.pseudo_label, "none at this site"),
         ("prediction", panel.prediction, None),
     )
     slices = _interesting_slices(truth if truth is not None else panel.prediction)

@@ -79,7 +79,7 @@ def test_generalists_and_specialist_each_use_their_own_grid(make_site: MakeSite)
     assert isinstance(pair, ScanPair)
     assert pair.scan.image.shape[1:] == (12, 12, 8)
     assert pair.for_generalists.image.shape[1:] == (24, 24, 16)
-    label = site._labeler.ask(pair, new_specialist(plan))
+    label = site._labeler.ask("case-1", pair, new_specialist(plan), [])
     assert label.target.shape == label.uncertainty.shape == (1, 12, 12, 8)
     [fake] = site._labeler.generalists
     assert isinstance(fake, FakeGeneralist)
@@ -93,7 +93,7 @@ def test_a_pseudo_label_keeps_its_place_between_grids(make_site: MakeSite) -> No
     [(_, load)] = _cases(site)
     pair = load()
     assert isinstance(pair, ScanPair)
-    label = site._labeler.ask(pair, _BrightVoxels())
+    label = site._labeler.ask("case-1", pair, _BrightVoxels(), [])
     found, truth = (
         torch.nonzero(mask).double().mean(0) for mask in (label.generalist[0] > 0.5, pair.scan.image[0] > 1)
     )

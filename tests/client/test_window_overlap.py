@@ -31,7 +31,7 @@ def _windows(site: Path, *changes: str) -> int:
     [(_, load)] = working.scans.pair_loaders(Role.UNLABELED)
     pair, network = load(), _Counting()
     assert isinstance(pair, ScanPair)
-    working._labeler.ask(pair, network)
+    working._labeler.ask("case-1", pair, network, [])
     return network.windows
 
 

@@ -20,7 +20,7 @@ CARD = GeneralistCard(
     licence="none",
     source="tests",
     training_data=(),
-    feature_maps=True,
+    feature_channels=2,
 )
 SIDE, FEATURES = 64, 32
 

@@ -17,9 +17,16 @@ from semisam_core.evaluation import dice_of
 from semisam_core.generalists import EmbeddingStore, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.slices import FeatureMaps, Framing
 from semisam_core.plan import Plan
-from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes, background_only, spherical_k_means
+from semisam_core.pseudo_labels.cold_start import (
+    ColdStarter,
+    Prototypes,
+    background_only,
+    cold_start_of,
+    spherical_k_means,
+)
+from semisam_core.pseudo_labels.policy import policy_of
 from tests.conftest import tiny_plan
-from tests.semisam_core.generalists.fake import CARD, FakeGeneralist
+from tests.semisam_core.generalists.fake import CARD
 
 SECTION = "pseudo_labels.cold_start"
 COLD = f"{SECTION}={{until_round: 1, generalist: fake}}"
@@ -71,7 +78,8 @@ def _boxes(shape: tuple[int, int, int], *boxes: tuple[slice, slice, slice]) -> T
 
 
 def _starter(folder: Path, plan: Plan, model: ClassEncoder | None = None) -> ColdStarter:
-    return ColdStarter(model or ClassEncoder(), EmbeddingStore(folder / "embeddings", 10**9), plan)
+    settings = cold_start_of(policy_of(plan))
+    return ColdStarter(model or ClassEncoder(), EmbeddingStore(folder / "embeddings", 10**9), plan, settings)
 
 
 def _image(label: Tensor) -> Tensor:
@@ -297,9 +305,9 @@ def test_a_generalist_without_feature_maps_is_refused(tmp_path: Path) -> None:
         card = replace(CARD, name="blind")
 
     with pytest.raises(ConfigError, match="embeddings of the generalist blind are not feature maps"):
-        ColdStarter(Blind(), EmbeddingStore(tmp_path, 0), _plan())  # type: ignore[arg-type]
+        ColdStarter(Blind(), EmbeddingStore(tmp_path, 0), _plan(), cold_start_of(policy_of(_plan())))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no pseudo_labels\.cold_start section"):
-        ColdStarter(FakeGeneralist(), EmbeddingStore(tmp_path, 0), tiny_plan())
+        cold_start_of(policy_of(tiny_plan()))
 
 
 def test_models_that_declare_feature_maps_have_them() -> None:

@@ -1,0 +1,75 @@
+"""The plan's sources of evidence for pseudo-labels: which there are, and their settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from semisam_core.configuration import StrictModel
+from semisam_core.generalists.registry import generalist_names, generalist_spec
+
+Anatomical = Literal["axial", "coronal", "sagittal"]
+
+
+class OnFeatures(StrictModel):
+    """Settings of a source that reads a generalist's feature maps."""
+
+    generalist: str
+
+    @field_validator("generalist")
+    @classmethod
+    def _has_feature_maps(cls, value: str) -> str:
+        if not generalist_spec(value).card.feature_maps:
+            able = [name for name in generalist_names() if generalist_spec(name).card.feature_maps]
+            raise ValueError(f"the embeddings of {value} are not feature maps; accepted are {', '.join(able)}")
+        return value
+
+
+class FeatureHeadSettings(OnFeatures):
+    """A small network on a generalist's features that sites with labels train and the server averages.
+
+    It has a part for each of `prompting.planes`, which takes `steps_per_round` steps of `batch` slices; see
+    `sources/feature_head.py`.
+    """
+
+    reduced_channels: int = Field(default=48, ge=1, le=1024)
+    hidden_channels: int = Field(default=32, ge=1, le=1024)
+    steps_per_round: int = Field(default=20, ge=1, le=10_000)
+    batch: int = Field(default=8, ge=1, le=256)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
+
+
+class Prototypes(OnFeatures):
+    """Prototypes of each class in a generalist's features, in one plane; see `pseudo_labels/cold_start.py`."""
+
+    plane: Anatomical = "axial"
+    foreground_prototypes: int = Field(default=8, ge=1, le=256)
+    background_prototypes: int = Field(default=32, ge=1, le=1024)
+    position_weight: float = Field(default=0.6, ge=0, le=100)
+    temperature: float = Field(default=0.1, gt=0, le=10)
+
+
+class Registration(StrictModel):
+    """Labels of the site carried to its unlabeled scans by affine registration; see `sources/registration.py`.
+
+    `iterations` of the optimizer at each resolution and `atlases`, the number of labeled scans that are registered,
+    bound its time.
+    """
+
+    iterations: int = Field(default=100, ge=1, le=1000)
+    atlases: int = Field(default=4, ge=1, le=32)
+
+
+class Sources(StrictModel):
+    """What pseudo-labels by evidence are made from, and how; false or null leaves a source out.
+
+    `sharpness` s turns the mean p over sources into the target p^s / (p^s + (1 - p)^s).
+    """
+
+    specialist: bool = True
+    generalists: bool = True
+    feature_head: FeatureHeadSettings | None = None
+    registration: Registration | None = Registration()
+    prototypes: Prototypes | None = None
+    sharpness: float = Field(default=2.0, ge=1, le=10)

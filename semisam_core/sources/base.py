@@ -1,0 +1,95 @@
+"""The seam of evidence: what a source says of one scan, and what it may know of that scan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from semisam_core.generalists.embedding_store import scan_key
+
+
+class SourceName(StrEnum):
+    """The sources, as plans and metrics name them."""
+
+    SPECIALIST = "specialist"
+    GENERALISTS = "generalists"
+    FEATURE_HEAD = "feature-head"
+    REGISTRATION = "registration"
+    PROTOTYPES = "prototypes"
+
+
+@dataclass(frozen=True, eq=False)
+class SourceScan:
+    """One scan as the sources see it.
+
+    Attributes:
+        image: (C, H, W, D) on the grid of pseudo-labels, RAS; generalists see the first channel.
+        spacing_mm: voxel size along H, W, D.
+        teacher: the teacher's class probabilities (1 + K, H, W, D) on the same grid.
+    """
+
+    image: Tensor
+    spacing_mm: tuple[float, float, float]
+    teacher: Tensor
+
+    @cached_property
+    def key(self) -> str:
+        """The scan's identity: a hash of its content."""
+        return scan_key(self.image)
+
+    @property
+    def classes(self) -> int:
+        """K."""
+        return int(self.teacher.shape[0]) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What one source says of one scan.
+
+    Attributes:
+        foreground: probability of each class (K, H, W, D) in [0, 1].
+        answered: (K,) bool; where False, the source has nothing to say of that class, and its map means nothing.
+        spread: variance of the source's own answers, (K, H, W, D); None where it gives a single one.
+    """
+
+    foreground: Tensor
+    answered: Tensor
+    spread: Tensor | None = None
+
+    @classmethod
+    def of(cls, foreground: Tensor) -> Evidence:
+        """Return evidence of every class of which a source finds anything at all."""
+        return cls(foreground, (foreground > 0.5).flatten(1).any(1))
+
+
+class Source(Protocol):
+    """Tells where each class is in a scan. One object lives for one round at one site."""
+
+    @property
+    def name(self) -> SourceName:
+        """Its name."""
+
+    def look(self, scan: SourceScan) -> Evidence:
+        """Return the source's evidence about a scan.
+
+        Raises:
+            RuntimeError, ValueError: it failed on this scan; the others still count.
+        """
+
+    def without(self, key: str) -> Source | None:
+        """Return this source as if it had never learned from the scan of this key, to be scored on it; or None.
+
+        None where it cannot be told apart, or where nothing would be left to learn from.
+        """
+
+
+def nothing(scan: SourceScan) -> Evidence:
+    """Return the evidence of a source that has nothing to say."""
+    shape = (scan.classes, *scan.image.shape[1:])
+    return Evidence(torch.zeros(shape), torch.zeros(scan.classes, dtype=torch.bool))

@@ -1,0 +1,87 @@
+"""Several sources' evidence to one probability and one map of uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from semisam_core.sources.base import Evidence
+
+AGREEMENT_FLOOR = 0.1  # weight of a source that agrees with none of the others, against one that agrees fully
+_EMPTY = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class CombinedEvidence:
+    """What all sources together say of one scan.
+
+    Attributes:
+        foreground: probability of each class (K, H, W, D).
+        disagreement: variance over sources, (K, H, W, D); at most 0.25.
+        agreement: (K,) mean soft Dice of each source with the others, weighted as the sources are; 1 for a single one.
+        sources: (K,) how many sources said anything of each class.
+        weights: source -> (K,) its share, 0 where it said nothing.
+    """
+
+    foreground: Tensor
+    disagreement: Tensor
+    agreement: Tensor
+    sources: Tensor
+    weights: Mapping[str, Tensor]
+
+
+def combine_evidence(
+    evidence: Mapping[str, Evidence], reliability: Mapping[str, Tensor] | None = None
+) -> CombinedEvidence:
+    """Return the weighted mean over sources, class by class.
+
+    A source's weight is its reliability times (floor + (1 - floor) * its soft Dice with the mean of the others): a
+    source that is alone in what it says of this scan counts little, whichever it is. With two sources both agree
+    alike, so reliability alone decides.
+
+    Args:
+        evidence: source -> evidence, at least one, all of one shape.
+        reliability: source -> (K,) score on labeled scans in [0, 1]; a source without one counts as much as the mean of
+            those that have one.
+    """
+    names = list(evidence)
+    maps = torch.stack([evidence[name].foreground for name in names])  # (S, K, H, W, D)
+    answered = torch.stack([evidence[name].answered for name in names])  # (S, K)
+    trust = _trust(names, maps.shape[1], reliability or {}) * answered
+    agreement = torch.ones_like(trust)
+    for k in range(maps.shape[1]):
+        for s in torch.nonzero(answered[:, k])[:, 0].tolist():
+            others = trust[:, k].clone()
+            others[s] = 0
+            if float(others.sum()) > 0:
+                agreement[s, k] = soft_dice(maps[s, k], _mean(maps[:, k], others))
+    weights = trust * (AGREEMENT_FLOOR + (1 - AGREEMENT_FLOOR) * agreement)
+    shares = weights / weights.sum(0).clamp_min(_EMPTY)
+    spread = shares[:, :, None, None, None]
+    mean = (spread * maps).sum(0)
+    return CombinedEvidence(
+        foreground=mean,
+        disagreement=(spread * (maps - mean) ** 2).sum(0),
+        agreement=(shares * agreement).sum(0),
+        sources=answered.sum(0),
+        weights={name: shares[s] for s, name in enumerate(names)},
+    )
+
+
+def soft_dice(one: Tensor, other: Tensor) -> float:
+    """Return 2 sum(p q) / sum(p^2 + q^2) of two probability maps; 0 where both are empty."""
+    size = float((one.double() ** 2).sum() + (other.double() ** 2).sum())
+    return 2 * float((one.double() * other.double()).sum()) / size if size > _EMPTY else 0.0
+
+
+def _trust(names: list[str], classes: int, reliability: Mapping[str, Tensor]) -> Tensor:
+    known = [reliability[name] for name in names if name in reliability]
+    usual = torch.stack(known).mean(0) if known else torch.ones(classes)
+    return torch.stack([reliability.get(name, usual) for name in names]).clamp_min(0.01)
+
+
+def _mean(maps: Tensor, weights: Tensor) -> Tensor:
+    return (weights[:, None, None, None] * maps).sum(0) / weights.sum()

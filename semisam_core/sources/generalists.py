@@ -1,0 +1,79 @@
+"""The frozen generalists as a source: what they answer when prompted by what the other sources say together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from semisam_core.components import meaningful_components
+from semisam_core.generalists.base import Generalist
+from semisam_core.generalists.embedding_store import EmbeddingStore
+from semisam_core.plan import Plan
+from semisam_core.progress import ProgressCallback
+from semisam_core.prompting import Refusal
+from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, weighted_moments
+from semisam_core.pseudo_labels.policy import policy_of, region_of_class
+from semisam_core.sources.base import Evidence, SourceScan, nothing
+
+
+class PromptedGeneralists:
+    """Asks every generalist of the site about each class of a scan.
+
+    Args:
+        generalists: the models at this site; may be none.
+        store: where embeddings are kept.
+        plan: spacing and prompting; must have `pseudo_labels`.
+        progress: told how many embedding units of how many are there.
+    """
+
+    def __init__(
+        self,
+        generalists: Sequence[Generalist],
+        store: EmbeddingStore,
+        plan: Plan,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        self._generalists, self._store, self._plan, self._progress = generalists, store, plan, progress
+
+    def ask(
+        self, scan: SourceScan, foreground: Tensor, trust: Mapping[str, float] | None = None
+    ) -> tuple[Evidence, tuple[Refusal | None, ...]]:
+        """Return the generalists' evidence, and for each class why they could not be prompted, or None.
+
+        Args:
+            scan: what they look at.
+            foreground: probability of each class (K, H, W, D) that becomes prompts.
+            trust: generalist -> weight in the mean over models; one without counts 1.
+        """
+        if not self._generalists:
+            return nothing(scan), (None,) * scan.classes
+        policy = policy_of(self._plan)
+        ensemble = GeneralistEnsemble(
+            scan.image[0], scan.spacing_mm, self._generalists, self._store, policy, self._progress
+        )
+        background = (1 - foreground.sum(0, keepdim=True)).clamp_min(0)
+        prediction = torch.cat([background, foreground])
+        found, spreads = torch.zeros_like(foreground), torch.zeros_like(foreground)
+        answered = torch.zeros(scan.classes, dtype=torch.bool)
+        refusals: list[Refusal | None] = []
+        for k in range(1, 1 + scan.classes):
+            region = region_of_class(prediction, k, self._plan)
+            outputs = {} if isinstance(region, Refusal) else ensemble.ask(region, prediction[k])
+            refusals.append(region if isinstance(region, Refusal) else None if outputs else Refusal.FAILED)
+            if not outputs:
+                continue
+            mean, variance = weighted_moments(outputs, trust or {})
+            found[k - 1], spreads[k - 1] = _without_islands(mean, policy.prompting.component_share), variance
+            answered[k - 1] = bool((found[k - 1] > 0.5).any())
+        return Evidence(found, answered, spreads), tuple(refusals)
+
+
+def _without_islands(probability: Tensor, share: float) -> Tensor:
+    """Cap islands just below 0.5 in 3D, where a slice-wise model cannot see that they are attached to nothing."""
+    mask = (probability > 0.5).numpy()
+    if not mask.any():
+        return probability
+    kept = torch.from_numpy(meaningful_components(mask, share))
+    return torch.where((probability > 0.5) & ~kept, probability.clamp_max(0.49), probability)

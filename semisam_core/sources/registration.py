@@ -1,0 +1,198 @@
+"""Registered labels as a source: the site's own labels carried to another scan by an affine registration.
+
+Mattes mutual information (Mattes et al., IEEE TMI 2003) over a multi-resolution pyramid, by SimpleITK. Bounded in time
+by the number of iterations and of sampled voxels; the same scans give the same transform.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK
+import torch
+from torch import Tensor
+
+from semisam_core.files import write_json
+from semisam_core.sources.base import Evidence, SourceName, SourceScan, nothing
+
+logger = logging.getLogger(__name__)
+
+NUMBERS = 12  # of an affine transform
+BINS = 32
+SAMPLING_SEED = 1  # of where samples lie within their voxels; by default, ITK takes the clock
+SMALL = 64  # voxels along the shortest side; a smaller scan has too few voxels left after shrinking by 4
+MINIMUM_OVERLAP = 0.5  # of the scans' fields of view after registration; below, they show different parts of the body
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """One labeled scan of this site.
+
+    Attributes:
+        key: identity of the scan.
+        image: (C, H, W, D); the first channel is registered.
+        label: (H, W, D) class indices.
+        spacing_mm: voxel size.
+    """
+
+    key: str
+    image: Tensor
+    label: Tensor
+    spacing_mm: tuple[float, float, float]
+
+
+class TransformStore:
+    """Transforms on the site's disk by the keys of two scans, so that each pair is registered only once.
+
+    Args:
+        folder: created on the first write.
+        iterations: of the optimizer; other numbers give other transforms.
+    """
+
+    def __init__(self, folder: Path, iterations: int) -> None:
+        self._folder, self._iterations = folder, iterations
+
+    def __call__(self, atlas: str, scan: str, make: Callable[[], list[float]]) -> list[float]:
+        """Return the twelve numbers of a pair of scans, made on first use or if the file cannot be read.
+
+        Raises:
+            OSError: the disk is full.
+            RuntimeError: `make` raised it.
+        """
+        path = self._folder / f"{atlas}-{scan}-{self._iterations}.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if len(kept) == NUMBERS and all(isinstance(each, float) and math.isfinite(each) for each in kept):
+                return list(kept)
+        except (OSError, ValueError, TypeError):
+            pass
+        made = make()
+        write_json(path, made)
+        return made
+
+
+class RegistrationSource:
+    """Says where the site's labels lie after registration: the mean over the site's labeled scans.
+
+    Args:
+        atlases: the site's labeled scans.
+        iterations: of the optimizer at each resolution.
+        limit: how many labeled scans are registered at most; the first in order.
+        cached: (key of the labeled scan, key of the scan, make) -> twelve numbers; where transforms are kept.
+    """
+
+    name = SourceName.REGISTRATION
+
+    def __init__(
+        self,
+        atlases: Sequence[Atlas],
+        iterations: int = 100,
+        limit: int = 4,
+        cached: Callable[[str, str, Callable[[], list[float]]], list[float]] = lambda _a, _b, make: make(),
+    ) -> None:
+        self._atlases, self._iterations, self._limit, self._cached = tuple(atlases), iterations, limit, cached
+
+    def look(self, scan: SourceScan) -> Evidence:
+        """Return the mean of the labels that were carried over; nothing where no scan could be registered."""
+        maps = []
+        for atlas in self._atlases[: self._limit]:
+            carried = self._carry(atlas, scan)
+            if carried is not None:
+                maps.append(carried)
+        if not maps:
+            return nothing(scan)
+        stacked = torch.stack(maps)
+        mean = stacked.mean(0)
+        return Evidence(mean, Evidence.of(mean).answered, stacked.var(0, correction=0))
+
+    def without(self, key: str) -> RegistrationSource | None:
+        """Return this source with the other labeled scans only, or None where there is no other."""
+        others = [atlas for atlas in self._atlases if atlas.key != key]
+        return RegistrationSource(others, self._iterations, self._limit, self._cached) if others else None
+
+    def _carry(self, atlas: Atlas, scan: SourceScan) -> Tensor | None:
+        fixed = _image(scan.image[0], scan.spacing_mm)
+        moving = _image(atlas.image[0], atlas.spacing_mm)
+
+        def register() -> list[float]:
+            return register_affine(fixed, moving, self._iterations)
+
+        try:
+            transform = _transform(self._cached(atlas.key, scan.key, register))
+        except RuntimeError as error:  # SimpleITK's word for samples that all map outside the other scan
+            logger.warning("A labeled scan could not be registered: %s", str(error).strip().splitlines()[-1])
+            return None
+        inside = SimpleITK.Resample(_ones_like(moving), fixed, transform, SimpleITK.sitkNearestNeighbor, 0.0)
+        if float(SimpleITK.GetArrayViewFromImage(inside).mean()) < MINIMUM_OVERLAP:
+            return None
+        maps = [
+            _resampled((atlas.label == k).float(), atlas.spacing_mm, fixed, transform)
+            for k in range(1, 1 + scan.classes)
+        ]
+        return torch.stack(maps)
+
+
+def register_affine(fixed: SimpleITK.Image, moving: SimpleITK.Image, iterations: int) -> list[float]:
+    """Return the twelve numbers of the affine transform from `fixed` to `moving` in millimetres: matrix, then offset.
+
+    Raises:
+        RuntimeError: the scans do not overlap enough to be compared.
+    """
+    start = SimpleITK.CenteredTransformInitializer(
+        fixed, moving, SimpleITK.AffineTransform(3), SimpleITK.CenteredTransformInitializerFilter.GEOMETRY
+    )
+    method = SimpleITK.ImageRegistrationMethod()
+    method.SetNumberOfThreads(1)  # sums in another order would give another transform
+    method.SetMetricAsMattesMutualInformation(BINS)
+    method.SetMetricSamplingStrategy(method.REGULAR)
+    levels, share = ((2, 1), 0.5) if min(fixed.GetSize()) < SMALL else ((4, 2), 0.2)
+    method.SetMetricSamplingPercentage(share, SAMPLING_SEED)
+    method.SetInterpolator(SimpleITK.sitkLinear)
+    method.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=1.0, minStep=1e-3, numberOfIterations=iterations, relaxationFactor=0.6
+    )
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetShrinkFactorsPerLevel(levels)
+    method.SetSmoothingSigmasPerLevel([float(level) for level in levels])
+    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
+    method.SetInitialTransform(start, inPlace=False)
+    found = SimpleITK.AffineTransform(SimpleITK.CompositeTransform(method.Execute(fixed, moving)).GetNthTransform(0))
+    matrix = np.asarray(found.GetMatrix()).reshape(3, 3)
+    centre, shift = np.asarray(found.GetCenter()), np.asarray(found.GetTranslation())
+    offset = shift + centre - matrix @ centre
+    return [float(value) for value in (*matrix.ravel(), *offset)]
+
+
+def _transform(numbers: Sequence[float]) -> SimpleITK.AffineTransform:
+    transform = SimpleITK.AffineTransform(3)
+    transform.SetMatrix([float(value) for value in numbers[:9]])
+    transform.SetTranslation([float(value) for value in numbers[9:]])
+    return transform
+
+
+def _image(volume: Tensor, spacing_mm: tuple[float, float, float]) -> SimpleITK.Image:
+    """Return a volume (H, W, D) as an ITK image whose axes are H, W, D, centred on the origin."""
+    image = SimpleITK.GetImageFromArray(volume.detach().cpu().float().permute(2, 1, 0).contiguous().numpy())
+    image.SetSpacing([float(side) for side in spacing_mm])
+    image.SetOrigin([-0.5 * side * (length - 1) for side, length in zip(spacing_mm, volume.shape, strict=True)])
+    return image
+
+
+def _ones_like(image: SimpleITK.Image) -> SimpleITK.Image:
+    ones = SimpleITK.Image(image.GetSize(), SimpleITK.sitkFloat32) + 1.0
+    ones.CopyInformation(image)
+    return ones
+
+
+def _resampled(
+    mask: Tensor, spacing_mm: tuple[float, float, float], fixed: SimpleITK.Image, transform: SimpleITK.Transform
+) -> Tensor:
+    moved = SimpleITK.Resample(_image(mask, spacing_mm), fixed, transform, SimpleITK.sitkLinear, 0.0)
+    array = SimpleITK.GetArrayFromImage(moved)
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 1, 0))).clamp(0, 1)
