@@ -122,7 +122,7 @@ class Labeler:
             )
         if round_number >= policy.first_round:
             predict_by = partial(self._predict, teacher)
-            return self._label(unlabeled, scans, predict_by, self._store, policy.due(round_number), head)
+            return self._label(unlabeled, scans, predict_by, self._store, self._plan.refreshes(round_number), head)
         return self._label(unlabeled, (), self._background_only, self._cold_store, True) if cold else {}
 
     def _label(

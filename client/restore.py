@@ -40,6 +40,8 @@ class RoundStart:
 
     def __init__(self, plan: Plan, state: RunState, round_number: int, device: torch.device) -> None:
         self._plan, self._state, self._round, self._device = plan, state, round_number, device
+        local = plan.training.local_round(round_number)
+        self._since = max(1, round_number - local + 1)  # what a generation before left does not fit a new specialist
 
     def specialist(self, weights: Mapping[str, Tensor], before: int) -> nn.Module:
         """Return the specialist with the weights that the server sent and this site's local layers.
@@ -56,8 +58,8 @@ class RoundStart:
         specialist = new_specialist(self._plan)
         layers: Mapping[str, Tensor] = {}
         if self._plan.specialist.statistics == "local":
-            kept, fresh = self._state.load_layers(before), local_layers(self._plan, specialist)
-            layers = _fitting("batch-norm layers", kept, fresh, before) or {}
+            kept, fresh = self._state.load_layers(before, self._since), local_layers(self._plan, specialist)
+            layers = _fitting("batch-norm layers", kept, fresh, before, self._since) or {}
         specialist.load_state_dict({**specialist.state_dict(), **layers, **weights})
         return specialist.to(self._device)
 
@@ -78,8 +80,8 @@ class RoundStart:
         """Return the round's teacher: a copy of the specialist, or the kept teacher under `teacher.start: site`."""
         teacher = new_teacher(specialist)
         if self._plan.teacher.start == "site":
-            kept = self._state.load_teacher(self._round)
-            if fitting := _fitting("teacher", kept, teacher.state_dict(), self._round):
+            kept = self._state.load_teacher(self._round, self._since)
+            if fitting := _fitting("teacher", kept, teacher.state_dict(), self._round, self._since):
                 teacher.load_state_dict(fitting)
         return teacher
 
@@ -87,8 +89,8 @@ class RoundStart:
         """Return the plan's regularizer, its own networks as this site kept them; None if the plan has none."""
         regularizer = new_regularizer(self._plan, self._device)
         if regularizer is not None and regularizer.auxiliary is not None:
-            kept, fresh = self._state.load_networks(self._round), regularizer.auxiliary.state()
-            if fitting := _fitting("regularizer networks", kept, fresh, self._round):
+            kept, fresh = self._state.load_networks(self._round, self._since), regularizer.auxiliary.state()
+            if fitting := _fitting("regularizer networks", kept, fresh, self._round, self._since):
                 regularizer.auxiliary.load(fitting)
         return regularizer
 
@@ -97,8 +99,8 @@ class RoundStart:
         settings = self._plan.training.optimizer
         optimizer = build_optimizer(specialist, settings)
         if settings.state == "kept":
-            kept, fresh = self._state.load_moments(self._round), moments(optimizer, specialist, settings)
-            if fitting := _fitting("optimizer moments", kept, fresh, self._round):
+            kept, fresh = self._state.load_moments(self._round, self._since), moments(optimizer, specialist, settings)
+            if fitting := _fitting("optimizer moments", kept, fresh, self._round, self._since):
                 load_moments(optimizer, specialist, settings, fitting)
         return optimizer
 
@@ -110,11 +112,11 @@ def local_layers(plan: Plan, specialist: nn.Module) -> dict[str, Tensor]:
 
 
 def _fitting(
-    what: str, kept: dict[str, Tensor] | None, fresh: Mapping[str, Tensor], before: int
+    what: str, kept: dict[str, Tensor] | None, fresh: Mapping[str, Tensor], before: int, since: int
 ) -> dict[str, Tensor] | None:
     """Return what was kept if it has the names, shapes and dtypes of `fresh`; otherwise None, with a log line."""
     if kept is None:
-        if before > 1:  # nothing precedes round 1
+        if before > since:  # nothing precedes a generation's first round
             logger.warning("No %s kept from before round %d: starting fresh", what, before)
         return None
     if mistake := disagreement(kept, tensor_specs(fresh)):

@@ -105,7 +105,7 @@ class Site:
             teacher=teacher,
             labeled=labeled,
             unlabeled=unlabeled,
-            number=self.round,
+            number=self.plan.training.local_round(self.round),
             seed=seed,
             device=self.device,
             regularizer=regularizer,

@@ -48,9 +48,9 @@ class RunState:
         """
         self._save(TEACHER, round_number, teacher)
 
-    def load_teacher(self, before: int) -> dict[str, Tensor] | None:
-        """Return the latest teacher of a round before this one, or None."""
-        return self._latest(TEACHER, before)
+    def load_teacher(self, before: int, since: int = 1) -> dict[str, Tensor] | None:
+        """Return the latest teacher of a round before this one and not before `since`, or None."""
+        return self._latest(TEACHER, before, since)
 
     def save_networks(self, round_number: int, networks: dict[str, Tensor]) -> None:
         """Keep the regularizer's own networks as this round left them.
@@ -60,9 +60,9 @@ class RunState:
         """
         self._save(NETWORKS, round_number, networks)
 
-    def load_networks(self, before: int) -> dict[str, Tensor] | None:
-        """Return the latest networks of the regularizer of a round before this one, or None."""
-        return self._latest(NETWORKS, before)
+    def load_networks(self, before: int, since: int = 1) -> dict[str, Tensor] | None:
+        """Return the latest networks of the regularizer of a round before this one and not before `since`, or None."""
+        return self._latest(NETWORKS, before, since)
 
     def save_layers(self, round_number: int, layers: dict[str, Tensor]) -> None:
         """Keep the specialist's local layers as this round left them.
@@ -72,9 +72,9 @@ class RunState:
         """
         self._save(LAYERS, round_number, layers)
 
-    def load_layers(self, before: int) -> dict[str, Tensor] | None:
-        """Return the latest local layers of a round before this one, or None."""
-        return self._latest(LAYERS, before)
+    def load_layers(self, before: int, since: int = 1) -> dict[str, Tensor] | None:
+        """Return the latest local layers of a round before this one and not before `since`, or None."""
+        return self._latest(LAYERS, before, since)
 
     def save_moments(self, round_number: int, moments: dict[str, Tensor]) -> None:
         """Keep the optimizer's moments as this round left them.
@@ -84,12 +84,12 @@ class RunState:
         """
         self._save(MOMENTS, round_number, moments)
 
-    def load_moments(self, before: int) -> dict[str, Tensor] | None:
-        """Return the latest moments of the optimizer of a round before this one, or None."""
-        return self._latest(MOMENTS, before)
+    def load_moments(self, before: int, since: int = 1) -> dict[str, Tensor] | None:
+        """Return the latest moments of the optimizer of a round before this one and not before `since`, or None."""
+        return self._latest(MOMENTS, before, since)
 
-    def _latest(self, kind: str, before: int) -> dict[str, Tensor] | None:
-        earlier = (number for number in self._rounds(kind) if number < before)
+    def _latest(self, kind: str, before: int, since: int) -> dict[str, Tensor] | None:
+        earlier = (number for number in self._rounds(kind) if since <= number < before)
         kept = (_read(self._file(kind, number)) for number in earlier)
         return next((tensors for tensors in kept if tensors is not None), None)
 

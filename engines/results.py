@@ -11,10 +11,22 @@ from engines.tables import FittingTable
 from semisam_core.files import read_json_lines
 from server.metrics_log import counted
 
+UNLABELED = (
+    "Unlabeled: scans whose labels the study never saw; the specialist that prompted the last pseudo-labels and those "
+    "labels, where accepted, and the final specialist on all."
+)
+
 
 @dataclass(frozen=True)
 class SiteResult:
-    """One row of the table: one site, one class. None where nothing was measured."""
+    """One row of the table: one site, one class. None where nothing was measured.
+
+    Attributes:
+        unlabeled_scored: scans used as unlabeled whose labels are known here; see `experiments/unlabeled.py`.
+        prompting_dice: on those of them with a pseudo-label, of the specialist that prompted it.
+        pseudo_label_dice: on the same, of the pseudo-label.
+        unlabeled_dice: on all of them, of the final specialist.
+    """
 
     site: str
     target: str
@@ -29,6 +41,10 @@ class SiteResult:
     federated_dice: float | None
     federated_hd95_mm: float | None
     missing_distances: int
+    unlabeled_scored: int = 0
+    prompting_dice: float | None = None
+    pseudo_label_dice: float | None = None
+    unlabeled_dice: float | None = None
 
 
 def collect(run_folder: Path, local_folders: Mapping[str, Path], classes: Sequence[str]) -> list[SiteResult]:
@@ -80,17 +96,19 @@ def as_json(results: Sequence[SiteResult]) -> list[dict[str, Any]]:
 
 
 def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> FittingTable:
-    """Return the results as a terminal shows them."""
+    """Return the results as a terminal shows them; scores on unlabeled scans only if there are any."""
+    hidden = any(r.unlabeled_scored for r in results)
     table = FittingTable(
         "site",
         "class",
         "scans\nlabeled /\nunlabeled",
         "pseudo-labels\naccepted /\ngated",
+        *(["unlabeled, Dice\nprompting / pseudo-\nlabel / final"] if hidden else []),
         "Dice\nlocal /\nfederated",
         "HD95 mm\nlocal /\nfederated",
         title=title,
         caption="Local: trained alone, supervised, same steps. Pseudo-labels: last round, all classes together. "
-        f"Selected by: {chosen_by}.",
+        f"Selected by: {chosen_by}." + (f" {UNLABELED}" if hidden else ""),
         numbers_from=2,
     )
     for r in results:
@@ -100,10 +118,15 @@ def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> 
             r.target,
             f"{r.labeled} / {r.unlabeled}",
             f"{r.accepted} / {r.gated}",
+            *([" / ".join(_number(each, 3) for each in _unlabeled(r))] if hidden else []),
             f"{_number(r.local_dice, 3)} / {_number(r.federated_dice, 3)}",
             f"{_number(r.local_hd95_mm, 1)} / {_number(r.federated_hd95_mm, 1)}{missing}",
         )
     return table
+
+
+def _unlabeled(r: SiteResult) -> tuple[float | None, float | None, float | None]:
+    return r.prompting_dice, r.pseudo_label_dice, r.unlabeled_dice
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.progress import Progress
 
 from engines.bundle import build_bundle
 from engines.monitor import RunMonitor
 from engines.processes import ProcessTree
-from engines.results import as_json, collect, results_table
+from engines.results import SiteResult, as_json, collect, results_table
 from engines.run_state import longest, record_end, run_name, run_reason, run_state, settled
 from engines.simulation import run_flower
 from experiments.checks import CheckedStudy, check_study, study_table
@@ -188,10 +189,43 @@ class Simulation:
         results = collect(self.out, local, plan.class_names)
         selected = [line for line in read_json_lines(self.out / "metrics.jsonl") if line["event"] == "selected"]
         chosen_by = selected[-1]["by"] if selected else "nothing, the study did not finish"
+        results = self._with_unlabeled(results, run)
         write_json(self.out / "results.json", {"plan_hash": plan.hash, "sites": as_json(results)})
         if results:
             self.console.print(results_table(results, f"{plan.task.name}, {self.out.name}", chosen_by))
         self.console.print(f"Everything is in {self.out}", highlight=False, markup=False, soft_wrap=True)
+
+    def _with_unlabeled(self, results: list[SiteResult], run: str) -> list[SiteResult]:
+        """Add scores on scans that the study used as unlabeled, where labels are at hand; also kept scan by scan."""
+        if run_state(self.out) != "completed":
+            return results
+        from experiments.unlabeled import mean_scores, score_unlabeled
+
+        with Progress(console=self.console, disable=not self.console.is_terminal, transient=True) as progress:
+            task = progress.add_task("scoring unlabeled scans", total=None)
+            scores = score_unlabeled(
+                self.study.plan,
+                [config for config, _ in self.study.sites],
+                self.out,
+                run,
+                lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        if not scores:
+            return results
+        write_json(self.out / "unlabeled.json", [asdict(each) for each in scores])
+        found = []
+        for result in results:
+            means = mean_scores([s for s in scores if (s.site, s.target) == (result.site, result.target)])
+            found.append(
+                replace(
+                    result,
+                    unlabeled_scored=means.scans,
+                    prompting_dice=means.prompting,
+                    pseudo_label_dice=means.pseudo_label,
+                    unlabeled_dice=means.final,
+                )
+            )
+        return found
 
     def _write_settings(self) -> None:
         write_plan(self.out / "plan.yaml", self.study.plan)

@@ -75,6 +75,14 @@ class Plan(StrictModel):
         data = self.data.model_copy(update={"spacing_mm": self.pseudo_labels.spacing_mm})
         return self.model_copy(update={"data": data})
 
+    def refreshes(self, number: int) -> bool:
+        """Whether pseudo-labels are made anew in this round (rounds count from 1), except in a cold start.
+
+        A generation after the first begins with those of the one before.
+        """
+        local = self.training.local_round(number)
+        return self.pseudo_labels is not None and self.pseudo_labels.due(local) and (local == number or local > 1)
+
     @property
     def uses_unlabeled(self) -> bool:
         """Whether any term of the loss reads unlabeled scans."""

@@ -66,7 +66,7 @@ class LocalRound:
         teacher: its exponential moving average; updated in place.
         labeled: loaders of the site's labeled scans; may be empty.
         unlabeled: loaders of the site's unlabeled scans, with accepted pseudo-labels; may be empty.
-        number: the round, from 1.
+        number: the round within its generation, from 1.
         seed: seed of this site in this round.
         device: where to compute.
         regularizer: the plan's regularizer with the site's auxiliary networks, trained in place; None builds a new one.
@@ -93,7 +93,7 @@ def train_round(local: LocalRound) -> TrainingResult:
     """Train the specialist for one round and update the teacher after each step, both in place.
 
     L = L_sup + lambda_c(t) L_unsup + lambda_s(t) L_sam + mu/2 ||w - w_global||^2, where t counts optimizer steps over
-    the whole study.
+    the whole generation (see `TrainingSettings`), usually the whole study.
 
     Returns:
         Steps taken (0 where no loss term applies at this site), mean losses, and the size of each term's gradient.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import semisam_core
 from semisam_core.contract import (
+    HEAD_PREFIX,
     REJECTED,
     REJECTED_ROUND,
     SPECIALIST_RECORD,
@@ -134,6 +135,8 @@ class Study:
     def _round(self, number: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         began = self.clock.now()
         self._shelf.clear()
+        if number > 1 and self.plan.training.local_round(number) == 1:
+            weights = self._new_generation(number, weights)
 
         def accept(answer: Admitted) -> None:
             if answer.weights is not None:
@@ -159,6 +162,15 @@ class Study:
         self._shelf.clear()
         return combined
 
+    def _new_generation(self, number: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a new specialist in place of the global one; the feature head, a source of pseudo-labels, goes on."""
+        generation = (number - 1) // self.plan.training.rounds_per_generation
+        fresh = self.plan.model_copy(update={"seed": (self.plan.seed + generation) % 2**31})
+        self._optimizer = ServerOptimizer(self.plan)
+        self.folder.record("generation", round=number, generation=generation + 1)
+        head = {name: value for name, value in weights.items() if name.startswith(HEAD_PREFIX)}
+        return travelling(self.plan, new_specialist(fresh)) | head
+
     def _review(self) -> list[Rejected]:
         """Drop the updates that do not fit the others, and return why each was dropped."""
         found = outliers(self._shelf.updates, self.plan.aggregation.admission)
@@ -172,7 +184,8 @@ class Study:
         """Return the new global weights and what the run records about them."""
         updates, policy = self._shelf.updates, self.plan.aggregation
         try:
-            progress, classes = number / self.plan.training.rounds, len(self.plan.class_names)
+            training, classes = self.plan.training, len(self.plan.class_names)
+            progress = training.local_round(number) / training.rounds_per_generation
             shares = votes(updates, evidence_weights(updates, policy, progress, classes), policy, len(phase.rejected))
         except ValueError as error:
             raise StudyFailedError(f"Round {number}: {error}.") from None

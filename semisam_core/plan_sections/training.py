@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from semisam_core.configuration import Fraction, StrictModel
 
@@ -54,20 +54,41 @@ class TrainingSettings(StrictModel):
 
     `proximal` is FedProx's mu (Li et al., MLSys 2020): mu/2 times the squared distance to the global specialist at the
     start of the round is added to the loss; 0 switches it off.
+
+    `generations`: the study's rounds are divided into so many equal parts. Each begins with a new specialist, which
+    learns from the pseudo-labels that the one before left, and all schedules start over.
     """
+
+    omitted_defaults = ("generations",)
 
     rounds: int = Field(ge=1, le=10_000)
     steps_per_round: int = Field(ge=1, le=100_000)
+    generations: int = Field(default=1, ge=1, le=100)
     labeled_batch: int = Field(default=1, ge=1, le=64)
     unlabeled_batch: int = Field(default=1, ge=1, le=64)
     optimizer: OptimizerSettings = OptimizerSettings()
     augmentation: Augmentation = Augmentation()
     proximal: float = Field(default=0.0, ge=0, le=100)
 
+    @model_validator(mode="after")
+    def _equal_parts(self) -> TrainingSettings:
+        if self.rounds % self.generations:
+            raise ValueError(f"rounds ({self.rounds}) cannot be divided into {self.generations} equal generations")
+        return self
+
+    @property
+    def rounds_per_generation(self) -> int:
+        """Rounds from a new specialist to the next one, or to the end."""
+        return self.rounds // self.generations
+
     @property
     def total_steps(self) -> int:
-        """T of the schedules: optimizer steps that one site takes over the whole study."""
-        return self.rounds * self.steps_per_round
+        """T of the schedules: optimizer steps that one site takes in a generation, usually the whole study."""
+        return self.rounds_per_generation * self.steps_per_round
+
+    def local_round(self, number: int) -> int:
+        """Return a round's number within its generation, from 1; rounds count from 1."""
+        return (number - 1) % self.rounds_per_generation + 1
 
 
 class RegularizerSettings(StrictModel):
