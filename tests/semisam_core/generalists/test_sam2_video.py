@@ -182,7 +182,7 @@ def test_the_answer_is_a_probability_and_zero_on_unprompted_slices(model: Sam2, 
 
 def test_probabilities_are_not_binarised(carried: Segmentation) -> None:
     between = (carried.probability > 0.05) & (carried.probability < 0.95)
-    assert float(between[:, :, SPAN[0] : SPAN[1] + 1].float().mean()) > 0.03
+    assert float(between[:, :, SPAN[0] : SPAN[1] + 1].float().mean()) > 0.005  # of a binary mask: none
 
 
 def test_exactly_the_slices_of_the_span_are_answered(carried: Segmentation) -> None:
