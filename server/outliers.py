@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from semisam_core.contract import RejectionRule
@@ -13,36 +14,68 @@ from server.updates import ShelvedUpdate
 COMPARABLE = 3
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One network within the updates.
+
+    Attributes:
+        words: what it is called in a reason.
+        steps: the scalar with a site's steps on it.
+        norm: reads the norm of its change.
+    """
+
+    words: str
+    steps: str
+    norm: Callable[[ShelvedUpdate], float]
+
+
+# Each network is compared with its own kind: a head that one site trained would hide, or make, an outlier.
+PARTS = (
+    _Part("specialist", "steps", lambda update: update.change_norm),
+    _Part("feature head", "head_steps", lambda update: update.head_norm),
+)
+
+
 def outliers(updates: Sequence[ShelvedUpdate], policy: Admission) -> list[Rejected]:
     """Return the updates to reject, in the order of site names.
 
     An update without any change although its site reports steps only dilutes the average; one with a change although
     its site reports no steps was not trained. Both are rejected. A site that reports no steps and changed nothing is
     fine: it has no weight. A small change is never a reason: an unlabeled site may change much less than the others.
+    The specialist and the feature head are judged separately.
 
     Args:
         updates: all admitted updates.
         policy: `norm_factor`: the largest accepted multiple of the median norm of changes. The median is taken over
             sites that took steps; with fewer than three of them, norms are not compared.
     """
-    rejected = {update.site: found for update in updates if (found := _disagrees(update)) is not None}
-    fitting = [update for update in updates if update.site not in rejected and update.scalars["steps"] > 0]
-    if policy.norm_factor is not None and len(fitting) >= COMPARABLE:
-        middle = median(update.change_norm for update in fitting)
-        for update in fitting:
-            if update.change_norm > policy.norm_factor * middle:
-                times = update.change_norm / middle
-                reason = (
-                    f"the norm of its change is {times:.1f} times the round's median; "
-                    f"accepted are at most {policy.norm_factor:g} times"
-                )
-                rejected[update.site] = Rejected(update.site, reason, RejectionRule.CHANGE_TOO_LARGE)
+    rejected: dict[str, Rejected] = {}
+    for part in PARTS:
+        for found in (*_contradictions(updates, part), *_too_large(updates, part, policy)):
+            rejected.setdefault(found.site, found)
     return [rejected[site] for site in sorted(rejected)]
 
 
-def _disagrees(update: ShelvedUpdate) -> Rejected | None:
-    steps, changed = update.scalars["steps"], update.change_norm > 0
-    if changed == (steps > 0):
-        return None
-    reason = f"the site reports {steps:g} steps, but its tensors {'changed' if changed else 'did not change'}"
-    return Rejected(update.site, reason, RejectionRule.STEPS)
+def _contradictions(updates: Sequence[ShelvedUpdate], part: _Part) -> Iterator[Rejected]:
+    for update in updates:
+        steps, changed = update.scalars.get(part.steps, 0.0), part.norm(update) > 0
+        if changed != (steps > 0):
+            reason = (
+                f"the site reports {steps:g} steps of the {part.words}, "
+                f"but its tensors {'changed' if changed else 'did not change'}"
+            )
+            yield Rejected(update.site, reason, RejectionRule.STEPS)
+
+
+def _too_large(updates: Sequence[ShelvedUpdate], part: _Part, policy: Admission) -> Iterator[Rejected]:
+    trained = [update for update in updates if update.scalars.get(part.steps, 0.0) > 0 and part.norm(update) > 0]
+    if policy.norm_factor is None or len(trained) < COMPARABLE:
+        return
+    middle = median(part.norm(update) for update in trained)
+    for update in trained:
+        if (times := part.norm(update) / middle) > policy.norm_factor:
+            reason = (
+                f"the norm of the {part.words}'s change is {times:.1f} times the round's median; "
+                f"accepted are at most {policy.norm_factor:g} times"
+            )
+            yield Rejected(update.site, reason, RejectionRule.CHANGE_TOO_LARGE)

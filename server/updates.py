@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from semisam_core.contract import HEAD_PREFIX
 from semisam_core.files import save_tensors
 
 
@@ -38,7 +39,8 @@ class ShelvedUpdate:
     Attributes:
         path: the safetensors file.
         size_bytes: size of the file.
-        change_norm: Euclidean norm of the change from the weights at the start of the round.
+        change_norm: Euclidean norm of the specialist's change from the weights at the start of the round.
+        head_norm: the same of the feature head; 0 in a study without one.
     """
 
     site: str
@@ -47,6 +49,7 @@ class ShelvedUpdate:
     path: Path
     size_bytes: int
     change_norm: float
+    head_norm: float
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor; the rest of the file is not read.
@@ -95,9 +98,11 @@ class UpdateShelf:
         if site in self._updates:
             raise ValueError(f"there is already an update from site {site} in this round")
         path = self.folder / f"{site}.safetensors"
-        norm = change_norm(weights, reference)
+        head = {name: value for name, value in reference.items() if name.startswith(HEAD_PREFIX)}
+        specialist = {name: value for name, value in reference.items() if name not in head}
+        norms = change_norm(weights, specialist), change_norm(weights, head)
         save_tensors(path, weights)
-        update = ShelvedUpdate(site, dict(scalars), tuple(reference), path, path.stat().st_size, norm)
+        update = ShelvedUpdate(site, dict(scalars), tuple(reference), path, path.stat().st_size, *norms)
         self._updates[site] = update
         return update
 
@@ -114,6 +119,6 @@ class UpdateShelf:
 
 
 def change_norm(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """Return ||theta_k - theta|| over all tensors, in double precision, one tensor at a time."""
+    """Return ||theta_k - theta|| over the tensors of `reference`, in double precision, one tensor at a time."""
     squares = (float((weights[name].double() - start.double()).square().sum()) for name, start in reference.items())
     return math.sqrt(math.fsum(squares))

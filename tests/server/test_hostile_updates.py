@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +250,44 @@ def test_sites_without_steps_do_not_pull_the_median_to_zero(plan: Plan, tmp_path
     for k in range(8):
         shelf.add(f"idle-{k}", initial(plan), {"steps": 0}, initial(plan))
     assert outliers(shelf.updates, Admission()) == []
+
+
+HEAD = "feature-head.axial.1.weight"
+
+
+def _with_head(plan: Plan, change: float, head_change: float) -> dict[str, Tensor]:
+    return {**_moved(plan, change), HEAD: torch.full((3,), head_change)}
+
+
+def _headed_round(plan: Plan, folder: Path, heads: Sequence[float], head_steps: int = 5) -> UpdateShelf:
+    """Return a round's shelf: one site for each head's change, and an unlabeled one that sends the head back."""
+    start, shelf = _with_head(plan, 0.0, 0.0), UpdateShelf(folder)
+    for k, change in enumerate(heads):
+        shelf.add(f"labeled-{k}", _with_head(plan, 1.0, change), {"steps": 2, "head_steps": head_steps}, start)
+    shelf.add("unlabeled", _with_head(plan, 1.0, 0.0), {"steps": 2}, start)
+    return shelf
+
+
+def test_the_only_site_that_trains_a_feature_head_is_no_outlier(plan: Plan, tmp_path: Path) -> None:
+    shelf = _headed_round(plan, tmp_path, [1e6])
+    start = _with_head(plan, 0.0, 0.0)
+    for k in range(2):
+        shelf.add(f"idle-head-{k}", _with_head(plan, 1.0, 0.0), {"steps": 2}, start)
+    assert outliers(shelf.updates, Admission(norm_factor=10.0)) == []
+
+
+def test_a_feature_head_is_compared_with_the_others_heads(plan: Plan, tmp_path: Path) -> None:
+    (found,) = outliers(_headed_round(plan, tmp_path, [1.0, 2.0, 3.0, 100.0]).updates, Admission(norm_factor=10.0))
+    assert (found.site, found.rule) == ("labeled-3", RejectionRule.CHANGE_TOO_LARGE)
+    assert "feature head" in found.reason
+
+
+@pytest.mark.parametrize(("change", "head_steps"), [(0.0, 5), (1.0, 0)])
+def test_a_feature_head_must_change_if_and_only_if_it_took_steps(
+    change: float, head_steps: int, plan: Plan, tmp_path: Path
+) -> None:
+    (found,) = outliers(_headed_round(plan, tmp_path, [change], head_steps).updates, Admission())
+    assert (found.site, found.rule) == ("labeled-0", RejectionRule.STEPS)
 
 
 ROBUST = {
