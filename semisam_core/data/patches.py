@@ -23,6 +23,7 @@ from monai.transforms import (
 from torch import Tensor
 
 from semisam_core.plan import Plan
+from semisam_core.plan_sections.training import AXES
 
 CARRIED = ("image", "label", "target", "uncertainty")
 
@@ -142,7 +143,7 @@ def _transforms(plan: Plan, crop: object) -> Compose:
     steps: list[object] = [
         SpatialPadd((*CARRIED, "where"), plan.data.patch),
         crop,
-        *(RandFlipd(CARRIED, prob=augment.flip, spatial_axis=axis) for axis in range(3)),
+        *(RandFlipd(CARRIED, prob=augment.flip, spatial_axis=AXES.index(axis)) for axis in augment.flip_axes),
     ]
     if augment.affine_probability > 0:
         angle = float(np.deg2rad(augment.rotation_degrees))

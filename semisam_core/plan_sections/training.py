@@ -38,15 +38,32 @@ class OptimizerSettings(StrictModel):
     state: Literal["reset", "kept"] = "reset"
 
 
+Axis = Literal["right-left", "anterior-posterior", "superior-inferior"]
+AXES: tuple[Axis, ...] = ("right-left", "anterior-posterior", "superior-inferior")
+
+
 class Augmentation(StrictModel):
-    """Random changes to training patches: probabilities and strengths, each switched off by 0."""
+    """Random changes to training patches: probabilities and strengths, each switched off by 0.
+
+    `flip`: the probability of a flip along each of `flip_axes`. A flip must not turn one structure into another, as one
+    from front to back does with structures that differ in little but where they are.
+    """
+
+    omitted_defaults = ("flip_axes",)
 
     flip: Fraction = 0.5
+    flip_axes: tuple[Axis, ...] = AXES
     rotation_degrees: float = Field(default=15, ge=0, le=180)
     scale: float = Field(default=0.15, ge=0, lt=1)
     affine_probability: Fraction = 0.5
     intensity: float = Field(default=0.25, ge=0, lt=1)
     noise: float = Field(default=0.05, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _each_axis_once(self) -> Augmentation:
+        if len(set(self.flip_axes)) < len(self.flip_axes):
+            raise ValueError("flip_axes names an axis twice")
+        return self
 
 
 class TrainingSettings(StrictModel):

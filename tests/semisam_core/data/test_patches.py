@@ -45,6 +45,26 @@ def test_patches_have_the_plans_shape_however_small_the_scan(shape: tuple[int, i
     assert batch.valid.shape == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("axes", "flipped"),
+    [
+        ("[]", ()),
+        ("[right-left]", (0,)),
+        ("[anterior-posterior]", (1,)),
+        ("[superior-inferior, right-left]", (0, 2)),
+        ("[right-left, anterior-posterior, superior-inferior]", (0, 1, 2)),
+    ],
+)
+def test_patches_are_flipped_along_the_plans_axes_only(axes: str, flipped: tuple[int, ...]) -> None:
+    scan = _scan(shape=(16, 16, 8))  # exactly one patch
+    changes = (NO_AUGMENTATION, "training.augmentation.flip=1", f"training.augmentation.flip_axes={axes}")
+    batch = _stream(scan, changes=changes).next()
+    assert torch.equal(batch.image[0, 0], scan.image[0].flip(flipped))
+    assert batch.label is not None
+    assert scan.label is not None
+    assert torch.equal(batch.label[0].long(), scan.label.flip(flipped).long())
+
+
 def test_image_label_and_pseudo_label_stay_aligned_through_augmentation() -> None:
     _, label = blob()
     mask = torch.from_numpy(label)
