@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from semisam_core.errors import ConfigError
 from semisam_core.generalists import PromptKind, accepted_prompts
 from semisam_core.plan import Plan
+from semisam_core.plan_sections.pseudo_labels import PseudoLabelLoss, PseudoLabels
+from semisam_core.plan_sections.sources import Sources
 from semisam_core.regularizers import NONE
 
 CLICKS = (1, 3, 5, 10)
@@ -23,11 +26,30 @@ class Who(StrEnum):
 
 
 class What(StrEnum):
-    """Which terms of the plan's loss are used: labels only, plus the regularizer, plus the generalists."""
+    """Which terms of the plan's loss are used: labels only, plus the regularizer, plus pseudo-labels.
+
+    A plan with pseudo-labels by evidence has further arms: `paper`, with pseudo-labels and loss of SemiSAM+, and one
+    without each of its sources.
+    """
 
     SUPERVISED = "supervised"
     REGULARIZER = "regularizer"
+    PAPER = "paper"
     SEMISAM = "semisam"
+    WITHOUT_SPECIALIST = "without-specialist"
+    WITHOUT_GENERALISTS = "without-generalists"
+    WITHOUT_FEATURE_HEAD = "without-feature-head"
+    WITHOUT_REGISTRATION = "without-registration"
+    WITHOUT_PROTOTYPES = "without-prototypes"
+
+    @property
+    def omitted_source(self) -> str | None:
+        """The key of the source that it leaves out, None if it leaves out none."""
+        _, separator, source = self.value.partition("without-")
+        return source.replace("-", "_") if separator else None
+
+
+ABLATIONS = tuple(what for what in What if what.omitted_source is not None)
 
 
 class Standing(StrEnum):
@@ -63,14 +85,25 @@ class Arm:
         return Standing.REFERENCE if self.who is Who.POOLED else Standing.RESULT
 
     def plan(self, plan: Plan, seed: int) -> Plan:
-        """Return the plan this arm follows: the study's without some terms, with the same steps and rounds."""
+        """Return the plan this arm follows: that of the study without some terms or sources, with as many steps."""
         changes: dict[str, object] = {"seed": seed}
-        if self.what is not What.SEMISAM:
-            changes["pseudo_labels"] = None
+        changes["pseudo_labels"] = self._pseudo_labels(plan)
         if self.what is What.SUPERVISED:
             changes["regularizer"] = plan.regularizer.model_copy(update={"name": NONE})
         followed = plan if self.who is Who.FEDERATED else plan.alone()
         return followed.model_copy(update=changes)
+
+    def _pseudo_labels(self, plan: Plan) -> PseudoLabels | None:
+        labels = plan.pseudo_labels
+        if labels is None or self.what in (What.SUPERVISED, What.REGULARIZER):
+            return None
+        if self.what is What.PAPER:
+            paper = {"method": "semisam+", "sources": Sources(), "loss": PseudoLabelLoss(), "schedule": "decay"}
+            return labels.model_copy(update=paper)
+        if (omitted := self.what.omitted_source) is not None:
+            nothing = False if isinstance(getattr(labels.sources, omitted), bool) else None
+            return labels.model_copy(update={"sources": labels.sources.model_copy(update={omitted: nothing})})
+        return labels
 
 
 @dataclass(frozen=True)
@@ -101,9 +134,18 @@ AnyArm = Arm | OracleArm
 
 
 def arm_names(plan: Plan) -> tuple[str, ...]:
-    """Return the names of all arms that the plan allows, federated first, pooled last."""
+    """Return the names of all arms that the plan allows, federated first, pooled last, without a source at the end."""
+    return default_arm_names(plan) + _names(plan, ABLATIONS)
+
+
+def default_arm_names(plan: Plan) -> tuple[str, ...]:
+    """Return the names of the arms of a comparison that names none: all but those without a source."""
+    return _names(plan, [what for what in What if what not in ABLATIONS])
+
+
+def _names(plan: Plan, whats: Sequence[What]) -> tuple[str, ...]:
     everyone = (Who.FEDERATED, Who.ALONE, Who.POOLED)
-    return tuple(Arm(who, what).name for who in everyone for what in What if _reason_against(what, plan) is None)
+    return tuple(Arm(who, what).name for who in everyone for what in whats if _reason_against(what, plan) is None)
 
 
 def arm_of(name: str, plan: Plan) -> Arm:
@@ -160,8 +202,13 @@ def oracle_omissions(plan: Plan, available: frozenset[str]) -> tuple[str, ...]:
 
 
 def _reason_against(what: What, plan: Plan) -> str | None:
-    if what is What.SEMISAM and plan.pseudo_labels is None:
+    labels = plan.pseudo_labels
+    if what not in (What.SUPERVISED, What.REGULARIZER) and labels is None:
         return "the plan has no pseudo_labels section"
+    if labels is not None and (what is What.PAPER or what in ABLATIONS) and labels.method != "evidence":
+        return f"the plan's pseudo-labels are not by evidence, but by {labels.method}"
+    if labels is not None and (omitted := what.omitted_source) and not getattr(labels.sources, omitted):
+        return f"the plan's sources have no {omitted}"
     if what is What.REGULARIZER and plan.regularizer.name == NONE:
         return "the plan's regularizer is none"
     return None

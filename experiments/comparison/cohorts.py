@@ -21,7 +21,7 @@ from semisam_core.plan import Plan
 from semisam_core.reporting.bootstrap import CaseKey
 
 POOLED = "pooled"
-SHARED = ("prepared", "embeddings")  # both keyed by content, so a link is as good as a copy
+SHARED = ("prepared", "embeddings", "transforms")  # all keyed by content, so a link is as good as a copy
 
 Sites = Sequence[tuple[SiteConfig, Inventory]]
 

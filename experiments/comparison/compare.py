@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.progress import Progress
 
 from client.site_config import usable_generalists
 from engines.run_state import run_reason
@@ -22,6 +23,7 @@ from experiments.comparison.report import Report
 from experiments.comparison.results import gather
 from experiments.comparison.runner import Runner
 from experiments.comparison.scores import collect_scores
+from experiments.comparison.unlabeled import HiddenScore, unlabeled_scores
 from semisam_core.configuration import read_yaml
 from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError
@@ -124,7 +126,8 @@ class Comparison:
                 self._say(f"[{number}/{len(self.jobs)}] {job.title}; {_time_left(self.jobs)}")
                 self._run(job, runner)
         finished = {job: collect_scores(job) for job in self.jobs if job.state == "completed"}
-        results = gather(self.jobs, finished, self.study.plan.class_names, self.definition.baseline)
+        hidden = {job: self._unlabeled(job) for job in finished}
+        results = gather(self.jobs, finished, self.study.plan.class_names, self.definition.baseline, hidden)
         report = Report(self.study.plan, self.definition, results, self.omissions)
         report.write(self.out)
         report.show(self.console)
@@ -142,6 +145,11 @@ class Comparison:
             job.add_seconds(time.monotonic() - began)
         if job.state != "completed":
             self._say(f"  {job.title} did not complete ({job.state}): {run_reason(job.folder)}")
+
+    def _unlabeled(self, job: Job) -> tuple[HiddenScore, ...]:
+        with Progress(console=self.console, disable=not self.console.is_terminal, transient=True) as progress:
+            task = progress.add_task(f"scoring unlabeled scans: {job.title}", total=None)
+            return unlabeled_scores(job, lambda done, total: progress.update(task, completed=done, total=total))
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

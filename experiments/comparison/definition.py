@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from experiments.comparison.arms import arm_names, arm_of
+from experiments.comparison.arms import arm_of, default_arm_names
 from semisam_core.configuration import StrictModel, parse
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan
@@ -67,14 +67,14 @@ class Definition(StrictModel):
 def define(content: Mapping[str, Any], plan: Plan, origin: str) -> Definition:
     """Validate a definition; keys that `content` omits get defaults from the plan.
 
-    By default the arms are all that the plan allows, the only seed is the plan's, and the baseline is
-    `federated-supervised` if that is an arm, else the first arm.
+    By default the arms are all that the plan allows except those that leave out a source of evidence, the only seed is
+    the plan's, and the baseline is `federated-supervised` if that is an arm, else the first arm.
 
     Raises:
         ConfigError: key, value and what is accepted.
     """
     filled = dict(content)
-    filled.setdefault("arms", list(arm_names(plan)))
+    filled.setdefault("arms", list(default_arm_names(plan)))
     filled.setdefault("seeds", [plan.seed])
     arms = filled["arms"]
     if "baseline" not in filled and isinstance(arms, list | tuple) and arms:

@@ -19,6 +19,8 @@ from semisam_core.reporting.bootstrap import DRAWS, Estimate
 
 COLUMNS = ("arm", "labels", "class", "site", "cases", "Dice", "HD95 mm", "Dice - baseline", "HD95 mm - baseline")
 FIRST_NUMBER = 4
+UNLABELED_COLUMNS = ("arm", "labels", "class", "scans", "Dice", "Dice - baseline", "pseudo-labels", "gain")
+UNLABELED_FIRST_NUMBER = 3
 STEPS = (
     "Optimizer steps: a federated arm takes the plan's steps per round at every site, an `alone` arm as many at its "
     "one site, and a pooled arm as many in total: as many as one site, not as all sites together."
@@ -29,6 +31,11 @@ INTERVALS = (
     "case and seed, over the cases that both arm and baseline scored. Distances: means over the scores that have one; "
     "the others are counted as missing. An `alone` arm is scored only at sites with a labeled case, each site's model "
     "on its own cases; all other arms are scored at every site."
+)
+UNLABELED = (
+    "Unlabeled scans: those that were trained on without their labels, which this machine has; for analysis only. "
+    "Dice: the last round's specialist. Pseudo-labels: those accepted in the last refresh. Gain: pseudo-label minus "
+    "the specialist that prompted it, on the same scans."
 )
 ORACLES = (
     "Oracles: a generalist alone, prompted with the true masks of the cases that are scored (clicks in the volume for "
@@ -77,6 +84,12 @@ class Report:
                 table.add(*row)
             table.add_section()
         console.print(table)
+        if rows := self._unlabeled_rows():
+            title = f"{self.plan.task.name}: scans that were trained on without their labels"
+            table = FittingTable(*UNLABELED_COLUMNS, title=title, numbers_from=UNLABELED_FIRST_NUMBER)
+            for row in rows:
+                table.add(*row)
+            console.print(table)
         for note in self._notes():
             console.print(note, markup=False, highlight=False)
 
@@ -86,10 +99,10 @@ class Report:
         lines = [f"# Comparison: {plan.task.name}", ""]
         lines += [f"Plan hash: `{plan.hash}`. Baseline: {self.definition.baseline}. "]
         lines[-1] += f"Seeds: {', '.join(str(seed) for seed in self.definition.seeds)}."
-        lines += ["", f"| {' | '.join(COLUMNS)} |"]
-        lines += [f"| {' | '.join('---:' if k >= FIRST_NUMBER else '---' for k in range(len(COLUMNS)))} |"]
-        for result in self.results:
-            lines += [f"| {' | '.join(row)} |" for row in _rows(result, self.definition.baseline)]
+        rows = [row for result in self.results for row in _rows(result, self.definition.baseline)]
+        lines += ["", *_markdown_table(COLUMNS, rows, FIRST_NUMBER)]
+        if rows := self._unlabeled_rows():
+            lines += ["", "## Unlabeled scans", "", *_markdown_table(UNLABELED_COLUMNS, rows, UNLABELED_FIRST_NUMBER)]
         for note in self._notes():
             lines += ["", note]
         lines += ["", "## Labels used", ""]
@@ -98,8 +111,26 @@ class Report:
             lines += ["", "![Dice by number of labeled scans](dice-by-labels.png)"]
         return "\n".join(lines) + "\n"
 
+    def _unlabeled_rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                _name(result),
+                result.labeled or "none",
+                each.target,
+                str(each.final.cases),
+                _interval(each.final, 3),
+                _signed(each.final_difference, 3),
+                _interval(each.pseudo_label, 3),
+                _signed(each.gain, 3),
+            )
+            for result in self.results
+            for each in result.unlabeled
+        ]
+
     def _notes(self) -> list[str]:
         notes = [INTERVALS, STEPS]
+        if any(result.unlabeled for result in self.results):
+            notes.append(UNLABELED)
         standings = {result.standing for result in self.results}
         if Standing.REFERENCE in standings:
             notes.append(f"Pooled arms are a {MEANING[Standing.REFERENCE]}.")
@@ -109,6 +140,11 @@ class Report:
         if unfinished := [title for result in self.results for title in result.unfinished]:
             notes.append(f"Left out, since they have no scores: {'; '.join(unfinished)}.")
         return notes
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> list[str]:
+    sides = ("---:" if k >= numbers_from else "---" for k in range(len(columns)))
+    return [f"| {' | '.join(line)} |" for line in (columns, tuple(sides), *rows)]
 
 
 def _rows(result: ArmResult, baseline: str) -> list[tuple[str, ...]]:

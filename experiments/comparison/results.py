@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from experiments.comparison.arms import Standing
 from experiments.comparison.jobs import Job
 from experiments.comparison.scores import CaseScore, RunScores, by_case, missing_distances
+from experiments.comparison.unlabeled import HiddenFigures, HiddenScore, hidden_figures
 from semisam_core.reporting.bootstrap import Estimate, estimate, paired_difference
 
 
@@ -59,6 +60,7 @@ class ArmResult:
         selected_by: how the published specialists were selected.
         unfinished: titles of its runs without scores.
         classes: one entry per class that was scored.
+        unlabeled: likewise on the scans that it used as unlabeled, where there are labels for them.
     """
 
     arm: str
@@ -68,6 +70,7 @@ class ArmResult:
     selected_by: str
     unfinished: tuple[str, ...]
     classes: tuple[ClassResult, ...]
+    unlabeled: tuple[HiddenFigures, ...] = ()
 
     @property
     def label_total(self) -> int:
@@ -76,7 +79,11 @@ class ArmResult:
 
 
 def gather(
-    jobs: Sequence[Job], finished: Mapping[Job, RunScores], classes: Sequence[str], baseline: str
+    jobs: Sequence[Job],
+    finished: Mapping[Job, RunScores],
+    classes: Sequence[str],
+    baseline: str,
+    hidden: Mapping[Job, Sequence[HiddenScore]] | None = None,
 ) -> list[ArmResult]:
     """Return the figures of every arm under every label count, in the order of the jobs, oracles last.
 
@@ -85,6 +92,7 @@ def gather(
         finished: the scores of the runs that completed.
         classes: names of the foreground classes.
         baseline: the arm to compare with, under the same label count.
+        hidden: the scores of completed runs on scans that they used as unlabeled.
     """
     groups: dict[tuple[str | None, str], list[Job]] = {}
     for job in jobs:
@@ -94,11 +102,14 @@ def gather(
         key: [score for job in group if job in finished for score in finished[job].scores]
         for key, group in groups.items()
     }
+    unlabeled = {key: [each for job in group for each in (hidden or {}).get(job, ())] for key, group in groups.items()}
     results = []
     for (setting, name), group in groups.items():
-        against = [] if setting is None or name == baseline else pooled_scores.get((setting, baseline), [])
-        scores = pooled_scores[setting, name]
-        results.append(_arm(group, finished, scores, against, classes))
+        other = None if setting is None or name == baseline else (setting, baseline)
+        against = pooled_scores.get(other, []) if other is not None else []
+        arm = _arm(group, finished, pooled_scores[setting, name], against, classes)
+        compared = unlabeled.get(other, []) if other is not None else []
+        results.append(replace(arm, unlabeled=hidden_figures(unlabeled[setting, name], compared, classes)))
     return sorted(results, key=lambda result: result.standing is Standing.ORACLE)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engines.run_state import run_name
 from experiments.comparison.jobs import Job
@@ -73,7 +73,27 @@ def collect_scores(job: Job) -> RunScores:
     return result
 
 
-def by_case(scores: Iterable[CaseScore], measure: str, target: str, site: str | None = None) -> Scores:
+class Scored(Protocol):
+    """A score of one class of one case in one run; the values are further attributes."""
+
+    @property
+    def site(self) -> str:
+        """The hospital."""
+
+    @property
+    def key(self) -> CaseKey:
+        """The case, unique over all sites."""
+
+    @property
+    def target(self) -> str:
+        """The class."""
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+
+
+def by_case(scores: Iterable[Scored], measure: str, target: str, site: str | None = None) -> Scores:
     """Return (site, case) -> seed -> value of one class, at one site or all; missing values are left out."""
     found: dict[CaseKey, dict[int, float]] = {}
     for score in scores:

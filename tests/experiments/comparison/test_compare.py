@@ -87,6 +87,25 @@ def test_arms_differ_in_the_loss_terms_that_their_names_say(study: Study, tmp_pa
     ]
 
 
+def test_federated_arms_are_scored_on_the_scans_they_used_without_labels(study: Study, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arms = ["federated-supervised", "federated-semisam", "alone-supervised", "pooled-supervised"]
+    options: dict[str, Any] = {"arms": arms, "oracles": False, "labeled": ["1"]}
+    prepare(study, out, **options)[0].execute(Recorder())
+    found = {each["arm"]: each["unlabeled"] for each in _results(out)["arms"]}
+    # Of five cases a site, two are for validation and one is labeled.
+    for arm in arms[:2]:
+        assert found[arm][0]["final"]["cases"] == 4
+    assert found["alone-supervised"] == found["pooled-supervised"] == []
+    assert "## Unlabeled scans" in (out / "report.md").read_text()
+    kept = next(out.glob("arms/federated-supervised/*/*/unlabeled.json"))
+    scores = json.loads(kept.read_text())
+    kept.write_text(json.dumps([{**each, "final": 0.25} for each in scores]))
+    prepare(study, out, resume=True)[0].execute(Recorder())
+    (again,) = (each for each in _results(out)["arms"] if each["arm"] == "federated-supervised")
+    assert again["unlabeled"][0]["final"]["mean"] == 0.25  # read, not computed once more
+
+
 def test_seeds_of_the_definition_give_different_initial_weights(study: Study, tmp_path: Path) -> None:
     runner = Recorder()
     prepare(study, tmp_path / "out", arms=["federated-supervised"], seeds=[0, 5], oracles=False)[0].execute(runner)

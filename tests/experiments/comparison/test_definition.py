@@ -12,6 +12,7 @@ from experiments.comparison.compare import definition_changes
 from experiments.comparison.definition import define, label_counts
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.generalists import Generalist, GeneralistSpec, PromptKind, registry
+from semisam_core.plan import plan_from_json
 from semisam_core.regularizers import NONE
 from tests.conftest import tiny_plan
 from tests.semisam_core.generalists.fake import CARD
@@ -67,6 +68,51 @@ def test_an_arm_leaves_out_loss_terms_and_nothing_else() -> None:
     assert (alone.seed, alone.regularizer.name, alone.pseudo_labels) == (3, NONE, None)
     assert alone.aggregation.minimum_sites == 1
     assert (alone.training, alone.data, alone.specialist) == (plan.training, plan.data, plan.specialist)
+
+
+EVIDENCE = (
+    "pseudo_labels.method=evidence",
+    "pseudo_labels.schedule=ramp-up",
+    "pseudo_labels.loss={squared: 1.0, cross_entropy: 0.5, dice: 0.5}",
+    "pseudo_labels.sources={feature_head: {generalist: fake}, prototypes: {generalist: fake}}",
+)
+SOURCES = ("specialist", "generalists", "feature-head", "registration", "prototypes")
+
+
+def test_a_plan_by_evidence_has_an_arm_of_the_paper_and_one_without_each_source() -> None:
+    plan = tiny_plan(*EVIDENCE)
+    expected = {f"federated-{what}" for what in ("supervised", "regularizer", "paper", "semisam")}
+    without = {f"federated-without-{source}" for source in SOURCES}
+    assert {name for name in arm_names(plan) if name.startswith("federated-")} == expected | without
+    assert {name for name in define({}, plan, "x").arms if name.startswith("federated-")} == expected
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_arm_without_a_source_changes_nothing_else(source: str) -> None:
+    plan, key = tiny_plan(*EVIDENCE), source.replace("-", "_")
+    changed = arm_of(f"federated-without-{source}", plan).plan(plan, plan.seed)
+    assert plan.pseudo_labels is not None
+    assert changed.pseudo_labels is not None
+    assert not getattr(changed.pseudo_labels.sources, key)
+    kept = {key: getattr(plan.pseudo_labels.sources, key)}
+    restored = changed.pseudo_labels.model_copy(
+        update={"sources": changed.pseudo_labels.sources.model_copy(update=kept)}
+    )
+    assert changed.model_copy(update={"pseudo_labels": restored}) == plan
+    assert plan_from_json(changed.canonical_json()) == changed
+
+
+def test_the_papers_arm_has_the_papers_pseudo_labels_and_loss() -> None:
+    plan = tiny_plan(*EVIDENCE)
+    paper = arm_of("federated-paper", plan).plan(plan, plan.seed)
+    assert paper == tiny_plan("pseudo_labels.schedule=decay")
+
+
+def test_arms_about_evidence_say_what_the_plan_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"the plan's pseudo-labels are not by evidence, but by semisam\+"):
+        arm_of("federated-paper", tiny_plan())
+    with pytest.raises(ConfigError, match="the plan's sources have no prototypes"):
+        arm_of("federated-without-prototypes", tiny_plan("pseudo_labels.method=evidence"))
 
 
 def test_an_oracle_clicks_where_the_generalist_takes_clicks_and_draws_boxes_elsewhere() -> None:

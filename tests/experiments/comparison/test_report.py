@@ -18,6 +18,7 @@ from experiments.comparison.jobs import Job, seconds_left
 from experiments.comparison.report import Report
 from experiments.comparison.results import ArmResult, gather
 from experiments.comparison.scores import CaseScore, RunScores
+from experiments.comparison.unlabeled import HiddenScore
 from semisam_core.files import write_json
 from tests.conftest import tiny_plan
 
@@ -86,6 +87,38 @@ def test_an_arm_is_compared_with_the_baseline_under_the_same_label_count(tmp_pat
         jobs[Job(BETTER, cohort, 0, None, tmp_path)] = _scores(shift + 0.02, 0)
     differences = [each.classes[0].dice_difference for each in gather(list(jobs), jobs, ["blob"], BASELINE.name)]
     assert [each and round(each.mean, 6) for each in differences] == [None, 0.02, None, 0.02]
+
+
+def _hidden(final: float, prompting: float, pseudo_label: float | None, seed: int = 0) -> HiddenScore:
+    return HiddenScore("gamma", f"scan-{prompting}", "blob", seed, prompting, pseudo_label, final)
+
+
+def test_unlabeled_scans_have_a_table_of_their_own(tmp_path: Path) -> None:
+    cohort = _cohort(tmp_path)
+    first, second = (Job(arm, cohort, 0, None, tmp_path) for arm in (BASELINE, BETTER))
+    hidden = {
+        first: [_hidden(0.50, 0.4, None), _hidden(0.60, 0.5, None)],
+        second: [_hidden(0.70, 0.4, 0.55), _hidden(0.80, 0.5, None)],
+    }
+    finished = {first: _scores(0.0, 0), second: _scores(0.0, 0)}
+    results = gather([first, second], finished, ["blob"], BASELINE.name, hidden)
+    (baseline,), (better,) = (result.unlabeled for result in results)
+    assert (baseline.final.mean, baseline.final_difference, baseline.pseudo_label) == (pytest.approx(0.55), None, None)
+    assert better.final_difference is not None
+    assert (better.final_difference.mean, better.final_difference.cases) == (pytest.approx(0.2), 2)
+    assert better.pseudo_label is not None
+    assert better.gain is not None
+    assert (better.pseudo_label.mean, better.gain.mean, better.gain.cases) == (0.55, pytest.approx(0.15), 1)
+    report = _report(results).markdown()
+    assert (
+        "| federated-semisam | all | blob | 2 | 0.750 [0.700, 0.800] | +0.200 [+0.200, +0.200] | 0.550 | +0.150 |"
+        in report
+    )
+    assert "for analysis only" in report
+
+
+def test_without_labels_of_unlabeled_scans_there_is_no_such_table(results: list[ArmResult]) -> None:
+    assert "nlabeled scans" not in _report(results).markdown()
 
 
 @pytest.mark.parametrize("width", [60, 80, 250])
