@@ -11,6 +11,7 @@ from torch import Tensor
 
 from semisam_core.generalists import EmbeddingStore
 from semisam_core.prompting import Refusal
+from semisam_core.sources import generalists
 from semisam_core.sources.base import SourceScan
 from semisam_core.sources.generalists import PromptedGeneralists
 from tests.conftest import blob, tiny_plan
@@ -46,12 +47,25 @@ def test_the_combination_prompts_though_the_specialist_sees_nothing(store: Embed
     assert float((evidence.foreground[0] > 0.5)[ball].float().mean()) > 0.9
 
 
-def test_an_island_that_is_attached_to_nothing_is_capped(store: EmbeddingStore) -> None:
-    image, ball = _scan()
-    corner = (0, *(slice(int(each), int(each) + 1) for each in torch.nonzero(ball).amin(0)))
-    image[corner] = 4  # a bright voxel in the corner of the ball's box
-    evidence, _ = _asked([FakeGeneralist()], store).ask(_as_source(image), ball.float()[None])
-    assert 0 < float(evidence.foreground[corner]) <= 0.49
+def test_an_island_that_is_attached_to_nothing_is_capped(
+    store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ball = _scan()
+    image = torch.where(ball, 4.0, -1.0)[None]  # without noise that could attach the island
+    first, last = torch.nonzero(ball).amin(0) - 2, torch.nonzero(ball).amax(0)
+    prompt = torch.zeros(1, *ball.shape)  # a cuboid with room before the ball
+    prompt[0, first[0] : last[0] + 1, first[1] : last[1] + 1, first[2] : last[2] + 1] = 1
+    island = (0, *(slice(int(each), int(each) + 2) for each in first))
+    image[island] = 4
+
+    def highest() -> float:
+        evidence, _ = _asked([FakeGeneralist()], store).ask(_as_source(image), prompt)
+        assert float((evidence.foreground[0] > 0.5)[ball].float().mean()) > 0.9
+        return float(evidence.foreground[island].max())
+
+    assert 0 < highest() < 0.5
+    monkeypatch.setattr(generalists, "_without_islands", lambda probability, share: probability)
+    assert highest() > 0.5
 
 
 def test_a_combination_that_shows_nothing_prompts_nothing(store: EmbeddingStore) -> None:
