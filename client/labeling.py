@@ -195,7 +195,7 @@ class Labeler:
         return self._maker(partial(self._predict, network), labeled, head)(case, pair)
 
     def train_head(self, head: FeatureHead, labeled: Scans, seed: int) -> int:
-        """Train the feature head in place on this site's labels, and return the steps it took in each plane.
+        """Train the feature head in place on this site's labels, and return the steps it took in each view.
 
         It stays as it was sent, and 0 is returned, where the site has no labels or labels of some classes only, lacks
         the generalist, or does not let it be trained on its labels (`egress.feature_head`), or where training fails.
@@ -211,10 +211,10 @@ class Labeler:
         sent = {name: value.clone() for name, value in head.state_dict().items()}
         try:
             scans = {
-                plane: [
-                    reader.labeled(pair.for_generalists.image, label, spacing, plane, classes) for pair, label in known
+                view: [
+                    reader.labeled(pair.for_generalists.image, label, spacing, view, classes) for pair, label in known
                 ]
-                for plane in head.planes
+                for view in head.views
             }
             train_head(head, scans, settings, seed, self._device)
         except (RuntimeError, ValueError, FloatingPointError) as error:

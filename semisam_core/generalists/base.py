@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -137,8 +137,10 @@ class GeneralistCard:
         source: the name of the weights and where they are published.
         training_data: what it was trained on, to the extent that this is published.
         overlaps: common benchmarks whose scans are, or may be, in its training data.
-        feature_channels: channels of the feature maps that its embeddings of slices hold, from which prototypes and
-            feature heads are learned; the model then implements `slices.FeatureMaps`. 0 for a model without.
+        feature_channels: channels of the feature maps that its embeddings hold, from which feature heads and, for
+            slices, prototypes are learned. 0 for a model without.
+        feature_dimensions: 2 for maps of slices, where the model implements `slices.FeatureMaps`; 3 for maps of cubes,
+            where it implements `crops.CubeFeatures`.
     """
 
     name: str
@@ -149,11 +151,12 @@ class GeneralistCard:
     training_data: tuple[str, ...]
     overlaps: tuple[str, ...] = ()
     feature_channels: int = 0
+    feature_dimensions: Literal[2, 3] = 2
 
     @property
     def feature_maps(self) -> bool:
         """Whether its embeddings are feature maps of slices."""
-        return self.feature_channels > 0
+        return self.feature_channels > 0 and self.feature_dimensions == 2
 
 
 class Generalist(Protocol):

@@ -141,6 +141,8 @@ SAM_MED3D = GeneralistCard(
     source="sam_med3d.pth of github.com/uni-medical/SAM-Med3D",
     training_data=_SA_MED3D,
     overlaps=_SAM_MED3D_OVERLAPS,
+    feature_channels=384,
+    feature_dimensions=3,
 )
 
 SAM_MED3D_TURBO = GeneralistCard(
@@ -162,6 +164,8 @@ SAM_MED3D_TURBO = GeneralistCard(
         "SLAWT, TotalSegmentator, VerSe 2019 and 2020, VESSEL12, WORD.",
     ),
     overlaps=(*_SAM_MED3D_OVERLAPS, "BraTS 2020", "CHAOS", "FLARE 2022", "ISLES 2015", "KiTS", "Parse 2022", "VerSe"),
+    feature_channels=384,
+    feature_dimensions=3,
 )
 
 SEGANYPET = GeneralistCard(
@@ -180,6 +184,8 @@ SEGANYPET = GeneralistCard(
         "published.",
     ),
     overlaps=("autoPET", "UDPET"),
+    feature_channels=384,
+    feature_dimensions=3,
 )
 
 VISTA3D = GeneralistCard(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,17 @@ class CropLattice:
             inside.append(slice(first, end))
             within.append(slice(first - start, end - start))
         return (inside[0], inside[1], inside[2]), (within[0], within[1], within[2])
+
+
+@runtime_checkable
+class CubeFeatures(Protocol):
+    """What a 3D generalist must also offer if its card says that its embeddings are feature maps of cubes.
+
+    Each embedding is a map of features (C, S, S, S) over its whole cube.
+    """
+
+    def lattice(self, grid: VolumeGrid) -> CropLattice:
+        """Return the cubes into which it cuts a scan."""
 
 
 @dataclass(frozen=True)

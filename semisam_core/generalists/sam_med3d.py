@@ -67,13 +67,17 @@ class SamMed3D:
         network.to(device)
         return cls(card, network, found, device)
 
+    def lattice(self, grid: VolumeGrid) -> CropLattice:
+        """Return the cubes into which it cuts a scan."""
+        return CropLattice(grid, self._side)
+
     def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
         """Return the cubes that cover the clicks and the mask's foreground; see `crop_prompts`.
 
         Raises:
             ValueError: a click is outside the scan, or the mask has another shape.
         """
-        return tuple(crop_prompts(CropLattice(grid, self._side), prompts))
+        return tuple(crop_prompts(self.lattice(grid), prompts))
 
     def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
         """Encode cubes of a scan.
@@ -91,7 +95,7 @@ class SamMed3D:
         """
         if tuple(volume.shape) != grid.shape:
             raise ValueError(f"the scan has shape {tuple(volume.shape)}, its grid {grid.shape}; they must be equal")
-        lattice = CropLattice(grid, self._side)
+        lattice = self.lattice(grid)
         for unit in units:
             lattice.origin(unit)
         if not bool(torch.isfinite(volume).all()):
@@ -118,7 +122,7 @@ class SamMed3D:
         Raises:
             ValueError: a click is outside the scan, the mask has another shape, or a cube has no embedding.
         """
-        lattice = CropLattice(grid, self._side)
+        lattice = self.lattice(grid)
         clicks = crop_prompts(lattice, prompts)
         if missing := sorted(set(clicks) - set(embeddings)):
             raise ValueError(f"no embedding for the prompted crops {missing}; embed units(prompts) first")

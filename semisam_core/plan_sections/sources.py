@@ -2,52 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from semisam_core.configuration import StrictModel
+from semisam_core.generalists.base import GeneralistCard
 from semisam_core.generalists.registry import generalist_names, generalist_spec
 
 Anatomical = Literal["axial", "coronal", "sagittal"]
 
 
-class OnFeatures(StrictModel):
-    """Settings of a source that reads a generalist's feature maps."""
-
-    generalist: str
-
-    @field_validator("generalist")
-    @classmethod
-    def _has_feature_maps(cls, value: str) -> str:
-        if not generalist_spec(value).card.feature_maps:
-            able = [name for name in generalist_names() if generalist_spec(name).card.feature_maps]
-            raise ValueError(f"the embeddings of {value} are not feature maps; accepted are {', '.join(able)}")
-        return value
+def _with_features(value: str, accepts: Callable[[GeneralistCard], bool], words: str) -> str:
+    if not accepts(generalist_spec(value).card):
+        able = [name for name in generalist_names() if accepts(generalist_spec(name).card)]
+        raise ValueError(f"the embeddings of {value} are not feature maps{words}; accepted are {', '.join(able)}")
+    return value
 
 
-class FeatureHeadSettings(OnFeatures):
+class FeatureHeadSettings(StrictModel):
     """A small network on a generalist's features that sites with labels train and the server averages.
 
-    It has a part for each of `prompting.planes`, which takes `steps_per_round` steps of `batch` slices; see
-    `sources/feature_head.py`.
+    On a slice-wise generalist it has a part for each of `prompting.planes`, on a 3D one a single part for the volume.
+    Each takes `steps_per_round` steps of `batch` slices or cubes; see `sources/feature_head.py`.
     """
 
+    generalist: str
     reduced_channels: int = Field(default=48, ge=1, le=1024)
     hidden_channels: int = Field(default=32, ge=1, le=1024)
     steps_per_round: int = Field(default=20, ge=1, le=10_000)
     batch: int = Field(default=8, ge=1, le=256)
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
 
+    @field_validator("generalist")
+    @classmethod
+    def _has_feature_maps(cls, value: str) -> str:
+        return _with_features(value, lambda card: card.feature_channels > 0, "")
 
-class Prototypes(OnFeatures):
+
+class Prototypes(StrictModel):
     """Prototypes of each class in a generalist's features, in one plane; see `pseudo_labels/cold_start.py`."""
 
+    generalist: str
     plane: Anatomical = "axial"
     foreground_prototypes: int = Field(default=8, ge=1, le=256)
     background_prototypes: int = Field(default=32, ge=1, le=1024)
     position_weight: float = Field(default=0.6, ge=0, le=100)
     temperature: float = Field(default=0.1, gt=0, le=10)
+
+    @field_validator("generalist")
+    @classmethod
+    def _has_feature_maps_of_slices(cls, value: str) -> str:
+        return _with_features(value, lambda card: card.feature_maps, " of slices")
 
 
 class Registration(StrictModel):

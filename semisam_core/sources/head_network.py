@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,26 +12,29 @@ from semisam_core.generalists.registry import generalist_spec
 from semisam_core.plan import Plan
 
 POSITIONS = 3  # channels that say where in the scan a feature lies
+VOLUME = "volume"  # the only view of a 3D generalist
 
 
-class PlaneHead(nn.Module):
-    """Tells classes apart by features and their place: a 1x1 convolution that reduces channels, then two of 3x3.
+class ViewHead(nn.Module):
+    """Tells classes apart by features and their place: a convolution that reduces channels, then two of size 3.
 
     Args:
         features: channels of the generalist's features.
         classes: K.
+        dimensions: 2 for slices, 3 for cubes.
         reduced: channels that the features are reduced to.
-        width: channels between the two 3x3 convolutions.
+        width: channels between the two convolutions of size 3.
     """
 
-    def __init__(self, features: int, classes: int, reduced: int, width: int) -> None:
+    def __init__(self, features: int, classes: int, dimensions: Literal[2, 3], reduced: int, width: int) -> None:
         super().__init__()
-        self.reduce = nn.Conv2d(features, reduced, 1)
-        self.first = nn.Conv2d(reduced + POSITIONS, width, 3, padding=1)
-        self.second = nn.Conv2d(width, 1 + classes, 3, padding=1)
+        convolution: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv2d if dimensions == 2 else nn.Conv3d
+        self.reduce = convolution(features, reduced, 1)
+        self.first = convolution(reduced + POSITIONS, width, 3, padding=1)
+        self.second = convolution(width, 1 + classes, 3, padding=1)
 
     def forward(self, features: Tensor, places: Tensor) -> Tensor:
-        """Return logits (N, 1 + K, S, S) of standardised features (N, C, S, S) at places (N, 3, S, S)."""
+        """Return logits (N, 1 + K, *S) of standardised features (N, C, *S) at places (N, 3, *S)."""
         reduced = functional.leaky_relu(self.reduce(features), 0.01)
         hidden = functional.leaky_relu(self.first(torch.cat([reduced, places], 1)), 0.01)
         logits: Tensor = self.second(hidden)
@@ -37,7 +42,7 @@ class PlaneHead(nn.Module):
 
 
 class FeatureHead(nn.Module):
-    """One `PlaneHead` for each plane in which the plan's generalists cut a scan.
+    """One `ViewHead` for each view of a scan: the plan's planes for a slice-wise generalist, the volume for a 3D one.
 
     Args:
         plan: must have `pseudo_labels.sources.feature_head`. Initial weights depend on its seed alone; global random
@@ -53,14 +58,13 @@ class FeatureHead(nn.Module):
         if policy is None or policy.sources.feature_head is None:
             raise ValueError("the plan has no pseudo_labels.sources.feature_head")
         settings, classes = policy.sources.feature_head, len(plan.task.classes)
-        features = generalist_spec(settings.generalist).card.feature_channels
+        card = generalist_spec(settings.generalist).card
+        views = policy.prompting.planes if card.feature_dimensions == 2 else (VOLUME,)
+        sizes = settings.reduced_channels, settings.hidden_channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
-            self.planes = nn.ModuleDict(
-                {
-                    plane: PlaneHead(features, classes, settings.reduced_channels, settings.hidden_channels)
-                    for plane in policy.prompting.planes
-                }
+            self.views = nn.ModuleDict(
+                {view: ViewHead(card.feature_channels, classes, card.feature_dimensions, *sizes) for view in views}
             )
 
 

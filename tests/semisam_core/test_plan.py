@@ -82,7 +82,7 @@ def test_a_plan_survives_serialisation(rounds: int, share: float) -> None:
         ("pseudo_labels.gates.maximum_volume_ml=0.01", "must be below maximum_volume_ml"),
         (
             "pseudo_labels.cold_start={until_round: 1, generalist: vista3d}",
-            "the embeddings of vista3d are not feature maps; accepted are fake, lite-medsam, medsam, sam",
+            "the embeddings of vista3d are not feature maps of slices; accepted are fake, lite-medsam, medsam, sam",
         ),
         (
             "pseudo_labels.cold_start={until_round: 1, generalist: lite-medsam}",

@@ -12,7 +12,7 @@ from server.aggregation import combine_heads
 from server.updates import MemoryUpdate
 from tests.conftest import tiny_plan
 
-NAME = f"{HEAD_PREFIX}planes.axial.second.bias"
+NAME = f"{HEAD_PREFIX}views.axial.second.bias"
 CURRENT = {NAME: torch.zeros(2), "conv.weight": torch.zeros(3)}
 
 

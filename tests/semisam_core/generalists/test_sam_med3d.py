@@ -20,9 +20,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semisam_core.errors import WeightsError
-from semisam_core.generalists import Point, PromptKind, Prompts, VolumeGrid, accepted_prompts, cards, load_generalist
+from semisam_core.generalists import (
+    EmbeddingStore,
+    Point,
+    PromptKind,
+    Prompts,
+    VolumeGrid,
+    accepted_prompts,
+    cards,
+    load_generalist,
+)
 from semisam_core.generalists.crops import CropLattice
 from semisam_core.generalists.sam_med3d import Architecture, SamMed3D, mask_logits, standardised
+from semisam_core.sources.feature_head import FeatureReader
 from tests.semisam_core.generalists.tiny_sam_med3d import SIDE, Painter, build, decode, encode, save
 
 CPU = torch.device("cpu")
@@ -358,3 +368,17 @@ print(json.dumps([lazy, filters == list(warnings.filters), torch.equal(state, to
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
     assert json.loads(ended.stdout) == [True, True, True]
     assert ended.stderr == ""
+
+
+def test_its_embeddings_are_features_that_a_head_can_read(model: SamMed3D, tmp_path: Path) -> None:
+    reader = FeatureReader(model, EmbeddingStore(tmp_path, 10**9), 4.0, 1.0)
+    image = torch.rand(1, 40, 20, 24, generator=torch.Generator().manual_seed(0))
+    seen = reader.read(image, (1.5, 1.5, 1.5), "volume")
+    side = seen.values.shape[-1]
+    assert seen.values.shape == (len(seen.space.units), 48, side, side, side)
+    embeddings = model.embed(image[0], seen.space.grid, seen.space.units)
+    assert len(seen.space.units) > 1
+    for number, unit in enumerate(seen.space.units):
+        assert embeddings[unit].shape == seen.values[number].shape
+    assert bool(torch.isfinite(seen.values).all())
+    assert bool(seen.inside.any())

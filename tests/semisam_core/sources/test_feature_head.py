@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool3d
 
 from semisam_core.errors import ConfigError
 from semisam_core.evaluation import dice_of
-from semisam_core.generalists import EmbeddingStore
+from semisam_core.generalists import EmbeddingStore, GeneralistSpec, Prompts, Segmentation, VolumeGrid, registry
+from semisam_core.generalists.crops import CropLattice
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.sources import FeatureHeadSettings
 from semisam_core.sources.base import SourceScan
 from semisam_core.sources.feature_head import FeatureHeadSource, FeatureReader, head_loss, train_head
 from semisam_core.sources.head_network import FeatureHead, feature_head_of
 from tests.conftest import balls, blob, tiny_plan
-from tests.semisam_core.generalists.fake import FakeGeneralist
+from tests.semisam_core.generalists.fake import CARD, FakeGeneralist
 
 CPU = torch.device("cpu")
 SPACING = (2.0, 2.0, 2.0)
@@ -56,7 +60,7 @@ def reader(tmp_path: Path) -> FeatureReader:
 
 def _trained(reader: FeatureReader, plan: Plan, seed: int = 0) -> FeatureHead:
     head, (image, label) = _head(plan), _scan(0)
-    scans = {plane: [reader.labeled(image, label, SPACING, plane, 1)] for plane in head.planes}
+    scans = {view: [reader.labeled(image, label, SPACING, view, 1)] for view in head.views}
     train_head(head, scans, _settings(plan), seed, CPU)
     return head
 
@@ -101,15 +105,15 @@ def test_what_is_read_lies_where_it_is_written_back(reader: FeatureReader, plane
     image, label = _scan(0)
     seen = reader.read(image, SPACING, plane)
     masks = reader.labeled(image, label, SPACING, plane, 1).targets[:, 1:]
-    assert dice_of(reader.spread(masks, seen)[0] > 0.5, label == 1) > 0.8
+    assert dice_of(seen.space.spread(masks)[0] > 0.5, label == 1) > 0.8
 
 
 def test_features_have_no_offset_or_scale_of_their_scan(reader: FeatureReader) -> None:
     image, _ = _scan(0)
     seen = reader.read(image, SPACING, "axial")
-    own = seen.values[:, :, seen.inside]
-    assert torch.allclose(own.mean((0, 2)), torch.zeros(2), atol=1e-4)
-    assert torch.allclose(own.std((0, 2), correction=0), torch.ones(2), atol=1e-3)
+    own = seen.values.movedim(1, -1)[seen.inside]
+    assert torch.allclose(own.mean(0), torch.zeros(2), atol=1e-4)
+    assert torch.allclose(own.std(0, correction=0), torch.ones(2), atol=1e-3)
     assert float(seen.places.abs().max()) <= 1
 
 
@@ -144,8 +148,72 @@ def test_a_loss_that_is_not_finite_is_an_error(reader: FeatureReader) -> None:
     plan, (image, label) = _plan(), _scan(0)
     known = reader.labeled(image, label, SPACING, "axial", 1)
     known.values[:] = torch.nan
-    with pytest.raises(FloatingPointError, match="loss of the feature head became nan in the plane axial"):
+    with pytest.raises(FloatingPointError, match="loss of the feature head became nan in the view axial"):
         train_head(_head(plan), {"axial": [known]}, _settings(plan), 0, CPU)
+
+
+CUBES = replace(CARD, name="fake-cubes", feature_dimensions=3)
+
+
+class FakeCubes:
+    """A 3D generalist whose features are cubes' intensities, dark and bright."""
+
+    card = CUBES
+    weights_sha256 = "1" * 64
+
+    def lattice(self, grid: VolumeGrid) -> CropLattice:
+        return CropLattice(grid, 16, 2.0)
+
+    def units(self, prompts: Prompts, grid: VolumeGrid) -> tuple[int, ...]:
+        return ()
+
+    def embed(self, volume: Tensor, grid: VolumeGrid, units: Sequence[int]) -> dict[int, Tensor]:
+        lattice = self.lattice(grid)
+        cubes = {unit: lattice.cut(lattice.resample(volume), unit) for unit in units}
+        bright = {unit: torch.sigmoid(6 * adaptive_avg_pool3d(cube[None], 8)[0]) for unit, cube in cubes.items()}
+        return {unit: torch.stack([1 - each, each]) for unit, each in bright.items()}
+
+    def segment(self, embeddings: Mapping[int, Tensor], prompts: Prompts, grid: VolumeGrid) -> Segmentation:
+        return Segmentation(torch.zeros(grid.shape), {})
+
+
+@pytest.fixture
+def cubes(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
+    registry.register(GeneralistSpec(CUBES, lambda *_: FakeCubes(), packaged=True))
+    return _plan("pseudo_labels.generalists=[fake-cubes]", HEAD.replace("fake", "fake-cubes"))
+
+
+def test_a_head_on_cubes_of_a_3d_generalist_finds_the_object_on_another_scan(cubes: Plan, tmp_path: Path) -> None:
+    reader = FeatureReader(FakeCubes(), EmbeddingStore(tmp_path, 10**9), 4.0, 1.0)
+    image, label = _scan(7)
+    scan = SourceScan(image, SPACING, torch.zeros(2, *label.shape))
+    head = _trained(reader, cubes)
+    assert list(head.views) == ["volume"]
+    evidence = FeatureHeadSource(head, reader, CPU).look(scan)
+    assert dice_of(evidence.foreground[0] > 0.5, label == 1) > 0.8
+    untrained = FeatureHeadSource(_head(cubes), reader, CPU).look(scan)
+    assert dice_of(untrained.foreground[0] > 0.5, label == 1) < 0.5
+
+
+@pytest.mark.parametrize("shape", [(24, 24, 16), (10, 30, 7)], ids=["larger than a cube", "smaller along two axes"])
+def test_cubes_are_written_back_where_they_were_read(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    reader = FeatureReader(FakeCubes(), EmbeddingStore(tmp_path, 10**9), 4.0, 1.0)
+    label = torch.zeros(shape, dtype=torch.long)
+    label[3:9, 4:12, 1:6] = 1
+    image = 4 * label[None].float() + 1
+    seen = reader.read(image, SPACING, "volume")
+    known = reader.labeled(image, label, SPACING, "volume", 1)
+    assert seen.values.shape == (len(seen.space.units), 2, 8, 8, 8)
+    assert torch.allclose(known.targets.sum(1), torch.ones_like(known.targets[:, 0]), atol=1e-5)
+    assert dice_of(seen.space.spread(known.targets[:, 1:])[0] > 0.5, label == 1) > 0.75
+    assert torch.equal(seen.inside, seen.space.shares(torch.ones(shape), 8) > 0.5)
+    assert bool(torch.isfinite(seen.values).all())
+    # A feature's place, brought back, is the place of the voxels that it stands for.
+    for axis, length in enumerate(shape):
+        written = seen.space.spread(seen.places[:, axis : axis + 1])[0].movedim(axis, 0).flatten(1).mean(1)
+        expected = 2 * (torch.arange(length) + 0.5) / length - 1
+        assert torch.allclose(written, expected, atol=0.25)
 
 
 def test_a_generalist_without_feature_maps_is_refused(tmp_path: Path) -> None:
