@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from client.app import app as client_app
 from client.restore import WeightsNotAgreedError
@@ -81,7 +82,12 @@ def test_labels_of_some_classes_do_not_train_the_head(tmp_path: Path) -> None:
 def test_training_that_fails_leaves_the_head_as_it_was_sent(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("semisam_core.sources.feature_head.head_loss", lambda logits, *_: logits.sum() * torch.nan)
+    factors = iter([1.0, 1.0])  # finite for two steps, so that the head has changed when training fails
+
+    def loss(logits: Tensor, *_: Tensor) -> Tensor:
+        return logits.sum() * next(factors, torch.nan)
+
+    monkeypatch.setattr("semisam_core.sources.feature_head.head_loss", loss)
     plan = _plan()
     sent, scalars = _train(make_site(), plan)
     assert scalars["head_steps"] == 0
