@@ -80,6 +80,10 @@ def answer(message, context):
         os._exit(0)
     if wish.startswith("error:"):
         return Message(Error(2, wish.removeprefix("error:")), reply_to=message)
+    if wish == "astray":
+        answer = Message(RecordDict({"said": ConfigRecord({"say": wish})}), reply_to=message)
+        answer.metadata.__dict__["_reply_to_message_id"] = "0" * 64
+        return answer
     said = {"say": wish, "site-config": str(context.node_config["site-config"]), "file": __file__,
             "run-config": len(context.run_config), "cli": "cli" in sys.modules}
     return Message(RecordDict({"said": ConfigRecord(said)}), reply_to=message)

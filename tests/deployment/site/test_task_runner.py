@@ -109,6 +109,12 @@ def test_an_error_of_approved_code_carries_a_known_reason_or_nothing(link: FakeL
     assert link.reply(tells).content.config_records["refusal"]["rule"] == "internal-error"
 
 
+def test_an_answer_to_another_message_does_not_leave(link: FakeLink, runner: Runner) -> None:
+    asked = link.send(GOOD, "astray")
+    assert runner.work()
+    assert dict(link.reply(asked).content.config_records["refusal"]) == {"rule": "internal-error"}
+
+
 def test_a_reply_over_the_sites_limit_does_not_leave(link: FakeLink, runner: Runner) -> None:
     asked = link.send(GOOD, "large")
     assert runner.work()
