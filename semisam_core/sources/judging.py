@@ -41,8 +41,11 @@ def judged_reliability(records: Iterable[Mapping[str, Evidence]], classes: int) 
 
 
 def as_reliability(judged: Tensor) -> dict[str, Tensor]:
-    """Return source -> (K,) from judged values (sources, K); empty while nothing was judged, which is all zero."""
-    return dict(zip(NAMES, judged, strict=True)) if bool((judged > 0).any()) else {}
+    """Return source -> (K,) in [0, 1] from judged values (sources, K); empty while nothing was judged: all are zero.
+
+    Values come from other sites, which may send anything that is finite.
+    """
+    return dict(zip(NAMES, judged.clamp(0, 1), strict=True)) if bool((judged > 0).any()) else {}
 
 
 def _scores(evidence: Mapping[str, Evidence], classes: int) -> Tensor:

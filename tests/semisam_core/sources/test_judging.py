@@ -62,3 +62,10 @@ def test_before_the_first_judgement_no_source_has_a_score() -> None:
     assert {name: score.tolist() for name, score in as_reliability(judged).items()} == dict(
         zip(NAMES, judged.tolist(), strict=True)
     )
+
+
+def test_no_other_site_can_make_a_source_count_more_than_fully() -> None:
+    judged = torch.rand(len(NAMES), 1)
+    judged[0], judged[1] = 1e30, -5.0
+    found = as_reliability(judged)
+    assert (float(found[NAMES[0]]), float(found[NAMES[1]])) == (1.0, 0.0)
