@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from monai.data.meta_tensor import MetaTensor
@@ -64,31 +64,27 @@ class SiteEvidence:
         examples: Examples,
         calibration: Calibration,
         more: Sequence[Source] = (),
-        reliability: Mapping[str, Tensor] | None = None,
     ) -> Callable[[ScanPair], LabelRecord]:
-        """Return a function that labels one scan.
+        """Return a function that labels one scan, with sources scored on the site's labeled scans.
 
         Args:
             predict: the teacher's probabilities (1 + K, H, W, D) on the generalists' grid.
             examples: the labeled scans.
             calibration: trust in each generalist and plausible volumes.
             more: sources beside the specialist and those that are built here.
-            reliability: of each source; if empty, those that can be are scored on the site's labeled scans.
         """
         sources = [*self._sources(examples), *more]
 
         def scan_of(pair: ScanPair) -> SourceScan:
             return SourceScan(_plain(pair.for_generalists.image), self._plan.data.spacing_mm, _plain(predict(pair)))
 
-        if not reliability:
-            labeled = ((scan_of(pair), label) for pair, label in examples())
-            reliability = reliability_of(sources, labeled, self._annotated)
+        labeled = ((scan_of(pair), label) for pair, label in examples())
         asked = policy_of(self._plan).sources.generalists
         labeler = EvidenceLabeler(
             sources,
             PromptedGeneralists(self._generalists, self._embeddings, self._plan, self._progress) if asked else None,
             self._plan,
-            reliability,
+            reliability_of(sources, labeled, self._annotated),
             calibration,
         )
         return lambda pair: labeler.label(scan_of(pair))

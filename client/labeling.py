@@ -27,12 +27,11 @@ from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.store import PseudoLabelStore
 from semisam_core.sources.feature_head import FeatureHeadSource, FeatureReader, train_head
 from semisam_core.sources.head_network import FeatureHead
-from semisam_core.sources.judging import as_reliability, judged_reliability
 from semisam_core.sources.labeling import LabelRecord
 
 logger = logging.getLogger(__name__)
 CALIBRATION_SCANS = 8
-JUDGED_SCANS = 4
+
 
 Scans = Iterable[tuple[str, Callable[[], ScanPair | None]]]
 Predict = Callable[[ScanPair], Tensor]
@@ -224,31 +223,6 @@ class Labeler:
             return 0
         return settings.steps_per_round
 
-    def judge_sources(
-        self, round_number: int, head: FeatureHead, teacher: nn.Module, unlabeled: Scans, labeled: Scans
-    ) -> None:
-        """Write into the head how reliable each source is at this site, in the round before a refresh.
-
-        Sources are asked about the first JUDGED_SCANS unlabeled scans and compared with the site's registered labels;
-        see `sources/judging.py`. Where there is nothing to compare with, what the server sent stays.
-
-        Args:
-            round_number: counts from 1.
-            head: the feature head, trained in this round.
-            teacher: the specialist that would prompt.
-            unlabeled: (case, loader) of the site's unlabeled scans.
-            labeled: (case, loader) of its labeled scans.
-        """
-        policy = policy_of(self._plan)
-        if policy.sources.registration is None or not self._plan.refreshes(round_number + 1):
-            return
-        scans = list(labeled)
-        pairs = (load() for _, load in list(unlabeled)[:JUDGED_SCANS])
-        label_by = self._evidence(partial(self._predict, teacher), scans, Calibration(), head)
-        records = [label_by(pair).evidence for pair in pairs if pair is not None]
-        found = judged_reliability(records, len(self._plan.task.classes))
-        head.reliability.copy_(torch.where(found.isnan(), head.reliability.cpu(), found))
-
     def _feature_reader(self) -> FeatureReader | None:
         """Return what reads features for the plan's head; None without a head, or at a site without its generalist."""
         policy = policy_of(self._plan)
@@ -266,18 +240,6 @@ class Labeler:
         calibration = self._calibration(predict_by, scans)
         if policy_of(self._plan).method == "semisam+":
             return lambda _, pair: self._prompted(pair, predict_by(pair), calibration)
-        label_by = self._evidence(predict_by, scans, calibration, head)
-
-        def make(case: str, pair: ScanPair) -> PseudoLabel:
-            record = label_by(pair)
-            self._log_evidence(case, record)
-            return _on_the_specialists_grid(record.label, pair)
-
-        return make
-
-    def _evidence(
-        self, predict_by: Predict, labeled: Scans, calibration: Calibration, head: FeatureHead | None
-    ) -> Callable[[ScanPair], LabelRecord]:
         site = SiteEvidence(
             self._generalist_plan,
             self.generalists,
@@ -288,8 +250,14 @@ class Labeler:
         )
         reader = self._feature_reader()
         more = [] if head is None or reader is None else [FeatureHeadSource(head, reader, self._device)]
-        judged = {} if head is None else as_reliability(head.reliability.cpu())
-        return site.labeler(predict_by, lambda: _labeled(labeled), calibration, more, judged)
+        label_by = site.labeler(predict_by, lambda: _labeled(scans), calibration, more)
+
+        def make(case: str, pair: ScanPair) -> PseudoLabel:
+            record = label_by(pair)
+            self._log_evidence(case, record)
+            return _on_the_specialists_grid(record.label, pair)
+
+        return make
 
     def _prompted(self, pair: ScanPair, prediction: Tensor, calibration: Calibration) -> PseudoLabel:
         label = make_pseudo_label(

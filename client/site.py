@@ -95,12 +95,9 @@ class Site:
         regularizer = self._start.regularizer()
         optimizer = self._start.optimizer(specialist)
         known = self.scans.pair_loaders(Role.LABELED)
-        unknown = self.scans.pair_loaders(Role.UNLABELED)
-        labels = self._labeler.labels(self.round, teacher, unknown, known, head)
+        labels = self._labeler.labels(self.round, teacher, self.scans.pair_loaders(Role.UNLABELED), known, head)
         seed = derive_seed(self.plan.seed, self.config.site, self.round)
         head_steps = self._labeler.train_head(head, known, seed) if head is not None else 0
-        if head is not None and head_steps > 0:
-            self._labeler.judge_sources(self.round, head, teacher, unknown, known)
         labeled, unlabeled = self._loaders(labels)
         local = LocalRound(
             plan=self.plan,

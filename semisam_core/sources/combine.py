@@ -10,7 +10,6 @@ from torch import Tensor
 
 from semisam_core.sources.base import Evidence
 
-RELIABILITY_POWER = 4  # a source of Dice 0.75 counts 16 times as much as one of 0.375
 AGREEMENT_FLOOR = 0.1  # weight of a source that agrees with none of the others, against one that agrees fully
 _EMPTY = 1e-6
 
@@ -39,14 +38,14 @@ def combine_evidence(
 ) -> CombinedEvidence:
     """Return the weighted mean over sources, class by class.
 
-    A source's weight is its reliability^4 times (floor + (1 - floor) * its soft Dice with the mean of the others): a
+    A source's weight is its reliability times (floor + (1 - floor) * its soft Dice with the mean of the others): a
     source that is alone in what it says of this scan counts little, whichever it is. With two sources both agree
     alike, so reliability alone decides.
 
     Args:
         evidence: source -> evidence, at least one, all of one shape.
-        reliability: source -> (K,) score in [0, 1], all measured in one way; a source without one counts as much as the
-            mean of those that have one. Only ratios matter.
+        reliability: source -> (K,) score on labeled scans in [0, 1]; a source without one counts as much as the mean of
+            those that have one.
     """
     names = list(evidence)
     maps = torch.stack([evidence[name].foreground for name in names])  # (S, K, H, W, D)
@@ -81,8 +80,7 @@ def soft_dice(one: Tensor, other: Tensor) -> float:
 def _trust(names: list[str], classes: int, reliability: Mapping[str, Tensor]) -> Tensor:
     known = [reliability[name] for name in names if name in reliability]
     usual = torch.stack(known).mean(0) if known else torch.ones(classes)
-    scores = torch.stack([reliability.get(name, usual) for name in names])
-    return (scores / scores.amax(0).clamp_min(_EMPTY)).clamp_min(0.1) ** RELIABILITY_POWER
+    return torch.stack([reliability.get(name, usual) for name in names]).clamp_min(0.01)
 
 
 def _mean(maps: Tensor, weights: Tensor) -> Tensor:

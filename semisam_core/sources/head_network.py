@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from semisam_core.generalists.registry import generalist_spec
 from semisam_core.plan import Plan
-from semisam_core.sources.base import SourceName
 
 POSITIONS = 3  # channels that say where in the scan a feature lies
 VOLUME = "volume"  # the only view of a 3D generalist
@@ -45,9 +44,6 @@ class ViewHead(nn.Module):
 class FeatureHead(nn.Module):
     """One `ViewHead` for each view of a scan: the plan's planes for a slice-wise generalist, the volume for a 3D one.
 
-    `reliability` travels with it: how far each source is trusted, class by class; see `judging.py`. 0 before the first
-    judgement.
-
     Args:
         plan: must have `pseudo_labels.sources.feature_head`. Initial weights depend on its seed alone; global random
             state is not touched.
@@ -67,8 +63,6 @@ class FeatureHead(nn.Module):
         sizes = settings.reduced_channels, settings.hidden_channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
-            self.reliability: Tensor
-            self.register_buffer("reliability", torch.zeros(len(SourceName), classes))
             self.views = nn.ModuleDict(
                 {view: ViewHead(card.feature_channels, classes, card.feature_dimensions, *sizes) for view in views}
             )

@@ -20,15 +20,12 @@ from semisam_core.contract import HEAD_PREFIX, TRAIN_SCALARS, disagreement, init
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
-from semisam_core.sources.base import SourceName
-from semisam_core.sources.judging import NAMES
 from server.app import app as server_app
 from tests.conftest import tiny_plan, write_balls, write_site
 
 MakeSite = Callable[..., Path]
 Weights = dict[str, torch.Tensor]
 UNLABELED: dict[str, list[str]] = {"labeled": [], "validation": []}
-RELIABILITY = f"{HEAD_PREFIX}reliability"
 HEAD = "pseudo_labels.sources.feature_head={generalist: fake, steps_per_round: 30, learning_rate: 0.01}"
 
 
@@ -60,41 +57,7 @@ def test_a_site_with_labels_trains_the_head_and_sends_it(make_site: MakeSite) ->
     plan = _plan()
     sent, scalars = _train(make_site(), plan)
     assert scalars["head_steps"] == 30
-    learned = {name: value for name, value in _head(sent).items() if name != RELIABILITY}
-    assert all(not torch.equal(value, initial_head(plan)[name]) for name, value in learned.items())
-
-
-def test_a_site_with_labels_judges_the_sources_in_the_round_before_a_refresh(make_site: MakeSite) -> None:
-    path = make_site(cases=5)
-    before = _train(path, _plan("pseudo_labels.first_round=2"))[0][RELIABILITY]
-    assert before.shape == (len(NAMES), 1)
-    judge = float(before[NAMES.index(SourceName.REGISTRATION)])
-    assert 0.3 < judge <= 1
-    assert judge == float(before.max())
-    assert float(before[NAMES.index(SourceName.GENERALISTS)]) > 0
-    assert float(before[NAMES.index(SourceName.PROTOTYPES)]) == 0  # not in the plan
-    early = _train(path, _plan("pseudo_labels.first_round=3"), "early")[0][RELIABILITY]
-    assert not bool(early.any())
-
-
-@pytest.mark.parametrize("trusted", [SourceName.SPECIALIST, SourceName.FEATURE_HEAD])
-def test_a_site_without_labels_trusts_the_sources_that_the_others_found_reliable(
-    trusted: SourceName, make_site: MakeSite
-) -> None:
-    config = load_site_config(make_site(data=UNLABELED))
-    plan = _plan("pseudo_labels.prompting.threshold=0.3", "pseudo_labels.sources.generalists=false")
-    weights = _start(plan)
-    weights[RELIABILITY] = torch.full((len(NAMES), 1), 0.3)
-    weights[RELIABILITY][NAMES.index(trusted)] = 0.9
-    for name in ("first", "second", "reduce"):  # a head that calls everything foreground
-        for part in ("weight", "bias"):
-            weights[f"{HEAD_PREFIX}views.axial.{name}.{part}"] *= 0
-    weights[f"{HEAD_PREFIX}views.axial.second.bias"] += torch.tensor([-1.0, 1.0])
-    Site(config, plan, "run", 1).train(weights)
-    lines = read_json_lines(config.storage.folder / "runs" / "run" / "evidence.jsonl")
-    assert lines
-    for line in lines:
-        assert line["weights"][trusted] == max(line["weights"].values())
+    assert all(not torch.equal(value, initial_head(plan)[name]) for name, value in _head(sent).items())
 
 
 @pytest.mark.parametrize(
