@@ -54,6 +54,7 @@ class Form:
 
 FORMS = {
     "left-atrium": Form((32, 32, 20), (1.0, 1.0, 2.0), (1,), 120, (300, 300), 15),
+    "hippocampus": Form((36, 36, 32), (1.0, 1.0, 1.0), (1, 2), 120, (250, 300), 15),
     "phantom": Form((32, 32, 20), (3.2, 3.2, 4.0), (1,), 120, (300, 300), 15),
     "whole-tumour": Form((36, 36, 24), (1.0, 1.0, 1.0), (1, 2, 4), 0, (400, 900), 20),
     "pet-heart": Form((32, 32, 24), (4.07, 4.07, 3.0), (1,), 0.8, (4.0, 4.0), 0.2),
@@ -126,7 +127,7 @@ def _unexplained(text: str) -> list[str]:
     return found
 
 
-def test_the_four_tasks_of_the_paper_and_the_demo_have_plans() -> None:
+def test_the_tasks_of_the_paper_the_hippocampus_and_the_demo_have_plans() -> None:
     assert set(PLANS) == set(FORMS)
 
 
@@ -155,6 +156,7 @@ def test_only_structures_in_one_piece_are_connected() -> None:
     assert {"liver", "spleen", "left-kidney", "right-kidney"} <= organs
     assert not organs & of_several
     assert connected == {
+        "hippocampus": {"anterior", "posterior"},
         "left-atrium": {"left-atrium"},
         "pet-heart": {"whole-heart"},
         "phantom": {"liver"},

@@ -98,6 +98,16 @@ def test_between_operations_a_real_step_has_allocated_what_the_estimate_says(exa
     assert held + _allocated(step)[0] == pytest.approx(_estimate(example, image).tensors, rel=TOLERANCE)
 
 
+def test_weights_teacher_gradients_and_both_moments_are_counted() -> None:
+    """Where a patch is tiny, they are nearly all there is."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv3d(1, 256, 1), nn.Conv3d(256, 256, 1), nn.Conv3d(256, 2, 1))
+
+    weights = _bytes(list(build().parameters()))
+    assert training_step_memory(build, 1, (2, 2, 2), 1).tensors > 5 * weights
+
+
 @EVERY_EXAMPLE
 def test_the_estimate_has_room_for_all_that_autograd_keeps(example: Example) -> None:
     image, label = _patches(example)

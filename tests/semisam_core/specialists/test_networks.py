@@ -111,7 +111,17 @@ def test_per_sample_gradients_are_those_of_single_samples(name: str) -> None:
     assert float((found - expected).norm()) < 1e-2 * float(expected.norm())
 
 
-@pytest.mark.parametrize("example", [EXAMPLES["segresnet"], EXAMPLES["residual dynunet"]], ids=lambda each: each.name)
+# Its second block keeps size and channels, so that its residual needs no projection.
+EVEN = EXAMPLES["residual dynunet"]._replace(
+    arguments=EXAMPLES["residual dynunet"].arguments | {"channels": [4, 4, 8], "strides": [1, 2], "kernels": [3, 3, 3]}
+)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [EXAMPLES["segresnet"], EXAMPLES["residual dynunet"], EVEN],
+    ids=["segresnet", "residual dynunet", "residual dynunet without projection"],
+)
 def test_out_of_place_blocks_compute_what_monais_do(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = _build(example)
     monkeypatch.setattr(f"semisam_core.specialists.{example.name}.replace_layers", lambda *_: None)
