@@ -77,6 +77,8 @@ def test_a_plan_survives_serialisation(rounds: int, share: float) -> None:
             "prompting.strategy points makes points-2d, points-3d; the generalist fake takes box-2d",
         ),
         ("pseudo_labels.prompting.planes=[axial, axial]", "each plane may be named only once"),
+        ("training.augmentation.flip_axes=[right-left, right-left]", "flip_axes names an axis twice"),
+        ("training.augmentation.flip_axes=[left]", "flip_axes.*'right-left', 'anterior-posterior'"),
         ("pseudo_labels.gates.volume_factor=1.0", "greater than 1"),
         ("pseudo_labels.prompting.smooth_slices=4", "must be odd"),
         ("pseudo_labels.gates.maximum_volume_ml=0.01", "must be below maximum_volume_ml"),
