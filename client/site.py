@@ -97,7 +97,7 @@ class Site:
         known = self.scans.pair_loaders(Role.LABELED)
         labels = self._labeler.labels(self.round, teacher, self.scans.pair_loaders(Role.UNLABELED), known, head)
         seed = derive_seed(self.plan.seed, self.config.site, self.round)
-        head_steps = self._labeler.train_head(head, known, seed) if head is not None else 0
+        head_steps = self._labeler.train_head(head, known, self.round, seed) if head is not None else 0
         labeled, unlabeled = self._loaders(labels)
         local = LocalRound(
             plan=self.plan,

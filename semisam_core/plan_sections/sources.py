@@ -25,7 +25,8 @@ class FeatureHeadSettings(StrictModel):
     """A small network on a generalist's features that sites with labels train and the server averages.
 
     On a slice-wise generalist it has a part for each of `prompting.planes`, on a 3D one a single part for the volume.
-    Each takes `steps_per_round` steps of `batch` slices or cubes; see `sources/feature_head.py`.
+    Each takes `steps_per_round` steps of `batch` slices or cubes in each of the study's first `rounds` rounds, null for
+    all; see `sources/feature_head.py`.
     """
 
     generalist: str
@@ -34,6 +35,7 @@ class FeatureHeadSettings(StrictModel):
     steps_per_round: int = Field(default=20, ge=1, le=10_000)
     batch: int = Field(default=8, ge=1, le=256)
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
+    rounds: int | None = Field(default=None, ge=1)
 
     @field_validator("generalist")
     @classmethod
@@ -71,7 +73,8 @@ class Registration(StrictModel):
 class Sources(StrictModel):
     """What pseudo-labels by evidence are made from, and how; false or null leaves a source out.
 
-    `sharpness` s turns the mean p over sources into the target p^s / (p^s + (1 - p)^s).
+    `sharpness` s turns the mean p over sources into the target p^s / (p^s + (1 - p)^s). Its threshold is chosen so that
+    each class's volume is that of the labels, up to a factor of `volume_tolerance`; null leaves it at 0.5.
     """
 
     specialist: bool = True
@@ -80,3 +83,4 @@ class Sources(StrictModel):
     registration: Registration | None = Registration()
     prototypes: Prototypes | None = None
     sharpness: float = Field(default=2.0, ge=1, le=10)
+    volume_tolerance: float | None = Field(default=1.25, ge=1, le=100)

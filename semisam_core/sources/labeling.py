@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.sources.base import Evidence, Source, SourceName, SourceScan, nothing
 from semisam_core.sources.combine import CombinedEvidence, combine_evidence
 from semisam_core.sources.generalists import PromptedGeneralists
+from semisam_core.sources.volume import at_plausible_volumes
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class EvidenceLabeler:
         plan: must have `pseudo_labels`; its grid is that of the scans.
         reliability: source -> (K,) from `reliability_of`; see `combine_evidence`.
         calibration: trust in each generalist and plausible volumes.
+        volumes_ml: the expected volume of each class, None where unknown; not used if `sources.volume_tolerance` is
+            null.
     """
 
     def __init__(
@@ -62,20 +65,30 @@ class EvidenceLabeler:
         plan: Plan,
         reliability: Mapping[str, Tensor] | None = None,
         calibration: Calibration | None = None,
+        volumes_ml: Sequence[float | None] = (),
     ) -> None:
         self._sources, self._generalists, self._plan = tuple(sources), generalists, plan
         self._reliability, self._calibration = dict(reliability or {}), calibration or Calibration()
+        voxel_ml = math.prod(plan.data.spacing_mm) / 1000
+        self._voxels = [None if volume is None else volume / voxel_ml for volume in volumes_ml]
 
     def label(self, scan: SourceScan) -> LabelRecord:
         """Return the pseudo-label of one scan and how it came about."""
         evidence = look(self._sources, scan) or {SourceName.SPECIALIST: nothing(scan)}
-        combined = combine_evidence(evidence, self._reliability)
+        combined = self._combine(evidence)
         refusals: tuple[Refusal | None, ...] = (None,) * scan.classes
         if self._generalists is not None:
             answer, refusals = self._generalists.ask(scan, combined.foreground, self._calibration.trust)
             evidence[SourceName.GENERALISTS] = answer
-            combined = combine_evidence(evidence, self._reliability)
+            combined = self._combine(evidence)
         return LabelRecord(self._judge(scan, combined, evidence, refusals), evidence, combined)
+
+    def _combine(self, evidence: Mapping[str, Evidence]) -> CombinedEvidence:
+        combined = combine_evidence(evidence, self._reliability)
+        tolerance = policy_of(self._plan).sources.volume_tolerance
+        if tolerance is None or not self._voxels:
+            return combined
+        return replace(combined, foreground=at_plausible_volumes(combined.foreground, self._voxels, tolerance))
 
     def _judge(
         self,

@@ -123,6 +123,44 @@ def test_an_implausible_volume_is_refused() -> None:
     assert _words(label) == ["implausible-volume"]
 
 
+class _Asked:
+    """Stands for `PromptedGeneralists`: notes what it is prompted with and answers the same."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Tensor] = []
+
+    def ask(self, scan: SourceScan, foreground: Tensor, trust: object) -> tuple[Evidence, tuple[None, ...]]:
+        self.prompts.append(foreground)
+        return Evidence.of(foreground), (None,) * scan.classes
+
+
+def _sized(*changes: str, volumes_ml: Sequence[float | None] = (1.0,)) -> tuple[PseudoLabel, Tensor]:
+    """Return the pseudo-label and the prompts of sources that find 100 voxels of 8 mm^3."""
+    plan = tiny_plan("pseudo_labels.method=evidence", "pseudo_labels.gates.minimum_volume_ml=0.0", *changes)
+    asked, graded = _Asked(), _ball(high=0.8) - 0.05 * torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    sources = (Says(graded), Says(graded, SourceName.REGISTRATION))
+    labeler = EvidenceLabeler(sources, asked, plan, volumes_ml=volumes_ml)  # type: ignore[arg-type]
+    return labeler.label(_scan()).label, asked.prompts[0]
+
+
+def test_prompts_and_target_have_the_volume_of_the_labels() -> None:
+    label, prompts = _sized("pseudo_labels.sources.volume_tolerance=1.25", volumes_ml=(0.4,))
+    assert int((prompts > 0.5).sum()) == 62  # 0.4 ml * 1.25 in voxels of 0.008 ml
+    assert int((label.target > 0.5).sum()) == 62
+
+
+@pytest.mark.parametrize(
+    ("changes", "volumes_ml"),
+    [(("pseudo_labels.sources.volume_tolerance=null",), (0.4,)), ((), (None,)), ((), ()), ((), (0.7,))],
+    ids=["switched off", "unknown", "not given", "plausible"],
+)
+def test_otherwise_the_volume_is_that_of_the_sources(
+    changes: tuple[str, ...], volumes_ml: Sequence[float | None]
+) -> None:
+    label, prompts = _sized(*changes, volumes_ml=volumes_ml)
+    assert int((prompts > 0.5).sum()) == int((label.target > 0.5).sum()) == 100
+
+
 def test_a_source_that_fails_is_left_out_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     broken = Says(_ball(), SourceName.PROTOTYPES, error=RuntimeError("out of memory"))
     assert torch.equal(_label((*TWO, broken)).target, _label(TWO).target)
