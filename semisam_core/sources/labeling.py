@@ -23,7 +23,7 @@ from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.sources.base import Evidence, Source, SourceName, SourceScan, nothing
 from semisam_core.sources.combine import CombinedEvidence, combine_evidence
 from semisam_core.sources.generalists import PromptedGeneralists
-from semisam_core.sources.volume import at_plausible_volumes
+from semisam_core.sources.threshold import centred
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,6 @@ class EvidenceLabeler:
         plan: must have `pseudo_labels`; its grid is that of the scans.
         reliability: source -> (K,) from `reliability_of`; see `combine_evidence`.
         calibration: trust in each generalist and plausible volumes.
-        volumes_ml: the expected volume of each class, None where unknown; not used if `sources.volume_tolerance` is
-            null.
     """
 
     def __init__(
@@ -65,12 +63,9 @@ class EvidenceLabeler:
         plan: Plan,
         reliability: Mapping[str, Tensor] | None = None,
         calibration: Calibration | None = None,
-        volumes_ml: Sequence[float | None] = (),
     ) -> None:
         self._sources, self._generalists, self._plan = tuple(sources), generalists, plan
         self._reliability, self._calibration = dict(reliability or {}), calibration or Calibration()
-        voxel_ml = math.prod(plan.data.spacing_mm) / 1000
-        self._voxels = [None if volume is None else volume / voxel_ml for volume in volumes_ml]
 
     def label(self, scan: SourceScan) -> LabelRecord:
         """Return the pseudo-label of one scan and how it came about."""
@@ -85,10 +80,9 @@ class EvidenceLabeler:
 
     def _combine(self, evidence: Mapping[str, Evidence]) -> CombinedEvidence:
         combined = combine_evidence(evidence, self._reliability)
-        tolerance = policy_of(self._plan).sources.volume_tolerance
-        if tolerance is None or not self._voxels:
+        if not policy_of(self._plan).sources.best_threshold:
             return combined
-        return replace(combined, foreground=at_plausible_volumes(combined.foreground, self._voxels, tolerance))
+        return replace(combined, foreground=centred(combined.foreground))
 
     def _judge(
         self,
