@@ -47,7 +47,8 @@ def outliers(updates: Sequence[ShelvedUpdate], policy: Admission) -> list[Reject
     Args:
         updates: all admitted updates.
         policy: `norm_factor`: the largest accepted multiple of the median norm of changes. The median is taken over
-            sites that took steps; with fewer than three of them, norms are not compared.
+            sites that learned from labels or pseudo-labels: consistency alone moves weights much less. With fewer than
+            three of them, only the other sites are compared with it; if there are none, all sites with each other.
     """
     rejected: dict[str, Rejected] = {}
     for part in PARTS:
@@ -69,13 +70,21 @@ def _contradictions(updates: Sequence[ShelvedUpdate], part: _Part) -> Iterator[R
 
 def _too_large(updates: Sequence[ShelvedUpdate], part: _Part, policy: Admission) -> Iterator[Rejected]:
     trained = [update for update in updates if update.scalars.get(part.steps, 0.0) > 0 and part.norm(update) > 0]
-    if policy.norm_factor is None or len(trained) < COMPARABLE:
+    taught = [update for update in trained if _taught(update)]
+    reference = taught or trained
+    judged = trained if len(reference) >= COMPARABLE else [update for update in trained if update not in reference]
+    if policy.norm_factor is None or not judged:
         return
-    middle = median(part.norm(update) for update in trained)
-    for update in trained:
+    middle = median(part.norm(update) for update in reference)
+    for update in judged:
         if (times := part.norm(update) / middle) > policy.norm_factor:
             reason = (
                 f"the norm of the {part.words}'s change is {times:.1f} times the round's median; "
                 f"accepted are at most {policy.norm_factor:g} times"
             )
             yield Rejected(update.site, reason, RejectionRule.CHANGE_TOO_LARGE)
+
+
+def _taught(update: ShelvedUpdate) -> bool:
+    """Return whether the site learned from labels or pseudo-labels."""
+    return update.scalars.get("labeled", 0.0) + update.scalars.get("accepted", 0.0) > 0

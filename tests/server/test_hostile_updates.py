@@ -252,6 +252,35 @@ def test_sites_without_steps_do_not_pull_the_median_to_zero(plan: Plan, tmp_path
     assert outliers(shelf.updates, Admission()) == []
 
 
+def _consistency_alone(plan: Plan, folder: Path, taught: dict[str, float]) -> UpdateShelf:
+    """Return a round's shelf: sites that learned from labels or pseudo-labels, and three that had neither."""
+    start, shelf = initial(plan), UpdateShelf(folder)
+    for k, (what, times) in enumerate(taught.items()):
+        shelf.add(f"taught-{k}", _moved(plan, times), {"steps": 2, what.partition("-")[0]: 1}, start)
+    for k in range(3):
+        shelf.add(f"unlabeled-{k}", _moved(plan, 0.01), {"steps": 2, "unlabeled": 4}, start)
+    return shelf
+
+
+def test_sites_that_learn_from_consistency_alone_make_no_outlier_of_those_with_labels(
+    plan: Plan, tmp_path: Path
+) -> None:
+    assert outliers(_consistency_alone(plan, tmp_path, {"labeled": 1.0}).updates, Admission()) == []
+
+
+def test_sites_without_labels_are_compared_with_those_that_have_some(plan: Plan, tmp_path: Path) -> None:
+    shelf = _consistency_alone(plan, tmp_path, {"labeled": 1.0, "accepted": 1.5})
+    shelf.add("mallory", _moved(plan, 20.0), {"steps": 2, "unlabeled": 4}, initial(plan))
+    (found,) = outliers(shelf.updates, Admission(norm_factor=10.0))
+    assert (found.site, found.rule) == ("mallory", RejectionRule.CHANGE_TOO_LARGE)
+
+
+def test_three_sites_with_labels_or_pseudo_labels_are_compared_with_each_other(plan: Plan, tmp_path: Path) -> None:
+    taught = {"labeled-a": 1.0, "labeled-b": 1.0, "accepted": 30.0}
+    (found,) = outliers(_consistency_alone(plan, tmp_path, taught).updates, Admission(norm_factor=10.0))
+    assert found.site == "taught-2"
+
+
 HEAD = "feature-head.axial.1.weight"
 
 
