@@ -27,6 +27,8 @@ from semisam_core.sources.threshold import centred
 
 logger = logging.getLogger(__name__)
 
+# Networks that rank voxels well, but whose 0.5 means little on structures that they have seen little or nothing of.
+_UNCALIBRATED = (SourceName.FEATURE_HEAD, SourceName.GENERALISTS)
 _LEAST_CERTAIN = 0.02  # weight exp(-U) of a voxel that is as likely foreground as not
 
 
@@ -79,9 +81,13 @@ class EvidenceLabeler:
         return LabelRecord(self._judge(scan, combined, evidence, refusals), evidence, combined)
 
     def _combine(self, evidence: Mapping[str, Evidence]) -> CombinedEvidence:
-        combined = combine_evidence(evidence, self._reliability)
         if not policy_of(self._plan).sources.best_threshold:
-            return combined
+            return combine_evidence(evidence, self._reliability)
+        calibrated = {
+            name: replace(each, foreground=centred(each.foreground)) if name in _UNCALIBRATED else each
+            for name, each in evidence.items()
+        }
+        combined = combine_evidence(calibrated, self._reliability)
         return replace(combined, foreground=centred(combined.foreground))
 
     def _judge(

@@ -19,6 +19,7 @@ from semisam_core.pseudo_labels.fusion import PseudoLabel
 from semisam_core.sources.base import Evidence, Source, SourceName, SourceScan
 from semisam_core.sources.labeling import EvidenceLabeler, reliability_of, sharpened, uncertainty_of
 from semisam_core.sources.prototypes import PrototypeExample, PrototypeSource
+from semisam_core.sources.threshold import centred
 from tests.conftest import tiny_plan
 
 SHAPE = (12, 12, 8)
@@ -149,6 +150,21 @@ def test_prompts_and_target_are_cut_where_the_expected_dice_is_highest() -> None
     label, prompts = _faint()
     assert torch.equal(prompts[0] > 0.5, _ball()[0] > 0.5)
     assert torch.equal(label.target[0] > 0.5, _ball()[0] > 0.5)
+
+
+@pytest.mark.parametrize("name", [SourceName.FEATURE_HEAD, SourceName.GENERALISTS])
+def test_a_network_that_is_not_calibrated_is_centred_before_it_is_combined(name: SourceName) -> None:
+    plan = tiny_plan("pseudo_labels.method=evidence", "pseudo_labels.gates.minimum_volume_ml=0.0")
+    faint = torch.where(_ball() > 0.5, 0.2, 0.01)
+    faint[0, 0, 0, 0] = 0.6
+
+    def combined(foreground: Tensor, source: SourceName) -> Tensor:
+        sources = (Says(_ball(2)), Says(foreground, source))
+        return EvidenceLabeler(sources, None, plan).label(_scan()).combined.foreground
+
+    calibrated = combined(centred(faint), SourceName.REGISTRATION)
+    assert torch.equal(combined(faint, name), calibrated)
+    assert not torch.equal(combined(faint, SourceName.REGISTRATION), calibrated)
 
 
 def test_without_it_they_are_cut_at_one_half() -> None:
