@@ -73,7 +73,7 @@ class Registration(StrictModel):
 class Sources(StrictModel):
     """What pseudo-labels by evidence are made from, and how; false or null leaves a source out.
 
-    `best_threshold` shifts the log odds of the head's and the generalists' maps, and of the mean p over sources, so that
+    `best_threshold` shifts the log odds of the head's and the generalists' maps and of the mean p over sources so that
     0.5 is the threshold of the highest expected Dice; see `sources/threshold.py`. `sharpness` s turns p into the target
     p^s / (p^s + (1 - p)^s).
     """
