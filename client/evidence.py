@@ -64,6 +64,7 @@ class SiteEvidence:
         examples: Examples,
         calibration: Calibration,
         more: Sequence[Source] = (),
+        volumes_ml: Sequence[float | None] = (),
     ) -> Callable[[ScanPair], LabelRecord]:
         """Return a function that labels one scan, with sources scored on the site's labeled scans.
 
@@ -72,6 +73,7 @@ class SiteEvidence:
             examples: the labeled scans.
             calibration: trust in each generalist and plausible volumes.
             more: sources beside the specialist and those that are built here.
+            volumes_ml: the expected volume of each class, None where unknown.
         """
         sources = [*self._sources(examples), *more]
 
@@ -86,6 +88,7 @@ class SiteEvidence:
             self._plan,
             reliability_of(sources, labeled, self._annotated),
             calibration,
+            volumes_ml,
         )
         return lambda pair: labeler.label(scan_of(pair))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -220,6 +221,7 @@ class Labeler:
                 for view in head.views
             }
             train_head(head, scans, settings, seed, self._device)
+            head.log_volumes.copy_(_log_volumes(known, spacing, head.log_volumes))
         except (RuntimeError, ValueError, FloatingPointError) as error:
             logger.warning("The feature head was not trained in this round: %s", error)
             head.load_state_dict(sent)
@@ -253,7 +255,8 @@ class Labeler:
         )
         reader = self._feature_reader()
         more = [] if head is None or reader is None else [FeatureHeadSource(head, reader, self._device)]
-        label_by = site.labeler(predict_by, lambda: _labeled(scans), calibration, more)
+        volumes = _expected_volumes(head, calibration, len(self._plan.task.classes))
+        label_by = site.labeler(predict_by, lambda: _labeled(scans), calibration, more, volumes)
 
         def make(case: str, pair: ScanPair) -> PseudoLabel:
             record = label_by(pair)
@@ -306,6 +309,26 @@ def _labeled(scans: Scans) -> Iterator[tuple[ScanPair, Tensor]]:
         pair = load()
         if pair is not None and pair.for_generalists.label is not None:
             yield pair, pair.for_generalists.label
+
+
+def _log_volumes(
+    known: Sequence[tuple[ScanPair, Tensor]], spacing_mm: tuple[float, float, float], otherwise: Tensor
+) -> Tensor:
+    """Return `FeatureHead.log_volumes` over the labels that show each class, (K,); `otherwise` where none does."""
+    voxel_ml = math.prod(spacing_mm) / 1000
+    found = otherwise.clone()
+    for k in range(len(found)):
+        seen = [voxels for _, label in known if (voxels := int((label == k + 1).sum()))]
+        if seen:
+            found[k] = math.log1p(voxel_ml * sum(seen) / len(seen))
+    return found
+
+
+def _expected_volumes(head: FeatureHead | None, calibration: Calibration, classes: int) -> list[float | None]:
+    """Return each class's mean volume in ml over the labels of all sites, else over this site's, else None."""
+    everywhere = [0.0] * classes if head is None else head.log_volumes.expm1().tolist()
+    here = [sum(seen) / len(seen) if seen else None for seen in calibration.volumes_ml] or [None] * classes
+    return [volume if volume > 0 else own for volume, own in zip(everywhere, here, strict=True)]
 
 
 def _on_the_specialists_grid(label: PseudoLabel, pair: ScanPair) -> PseudoLabel:

@@ -29,7 +29,7 @@ class What(StrEnum):
     """Which terms of the plan's loss are used: labels only, plus the regularizer, plus pseudo-labels.
 
     A plan with pseudo-labels by evidence has further arms: `paper`, with pseudo-labels and loss of SemiSAM+, one
-    without each of its sources, and one without `sources.best_threshold`.
+    without each of its sources, and one without `sources.volume_tolerance`.
     """
 
     SUPERVISED = "supervised"
@@ -41,7 +41,7 @@ class What(StrEnum):
     WITHOUT_FEATURE_HEAD = "without-feature-head"
     WITHOUT_REGISTRATION = "without-registration"
     WITHOUT_PROTOTYPES = "without-prototypes"
-    WITHOUT_BEST_THRESHOLD = "without-best-threshold"
+    WITHOUT_VOLUME_TOLERANCE = "without-volume-tolerance"
 
     @property
     def omitted_source(self) -> str | None:

@@ -73,9 +73,9 @@ class Registration(StrictModel):
 class Sources(StrictModel):
     """What pseudo-labels by evidence are made from, and how; false or null leaves a source out.
 
-    `best_threshold` shifts the log odds of the head's and the generalists' maps and of the mean p over sources so that
-    0.5 is the threshold of the highest expected Dice; see `sources/threshold.py`. `sharpness` s turns p into the target
-    p^s / (p^s + (1 - p)^s).
+    `sharpness` s turns the mean p over sources into the target p^s / (p^s + (1 - p)^s). Its threshold is chosen so that
+    each class's volume is that of the labels up to a factor of `volume_tolerance`, null leaves it at 0.5. A good factor
+    is about exp(s), s the standard deviation of the log volume between people.
     """
 
     specialist: bool = True
@@ -83,5 +83,5 @@ class Sources(StrictModel):
     feature_head: FeatureHeadSettings | None = None
     registration: Registration | None = Registration()
     prototypes: Prototypes | None = None
-    best_threshold: bool = True
     sharpness: float = Field(default=2.0, ge=1, le=10)
+    volume_tolerance: float | None = Field(default=1.25, ge=1, le=100)

@@ -44,6 +44,11 @@ class ViewHead(nn.Module):
 class FeatureHead(nn.Module):
     """One `ViewHead` for each view of a scan: the plan's planes for a slice-wise generalist, the volume for a 3D one.
 
+    Attributes:
+        views: view -> its network.
+        log_volumes: (K,) log(1 + v), v the mean volume in ml of each class in the labels that the head was trained on;
+            0 before it was trained.
+
     Args:
         plan: must have `pseudo_labels.sources.feature_head`. Initial weights depend on its seed alone; global random
             state is not touched.
@@ -66,6 +71,8 @@ class FeatureHead(nn.Module):
             self.views = nn.ModuleDict(
                 {view: ViewHead(card.feature_channels, classes, card.feature_dimensions, *sizes) for view in views}
             )
+        self.log_volumes: Tensor
+        self.register_buffer("log_volumes", torch.zeros(classes))
 
 
 def feature_head_of(plan: Plan) -> FeatureHead | None:

@@ -23,12 +23,10 @@ from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.sources.base import Evidence, Source, SourceName, SourceScan, nothing
 from semisam_core.sources.combine import CombinedEvidence, combine_evidence
 from semisam_core.sources.generalists import PromptedGeneralists
-from semisam_core.sources.threshold import centred
+from semisam_core.sources.volume import at_plausible_volumes
 
 logger = logging.getLogger(__name__)
 
-# Networks that rank voxels well, but whose 0.5 means little on structures that they have seen little or nothing of.
-_UNCALIBRATED = (SourceName.FEATURE_HEAD, SourceName.GENERALISTS)
 _LEAST_CERTAIN = 0.02  # weight exp(-U) of a voxel that is as likely foreground as not
 
 
@@ -56,6 +54,8 @@ class EvidenceLabeler:
         plan: must have `pseudo_labels`; its grid is that of the scans.
         reliability: source -> (K,) from `reliability_of`; see `combine_evidence`.
         calibration: trust in each generalist and plausible volumes.
+        volumes_ml: the expected volume of each class, None where unknown; not used if `sources.volume_tolerance` is
+            null.
     """
 
     def __init__(
@@ -65,9 +65,12 @@ class EvidenceLabeler:
         plan: Plan,
         reliability: Mapping[str, Tensor] | None = None,
         calibration: Calibration | None = None,
+        volumes_ml: Sequence[float | None] = (),
     ) -> None:
         self._sources, self._generalists, self._plan = tuple(sources), generalists, plan
         self._reliability, self._calibration = dict(reliability or {}), calibration or Calibration()
+        voxel_ml = math.prod(plan.data.spacing_mm) / 1000
+        self._voxels = [None if volume is None else volume / voxel_ml for volume in volumes_ml]
 
     def label(self, scan: SourceScan) -> LabelRecord:
         """Return the pseudo-label of one scan and how it came about."""
@@ -81,14 +84,11 @@ class EvidenceLabeler:
         return LabelRecord(self._judge(scan, combined, evidence, refusals), evidence, combined)
 
     def _combine(self, evidence: Mapping[str, Evidence]) -> CombinedEvidence:
-        if not policy_of(self._plan).sources.best_threshold:
-            return combine_evidence(evidence, self._reliability)
-        calibrated = {
-            name: replace(each, foreground=centred(each.foreground)) if name in _UNCALIBRATED else each
-            for name, each in evidence.items()
-        }
-        combined = combine_evidence(calibrated, self._reliability)
-        return replace(combined, foreground=centred(combined.foreground))
+        combined = combine_evidence(evidence, self._reliability)
+        tolerance = policy_of(self._plan).sources.volume_tolerance
+        if tolerance is None or not self._voxels:
+            return combined
+        return replace(combined, foreground=at_plausible_volumes(combined.foreground, self._voxels, tolerance))
 
     def _judge(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from torch import Tensor
 from client.app import app as client_app
 from client.restore import WeightsNotAgreedError
 from client.site import Site
-from client.site_config import load_site_config
+from client.site_config import inventory, load_site_config
 from engines.in_process_grid import run_in_process
 from semisam_core.contract import HEAD_PREFIX, TRAIN_SCALARS, disagreement, initial_head, specialist_spec, update_spec
+from semisam_core.data.cases import Role
+from semisam_core.data.scans import load_scan
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
+from semisam_core.sources.labeling import EvidenceLabeler
 from server.app import app as server_app
 from tests.conftest import tiny_plan, write_balls, write_site
 
@@ -70,6 +74,37 @@ def test_after_its_rounds_the_head_is_sent_back_as_it_came(make_site: MakeSite) 
     assert report.scalars["head_steps"] == 0
     assert report.weights is not None
     assert _same(_head(dict(report.weights)), initial_head(plan))
+
+
+def test_the_head_carries_the_mean_volume_of_the_labels_it_was_trained_on(make_site: MakeSite) -> None:
+    path, plan = make_site(), _plan()
+    sent, _ = _train(path, plan)
+    config = load_site_config(path)
+    voxels = [
+        int((load_scan(case, plan.as_generalists_see, config.storage.folder / "prepared").label == 1).sum())
+        for case in inventory(config, plan).of(Role.LABELED)
+    ]
+    mean_ml = math.prod(plan.as_generalists_see.data.spacing_mm) / 1000 * sum(voxels) / len(voxels)
+    assert mean_ml > 0
+    assert float(sent[f"{HEAD_PREFIX}log_volumes"][0].expm1()) == pytest.approx(mean_ml, rel=1e-4)
+
+
+def test_a_site_without_labels_is_told_the_volume_of_the_others(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[float | None]] = []
+    real = EvidenceLabeler.__init__
+
+    def init(self: EvidenceLabeler, *args: object, **more: object) -> None:
+        told.append(list(args[5]))  # type: ignore[call-overload]
+        real(self, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EvidenceLabeler, "__init__", init)
+    plan = _plan("pseudo_labels.first_round=1")
+    for volume in (0.0, 1.5):
+        weights = _start(plan) | {f"{HEAD_PREFIX}log_volumes": torch.full((1,), volume).log1p()}
+        Site(load_site_config(make_site(f"site-{volume:g}"[:6], data=UNLABELED)), plan, "run", 1).train(weights)
+    assert told == [[None], [pytest.approx(1.5)]]
 
 
 @pytest.mark.parametrize(

@@ -82,12 +82,12 @@ SOURCES = ("specialist", "generalists", "feature-head", "registration", "prototy
 def test_a_plan_by_evidence_has_an_arm_of_the_paper_and_one_without_each_source() -> None:
     plan = tiny_plan(*EVIDENCE)
     expected = {f"federated-{what}" for what in ("supervised", "regularizer", "paper", "semisam")}
-    without = {f"federated-without-{source}" for source in (*SOURCES, "best-threshold")}
+    without = {f"federated-without-{source}" for source in (*SOURCES, "volume-tolerance")}
     assert {name for name in arm_names(plan) if name.startswith("federated-")} == expected | without
     assert {name for name in define({}, plan, "x").arms if name.startswith("federated-")} == expected
 
 
-@pytest.mark.parametrize("source", [*SOURCES, "best-threshold"])
+@pytest.mark.parametrize("source", [*SOURCES, "volume-tolerance"])
 def test_an_arm_without_a_source_changes_nothing_else(source: str) -> None:
     plan, key = tiny_plan(*EVIDENCE), source.replace("-", "_")
     changed = arm_of(f"federated-without-{source}", plan).plan(plan, plan.seed)

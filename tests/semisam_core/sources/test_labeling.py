@@ -19,7 +19,6 @@ from semisam_core.pseudo_labels.fusion import PseudoLabel
 from semisam_core.sources.base import Evidence, Source, SourceName, SourceScan
 from semisam_core.sources.labeling import EvidenceLabeler, reliability_of, sharpened, uncertainty_of
 from semisam_core.sources.prototypes import PrototypeExample, PrototypeSource
-from semisam_core.sources.threshold import centred
 from tests.conftest import tiny_plan
 
 SHAPE = (12, 12, 8)
@@ -125,51 +124,41 @@ def test_an_implausible_volume_is_refused() -> None:
 
 
 class _Asked:
-    """Stands for `PromptedGeneralists`: notes what it is prompted with and is sure of just that."""
+    """Stands for `PromptedGeneralists`: notes what it is prompted with and answers the same."""
 
     def __init__(self) -> None:
         self.prompts: list[Tensor] = []
 
     def ask(self, scan: SourceScan, foreground: Tensor, trust: object) -> tuple[Evidence, tuple[None, ...]]:
         self.prompts.append(foreground)
-        return Evidence.of(torch.where(foreground > 0.5, 0.9, 0.01)), (None,) * scan.classes
+        return Evidence.of(foreground), (None,) * scan.classes
 
 
-def _faint(*changes: str) -> tuple[PseudoLabel, Tensor]:
-    """Return the pseudo-label and the prompts of a source that finds 100 voxels, and one that suspects 80 of them."""
+def _sized(*changes: str, volumes_ml: Sequence[float | None] = (1.0,)) -> tuple[PseudoLabel, Tensor]:
+    """Return the pseudo-label and the prompts of sources that find 100 voxels of 8 mm^3."""
     plan = tiny_plan("pseudo_labels.method=evidence", "pseudo_labels.gates.minimum_volume_ml=0.0", *changes)
-    asked, ball = _Asked(), _ball() > 0.5
-    half = ball.clone()
-    half[:, 4:] = False
-    likely = torch.where(ball, 0.75, 0.01), torch.where(half, 0.9, torch.where(ball, 0.2, 0.01))
-    sources = (Says(likely[0]), Says(likely[1], SourceName.REGISTRATION))
-    return EvidenceLabeler(sources, asked, plan).label(_scan()).label, asked.prompts[0]  # type: ignore[arg-type]
+    asked, graded = _Asked(), _ball(high=0.8) - 0.05 * torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    sources = (Says(graded), Says(graded, SourceName.REGISTRATION))
+    labeler = EvidenceLabeler(sources, asked, plan, volumes_ml=volumes_ml)  # type: ignore[arg-type]
+    return labeler.label(_scan()).label, asked.prompts[0]
 
 
-def test_prompts_and_target_are_cut_where_the_expected_dice_is_highest() -> None:
-    label, prompts = _faint()
-    assert torch.equal(prompts[0] > 0.5, _ball()[0] > 0.5)
-    assert torch.equal(label.target[0] > 0.5, _ball()[0] > 0.5)
+def test_prompts_and_target_have_the_volume_of_the_labels() -> None:
+    label, prompts = _sized("pseudo_labels.sources.volume_tolerance=1.25", volumes_ml=(0.4,))
+    assert int((prompts > 0.5).sum()) == 62  # 0.4 ml * 1.25 in voxels of 0.008 ml
+    assert int((label.target > 0.5).sum()) == 62
 
 
-@pytest.mark.parametrize("name", [SourceName.FEATURE_HEAD, SourceName.GENERALISTS])
-def test_a_network_that_is_not_calibrated_is_centred_before_it_is_combined(name: SourceName) -> None:
-    plan = tiny_plan("pseudo_labels.method=evidence", "pseudo_labels.gates.minimum_volume_ml=0.0")
-    faint = torch.where(_ball() > 0.5, 0.2, 0.01)
-    faint[0, 0, 0, 0] = 0.6
-
-    def combined(foreground: Tensor, source: SourceName) -> Tensor:
-        sources = (Says(_ball(2)), Says(foreground, source))
-        return EvidenceLabeler(sources, None, plan).label(_scan()).combined.foreground
-
-    calibrated = combined(centred(faint), SourceName.REGISTRATION)
-    assert torch.equal(combined(faint, name), calibrated)
-    assert not torch.equal(combined(faint, SourceName.REGISTRATION), calibrated)
-
-
-def test_without_it_they_are_cut_at_one_half() -> None:
-    label, prompts = _faint("pseudo_labels.sources.best_threshold=false")
-    assert int((prompts > 0.5).sum()) == int((label.target > 0.5).sum()) == 20
+@pytest.mark.parametrize(
+    ("changes", "volumes_ml"),
+    [(("pseudo_labels.sources.volume_tolerance=null",), (0.4,)), ((), (None,)), ((), ()), ((), (0.7,))],
+    ids=["switched off", "unknown", "not given", "plausible"],
+)
+def test_otherwise_the_volume_is_that_of_the_sources(
+    changes: tuple[str, ...], volumes_ml: Sequence[float | None]
+) -> None:
+    label, prompts = _sized(*changes, volumes_ml=volumes_ml)
+    assert int((prompts > 0.5).sum()) == int((label.target > 0.5).sum()) == 100
 
 
 def test_a_source_that_fails_is_left_out_and_logged(caplog: pytest.LogCaptureFixture) -> None:
