@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from semisam_core.components import largest_component
 from semisam_core.evaluation import dice_of
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal, volume_refusal
@@ -27,6 +28,7 @@ from semisam_core.sources.volume import at_plausible_volumes
 
 logger = logging.getLogger(__name__)
 
+_UNDECIDED = 0.49
 _LEAST_CERTAIN = 0.02  # weight exp(-U) of a voxel that is as likely foreground as not
 
 
@@ -85,10 +87,14 @@ class EvidenceLabeler:
 
     def _combine(self, evidence: Mapping[str, Evidence]) -> CombinedEvidence:
         combined = combine_evidence(evidence, self._reliability)
-        tolerance = policy_of(self._plan).sources.volume_tolerance
-        if tolerance is None or not self._voxels:
-            return combined
-        return replace(combined, foreground=at_plausible_volumes(combined.foreground, self._voxels, tolerance))
+        tolerance, foreground = policy_of(self._plan).sources.volume_tolerance, combined.foreground
+        if tolerance is not None and self._voxels:
+            foreground = at_plausible_volumes(foreground, self._voxels, tolerance)
+        pieces = [
+            _one_piece(p) if target.connected else p
+            for p, target in zip(foreground, self._plan.task.classes, strict=True)
+        ]
+        return replace(combined, foreground=torch.stack(pieces))
 
     def _judge(
         self,
@@ -140,6 +146,15 @@ def look(sources: Iterable[Source], scan: SourceScan) -> dict[str, Evidence]:
         except (RuntimeError, ValueError) as error:
             logger.warning("The source %s failed on a scan: %s", source.name, error)
     return found
+
+
+def _one_piece(probability: Tensor) -> Tensor:
+    """Cap what is not attached to the largest component just below 0.5, so that it teaches nothing."""
+    mask = (probability > 0.5).numpy()
+    if not mask.any():
+        return probability
+    island = torch.from_numpy(mask & ~largest_component(mask))
+    return torch.where(island, probability.clamp_max(_UNDECIDED), probability)
 
 
 def sharpened(probability: Tensor, sharpness: float) -> Tensor:

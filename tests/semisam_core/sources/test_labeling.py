@@ -149,6 +149,19 @@ def test_prompts_and_target_have_the_volume_of_the_labels() -> None:
     assert int((label.target > 0.5).sum()) == 62
 
 
+@pytest.mark.parametrize("connected", [True, False])
+def test_islands_of_a_structure_in_one_piece_teach_nothing(connected: bool) -> None:
+    maps = _ball()
+    maps[0, 10:, 10:, 6:] = 0.95
+    classes = f"task.classes=[{{name: ball, value: 1, connected: {str(connected).lower()}}}]"
+    label = _label((Says(maps), Says(maps, SourceName.REGISTRATION)), classes)
+    assert _words(label) == [None]
+    island = label.target[0, 10:, 10:, 6:], label.uncertainty[0, 10:, 10:, 6:]
+    assert bool((island[0] > 0.5).all()) is not connected
+    assert bool(((-island[1]).exp() < 0.05).all()) is connected
+    assert torch.equal(label.target[0, :9], _label(TWO, classes).target[0, :9])
+
+
 @pytest.mark.parametrize(
     ("changes", "volumes_ml"),
     [(("pseudo_labels.sources.volume_tolerance=null",), (0.4,)), ((), (None,)), ((), ()), ((), (0.7,))],
