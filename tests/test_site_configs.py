@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from client.site import Site
 from client.site_config import load_site_config
 from semisam_core.configuration import read_yaml
-from semisam_core.contract import TRAIN_SCALARS, evaluation_scalars, scalar_mistake
+from semisam_core.contract import TRAIN_SCALARS, evaluation_scalars, initial_head, scalar_mistake
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.scans import load_scan
 from semisam_core.inference import new_specialist
@@ -71,6 +71,13 @@ SMALL = (
     "pseudo_labels.prompting.threshold=0.01",
     "pseudo_labels.gates={minimum_volume_ml: 0.0, maximum_volume_ml: 10000.0, minimum_agreement: 0.0}",
 )
+
+
+def _small(path: Path) -> Plan:
+    """Return a shipped plan that trains in seconds, with the fake model wherever it names a generalist."""
+    sources = read_yaml(path)["pseudo_labels"]["sources"]
+    named = [key for key in ("feature_head", "prototypes") if sources[key]]
+    return load_plan(path, [*SMALL, *(f"pseudo_labels.sources.{key}={{generalist: fake}}" for key in named)])
 
 
 def _volume(form: Form, seed: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
@@ -227,12 +234,12 @@ def test_paired_organs_are_not_flipped_into_each_other() -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_site_joins_trains_a_round_and_is_scored(name: str, tmp_path: Path) -> None:
-    plan, form = load_plan(PLANS[name], list(SMALL)), FORMS[name]
+    plan, form = _small(PLANS[name]), FORMS[name]
     _write_data(tmp_path / "data" / "alpha", form)
     config = load_site_config(write_site(tmp_path, "alpha"))
     counts = Site(config, plan, "run", 0).join().scalars
     assert counts == {"labeled": 1, "unlabeled": 1, "validation": 1, "quarantined": 0, "generalists": 1}
-    before = dict(new_specialist(plan).state_dict())
+    before = dict(new_specialist(plan).state_dict()) | initial_head(plan)
     report = Site(config, plan, "run", 1).train(before)
     assert report.weights is not None
     assert any(not torch.equal(report.weights[key], before[key]) for key in before)
