@@ -91,6 +91,7 @@ def test_initial_weights_depend_on_the_plans_seed_alone() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert not bool(one.pop("log_volumes").any())
     assert {name.split(".")[1] for name in one} == set(PLANES)
 
 
