@@ -73,7 +73,7 @@ def test_it_is_taught_at_once_by_the_pseudo_labels_that_the_one_before_left(
 def test_the_feature_head_goes_on(make_site: MakeSite, tmp_path: Path) -> None:
     plan = _plan(*HEAD)
     found = _study(plan, make_site(), tmp_path / "run")
-    start = initial_head(plan)
+    start = {name: value for name, value in initial_head(plan).items() if ".views." in name}
     moved = [max(float((found[number][name] - start[name]).abs().max()) for name in start) for number in range(5)]
     assert moved[0] == 0
     assert moved[3] > moved[1] > 0
