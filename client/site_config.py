@@ -86,7 +86,7 @@ class Egress(StrictModel):
         maximum_update_mb: size limit of an update.
         validation_scores: the validation scores that may leave.
         feature_head: whether the plan's feature head may be trained on this site's labels. If not, the site sends back
-            the one that it was sent.
+            the one that it was sent. The head carries the mean volume of each labeled structure.
     """
 
     maximum_update_mb: float = Field(default=500.0, gt=0)

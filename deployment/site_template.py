@@ -45,6 +45,7 @@ egress:
   maximum_update_mb: 500.0
   # Means over validation cases that may leave; [] sends none.
   validation_scores: [dice, jaccard, hd95_mm, asd_mm, surface_dice, cases, missing_distances]
-  # Whether a plan's feature head may be trained on this site's labels; if not, it is sent back as it came.
+  # Whether a plan's feature head may be trained on this site's labels; if not, it is sent back as it came. With it goes
+  # the mean volume of each labeled structure: with one labeled scan, that of one patient.
   feature_head: true
 """

@@ -72,7 +72,9 @@ def _too_large(updates: Sequence[ShelvedUpdate], part: _Part, policy: Admission)
     trained = [update for update in updates if update.scalars.get(part.steps, 0.0) > 0 and part.norm(update) > 0]
     taught = [update for update in trained if _taught(update)]
     reference = taught or trained
-    judged = trained if len(reference) >= COMPARABLE else [update for update in trained if update not in reference]
+    judged = (
+        trained if len(reference) >= COMPARABLE else [update for update in trained if taught and not _taught(update)]
+    )
     if policy.norm_factor is None or not judged:
         return
     middle = median(part.norm(update) for update in reference)

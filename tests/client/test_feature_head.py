@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,9 @@ from semisam_core.data.scans import load_scan
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
+from semisam_core.pseudo_labels.calibration import Calibration
+from semisam_core.sources.base import Source
+from semisam_core.sources.generalists import PromptedGeneralists
 from semisam_core.sources.labeling import EvidenceLabeler
 from server.app import app as server_app
 from tests.conftest import tiny_plan, write_balls, write_site
@@ -93,13 +96,21 @@ def test_a_site_without_labels_is_told_the_volume_of_the_others(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[list[float | None]] = []
-    real = EvidenceLabeler.__init__
 
-    def init(self: EvidenceLabeler, *args: object, **more: object) -> None:
-        told.append(list(args[5]))  # type: ignore[call-overload]
-        real(self, *args, **more)  # type: ignore[arg-type]
+    class Recording(EvidenceLabeler):
+        def __init__(
+            self,
+            sources: Sequence[Source],
+            generalists: PromptedGeneralists | None,
+            plan: Plan,
+            reliability: Mapping[str, Tensor] | None = None,
+            calibration: Calibration | None = None,
+            volumes_ml: Sequence[float | None] = (),
+        ) -> None:
+            told.append(list(volumes_ml))
+            super().__init__(sources, generalists, plan, reliability, calibration, volumes_ml)
 
-    monkeypatch.setattr(EvidenceLabeler, "__init__", init)
+    monkeypatch.setattr("client.evidence.EvidenceLabeler", Recording)
     plan = _plan("pseudo_labels.first_round=1")
     for volume in (0.0, 1.5):
         weights = _start(plan) | {f"{HEAD_PREFIX}log_volumes": torch.full((1,), volume).log1p()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from semisam_core.evaluation import dice_of
 from semisam_core.generalists import scan_key
+from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.calibration import Calibration
 from semisam_core.pseudo_labels.fusion import PseudoLabel
 from semisam_core.sources.base import Evidence, Source, SourceName, SourceScan
+from semisam_core.sources.generalists import PromptedGeneralists
 from semisam_core.sources.labeling import EvidenceLabeler, reliability_of, sharpened, uncertainty_of
 from semisam_core.sources.prototypes import PrototypeExample, PrototypeSource
 from tests.conftest import tiny_plan
@@ -123,13 +125,15 @@ def test_an_implausible_volume_is_refused() -> None:
     assert _words(label) == ["implausible-volume"]
 
 
-class _Asked:
-    """Stands for `PromptedGeneralists`: notes what it is prompted with and answers the same."""
+class _Asked(PromptedGeneralists):
+    """Notes what it is prompted with and answers the same."""
 
     def __init__(self) -> None:
         self.prompts: list[Tensor] = []
 
-    def ask(self, scan: SourceScan, foreground: Tensor, trust: object) -> tuple[Evidence, tuple[None, ...]]:
+    def ask(
+        self, scan: SourceScan, foreground: Tensor, trust: Mapping[str, float] | None = None
+    ) -> tuple[Evidence, tuple[Refusal | None, ...]]:
         self.prompts.append(foreground)
         return Evidence.of(foreground), (None,) * scan.classes
 
@@ -139,8 +143,7 @@ def _sized(*changes: str, volumes_ml: Sequence[float | None] = (1.0,)) -> tuple[
     plan = tiny_plan("pseudo_labels.method=evidence", "pseudo_labels.gates.minimum_volume_ml=0.0", *changes)
     asked, graded = _Asked(), _ball(high=0.8) - 0.05 * torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0))
     sources = (Says(graded), Says(graded, SourceName.REGISTRATION))
-    labeler = EvidenceLabeler(sources, asked, plan, volumes_ml=volumes_ml)  # type: ignore[arg-type]
-    return labeler.label(_scan()).label, asked.prompts[0]
+    return EvidenceLabeler(sources, asked, plan, volumes_ml=volumes_ml).label(_scan()).label, asked.prompts[0]
 
 
 def test_prompts_and_target_have_the_volume_of_the_labels() -> None:
