@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("semisam_core", "client", "server")
-UPPER_ROOMS = ("deployment", "engines", "experiments", "cli")
+UPPER_ROOMS = ("deployment", "engines", "experiments", "intake", "release", "cli")
 
 
 def _imports(path: Path) -> set[str]:
@@ -34,14 +34,19 @@ def test_core_client_and_server_import_nothing_but_the_core(room: str) -> None:
         assert not _imports(path) & forbidden, path
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "deployment", "engines", "experiments"])
+@pytest.mark.parametrize("room", [*ROOMS, "deployment", "engines", "experiments", "intake", "release"])
 def test_nothing_imports_the_command_line(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
         assert "cli" not in _imports(path), path
 
 
-def test_engines_and_deployment_do_not_know_experiments() -> None:
-    for room, forbidden in (("engines", {"experiments", "deployment"}), ("deployment", {"experiments"})):
+def test_no_room_knows_the_rooms_above_it() -> None:
+    for room, forbidden in (
+        ("engines", {"experiments", "deployment", "intake", "release"}),
+        ("deployment", {"experiments", "release"}),
+        ("intake", {"engines", "experiments", "deployment", "release"}),
+        ("release", {"experiments"}),
+    ):
         for path in (ROOT / room).rglob("*.py"):
             assert not _imports(path) & forbidden, path
 

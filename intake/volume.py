@@ -1,0 +1,30 @@
+"""What every reader gives: one volume in memory, whatever files it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from semisam_core.data.geometry import Geometry
+from semisam_core.errors import SemiSAMError
+
+
+class IntakeError(SemiSAMError):
+    """A file or series cannot be taken. The message says which, why, and what is accepted; it stays at the site."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A scan or a label map.
+
+    Attributes:
+        voxels: (X, Y, Z), along the axes of `geometry`; integers for labels.
+        geometry: shape, and affine from voxels to millimetres (RAS+).
+        notes: sentences on conversions, such as a tilted gantry that was straightened.
+    """
+
+    voxels: NDArray[Any]
+    geometry: Geometry
+    notes: tuple[str, ...] = ()
