@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from cli.errors import readable_errors
+from cli.import_command import import_scans
 from cli.lead_commands import app as lead_app
 from cli.site_commands import app as site_app
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(lead_app, name="lead")
 app.add_typer(site_app, name="site")
+app.command("import")(import_scans)
 console = Console()
 
 PlanOption = Annotated[Path, typer.Option(help="The study plan (YAML).")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,3 +29,16 @@ class Volume:
     voxels: NDArray[Any]
     geometry: Geometry
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LabelVolume:
+    """A label map with the names of its values, where its format has names.
+
+    Attributes:
+        volume: integers; 0 is background.
+        names: value -> name of the segment or region of interest; empty for formats without names.
+    """
+
+    volume: Volume
+    names: Mapping[int, str]

@@ -1,0 +1,153 @@
+"""Read NIfTI, NRRD and MetaImage files: header first, within bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+import torch
+from numpy.typing import NDArray
+
+from intake.guards import LIMITS, Limits, check_affine, check_file, check_shape, inflated_prefix, shown
+from intake.volume import IntakeError, LabelVolume, Volume
+from semisam_core.data.geometry import Geometry
+from semisam_core.data.names import nifti_suffix
+
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_UNITS = {1: 1000.0, 3: 0.001}  # NIfTI codes of metres and micrometres; all else is taken as mm
+_HEADER_BYTES = 1 << 16
+
+
+def volume_suffix(name: str) -> str | None:
+    """Return the suffix of a file name, as it is written, if volumes can be read from such files."""
+    lower = name.lower()
+    found = nifti_suffix(name)
+    return found or next((name[-len(suffix) :] for suffix in ITK_SUFFIXES if lower.endswith(suffix)), None)
+
+
+def read_volume(path: Path, limits: Limits = LIMITS) -> Volume:
+    """Read a 3D image: float32.
+
+    Raises:
+        IntakeError: it is no readable 3D image within the limits.
+    """
+    array, geometry, notes = _read(path, limits)
+    if array.ndim != 3:
+        raise IntakeError(f"{path.name!a}: it has shape {array.shape}; a 3D volume is expected, one file per channel.")
+    return Volume(array.astype(np.float32, copy=False), geometry, notes)
+
+
+def read_channels(path: Path, limits: Limits = LIMITS) -> list[Volume]:
+    """Read a 3D image, or a 4D one whose last axis counts channels.
+
+    Raises:
+        IntakeError: it is neither.
+    """
+    array, geometry, notes = _read(path, limits)
+    parts = [array] if array.ndim == 3 else [array[..., k] for k in range(array.shape[3])]
+    return [Volume(np.ascontiguousarray(part, dtype=np.float32), geometry, notes) for part in parts]
+
+
+def read_labels(path: Path, limits: Limits = LIMITS) -> LabelVolume:
+    """Read a 3D label map: uint16, no names.
+
+    Raises:
+        IntakeError: it is no readable 3D volume of whole numbers from 0 to 65535.
+    """
+    array, geometry, notes = _read(path, limits)
+    if array.ndim != 3:
+        raise IntakeError(f"{path.name!a}: the label has shape {array.shape}; a 3D volume is expected.")
+    whole = np.rint(array)
+    if not np.isfinite(array).all() or np.abs(array - whole).max() > 1e-3 or whole.min() < 0 or whole.max() > 65535:
+        raise IntakeError(f"{path.name!a}: the label has values that are no whole numbers from 0 to 65535.")
+    return LabelVolume(Volume(whole.astype(np.uint16), geometry, notes), {})
+
+
+def _read(path: Path, limits: Limits) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
+    check_file(path, limits)
+    suffix = (volume_suffix(path.name) or "").lower()
+    try:
+        if suffix in ITK_SUFFIXES:
+            return _itk(path, limits)
+        if suffix:
+            return _nifti(path, limits)
+    except (IntakeError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - nibabel, zlib and ITK raise many kinds for a bad file
+        raise IntakeError(f"{path.name!a}: it cannot be read ({type(error).__name__}: {shown(error)}).") from None
+    raise IntakeError(f"{path.name!a}: accepted are .nii, .nii.gz, {', '.join(ITK_SUFFIXES)}.")
+
+
+def _nifti(path: Path, limits: Limits) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
+    if path.name.lower().endswith(".gz"):
+        inflated_prefix(path, 348)
+    file: Any = nib.load(path)
+    if not isinstance(file, nib.Nifti1Image | nib.Nifti2Image):
+        raise IntakeError(f"{path.name!a}: it is a {type(file).__name__}; a NIfTI volume in one file is expected.")
+    dtype = file.get_data_dtype()
+    if dtype.fields is not None or dtype.kind not in "iuf":
+        raise IntakeError(f"{path.name!a}: its voxels are in colour or complex; one real number each is expected.")
+    shape = list(file.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+    _check_dimensions(path, shape, limits)
+    affine = np.array(file.affine, dtype=np.float64)
+    notes: tuple[str, ...] = ()
+    if (factor := _UNITS.get(int(file.header["xyzt_units"]) & 7)) is not None:
+        affine[:3] *= factor
+        notes = ("sizes in the header were converted to mm",)
+    check_affine(path, affine)
+    array = np.asarray(file.dataobj, dtype=np.float32).reshape(shape)
+    return array, Geometry((shape[0], shape[1], shape[2]), torch.from_numpy(affine)), notes
+
+
+def _itk(path: Path, limits: Limits) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
+    _refuse_other_files(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    if reader.GetNumberOfComponents() != 1:
+        raise IntakeError(f"{path.name!a}: it has {reader.GetNumberOfComponents()} values a voxel; one is expected.")
+    shape = list(reader.GetSize())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+    _check_dimensions(path, shape, limits)
+    sides = len(reader.GetSize())
+    direction = np.array(reader.GetDirection(), dtype=np.float64).reshape(sides, sides)[:3, :3]
+    lps = np.eye(4)
+    lps[:3, :3], lps[:3, 3] = direction * np.array(reader.GetSpacing()[:3]), reader.GetOrigin()[:3]
+    affine = _LPS_TO_RAS @ lps
+    check_affine(path, affine)
+    array = sitk.GetArrayFromImage(reader.Execute())
+    array = np.ascontiguousarray(array.transpose(range(array.ndim)[::-1])).astype(np.float32).reshape(shape)
+    return array, Geometry((shape[0], shape[1], shape[2]), torch.from_numpy(affine)), ()
+
+
+def _check_dimensions(path: Path, shape: list[int], limits: Limits) -> None:
+    check_shape(path, tuple(shape), limits)
+    if len(shape) not in (3, 4):
+        raise IntakeError(f"{path.name!a}: it is {len(shape)}D with shape {tuple(shape)}; a 3D volume is expected.")
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Refuse headers whose voxels lie in another file, which could be any file of this machine.
+
+    Raises:
+        IntakeError: the header names one elsewhere than beside it.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEADER_BYTES)
+    for line in head.split(b"\n\n", 1)[0].splitlines():
+        key, _, value = line.partition(b":" if path.name.lower().endswith(("nrrd", "nhdr")) else b"=")
+        if key.strip().lower().replace(b" ", b"") not in (b"datafile", b"elementdatafile"):
+            continue
+        name = value.strip().decode("utf-8", "replace")
+        plain = name.lower() in ("local", "internal") or (
+            "/" not in name and "\\" not in name and "%" not in name and not name.upper().startswith("LIST")
+        )
+        if not plain or (path.parent / name).is_symlink():
+            raise IntakeError(f"{path.name!a}: its voxels are in {shown(name)}; only a file beside the header is read.")
