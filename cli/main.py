@@ -11,6 +11,7 @@ from rich.console import Console
 from cli.errors import readable_errors
 from cli.import_command import import_scans
 from cli.lead_commands import app as lead_app
+from cli.predict_command import predict
 from cli.site_commands import app as site_app
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.add_typer(lead_app, name="lead")
 app.add_typer(site_app, name="site")
 app.command("import")(import_scans)
+app.command()(predict)
 console = Console()
 
 PlanOption = Annotated[Path, typer.Option(help="The study plan (YAML).")]

@@ -47,7 +47,7 @@ class Choices:
             raise ConfigError(f"--partial-labels {partial_labels}: accepted are {', '.join(PARTIAL)}.")
         read = None if plan is None else load_plan(plan)
         named = _classes_of(read) if read is not None else None if classes is None else _classes(classes)
-        patterns = dict(_channel(each) for each in channels)
+        patterns = channel_patterns(channels)
         if read is not None and (wanted := len(read.task.channels)) != max(1, len(patterns)):
             names = " ".join(f"--channel {name}=<what its series is called>" for name in read.task.channels)
             raise ConfigError(f"the plan has {wanted} channels; say which series is which: {names}.")
@@ -57,8 +57,7 @@ class Choices:
             None if patient is None else _pattern("--patient", patient),
             tuple(named or ()) or None,
         )
-        sides = None if spacing is None else _spacing(spacing)
-        return cls(wishes, Settings(named, sides, partial_labels, key))
+        return cls(wishes, Settings(named, spacing_of(spacing), partial_labels, key))
 
     def find(self, source: Path, layout: str, progress: Callable[[int, int], None] | None = None) -> Listing:
         """List the scans of a folder.
@@ -99,7 +98,23 @@ def _pattern(option: str, text: str) -> Pattern:
         raise ConfigError(f"{option} {text}: no regular expression ({error}).") from None
 
 
-def _spacing(text: str) -> tuple[float, float, float]:
+def channel_patterns(texts: list[str]) -> dict[str, Pattern]:
+    """Return channel name -> pattern, from `name=pattern`.
+
+    Raises:
+        ConfigError: one is not of that form.
+    """
+    return dict(_channel(each) for each in texts)
+
+
+def spacing_of(text: str | None) -> tuple[float, float, float] | None:
+    """Return three lengths in mm from `1,1,3`; None for None.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    if text is None:
+        return None
     try:
         x, y, z = (float(part) for part in text.split(","))
     except ValueError:

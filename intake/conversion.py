@@ -49,9 +49,9 @@ def convert(request: Request) -> dict[str, Any]:
     """
     channels = [Source.model_validate(each) for each in request["channels"]]
     spacing = tuple(request["spacing_mm"]) if request["spacing_mm"] else None
-    volumes = [_image(each, spacing) for each in channels]
+    volumes = [read_source(each, spacing) for each in channels]
     notes = list(dict.fromkeys(note for each in volumes for note in each.notes))
-    volumes, moved = _on_one_grid(volumes)
+    volumes, moved = on_one_grid(volumes)
     notes += moved
     label, without_label = None, None
     if request["label"] is not None:
@@ -72,10 +72,15 @@ def convert(request: Request) -> dict[str, Any]:
     return answer
 
 
-def _image(source: Source, spacing: tuple[float, float, float] | None) -> Volume:
+def read_source(source: Source, spacing: tuple[float, float, float] | None) -> Volume:
+    """Read one channel; `spacing` (mm) is for h5 files.
+
+    Raises:
+        IntakeError: it cannot be read.
+    """
     path = Path(source.paths[0])
     if source.kind == "dicom":
-        return read_series(_series(source))
+        return read_series(series_of(source))
     if source.kind == "h5":
         return read_h5(path, spacing)[0]
     if source.channel is None:
@@ -86,7 +91,8 @@ def _image(source: Source, spacing: tuple[float, float, float] | None) -> Volume
     return parts[source.channel]
 
 
-def _series(source: Source) -> DicomSeries:
+def series_of(source: Source) -> DicomSeries:
+    """Return the DICOM series that a source names, its headers read again."""
     paths = [Path(each) for each in source.paths]
     return DicomSeries(tuple(image_slice(each, read_header(each.parent, each)) for each in paths))
 
@@ -99,7 +105,7 @@ def _label(
 ) -> LabelVolume:
     path = Path(source.paths[0])
     if source.kind == "dicom-label":
-        found = read_label(path, source.modality, _series(channels[0]), None if classes is None else list(classes))
+        found = read_label(path, source.modality, series_of(channels[0]), None if classes is None else list(classes))
     elif source.kind == "h5":
         label = read_h5(path, spacing)[1]
         if label is None:
@@ -128,7 +134,7 @@ def _with_values(label: LabelVolume, classes: Mapping[str, int]) -> LabelVolume:
     return LabelVolume(volume, chosen)
 
 
-def _on_one_grid(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:
+def on_one_grid(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:
     """Resample channels onto the first one's grid where theirs is another."""
     first, moved, notes = volumes[0].geometry, [volumes[0]], []
     for k, each in enumerate(volumes[1:], start=1):

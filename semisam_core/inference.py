@@ -70,7 +70,16 @@ def segmentation(probability: Tensor, plan: Plan) -> Tensor:
     Returns:
         (H, W, D) int64 of class indices: 0 background, k the plan's k-th class.
     """
-    indices = probability.argmax(0)
+    return only_connected(probability.argmax(0), plan)
+
+
+def only_connected(indices: Tensor, plan: Plan) -> Tensor:
+    """Set everything but the largest component of each `connected` class to background, in place.
+
+    Args:
+        indices: (H, W, D) int64 of class indices, on the CPU.
+        plan: which classes are connected.
+    """
     boxes = ndimage.find_objects(indices.numpy(), max_label=len(plan.task.classes))
     for k, (target, box) in enumerate(zip(plan.task.classes, boxes, strict=True), start=1):
         if target.connected and box is not None:

@@ -242,7 +242,7 @@ def _label(path: Path, header: Any) -> DicomLabel:
 
 def _group(found: Slice) -> tuple[Any, ...]:
     header = found.header
-    uid = str(header.get("SeriesInstanceUID", ""))
+    uid = str(header.get("SeriesInstanceUID", "")) or f"folder {found.path.parent}"
     if found.frames > 1:
         return uid, "frames", str(found.path)
     direction = () if found.orientation is None else tuple(np.round(found.orientation, 2) + 0.0)

@@ -34,10 +34,10 @@ def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | No
     labels, unused = _labels(usable, found.labels, wishes)
     left_out += unused
     if wishes.channels:
-        candidates, more = _by_channels(usable, labels, wishes)
+        candidates, more = _by_channels(source, usable, labels, wishes)
         left_out += more
     else:
-        candidates = [_candidate((series,), labels) for series in usable]
+        candidates = [_candidate(source, (series,), labels) for series in usable]
     return Listing(tuple(candidates), tuple(left_out))
 
 
@@ -45,7 +45,7 @@ def _name(series: DicomSeries) -> str:
     return f"series {series.description or series.uid}"
 
 
-def _candidate(channels: Sequence[DicomSeries], labels: dict[int, Source]) -> Candidate:
+def _candidate(source: Path, channels: Sequence[DicomSeries], labels: dict[int, Source]) -> Candidate:
     first = channels[0]
     notes = [] if first.patient else ["it has no patient ID; each of its studies counts as a patient"]
     sources = tuple(
@@ -53,15 +53,21 @@ def _candidate(channels: Sequence[DicomSeries], labels: dict[int, Source]) -> Ca
             kind="dicom",
             paths=tuple(map(str, each.files)),
             modality=shown(each.modality, 16),
-            series=f"{each.uid} {each.part}",
+            series=_identity(source, each),
         )
         for each in channels
     )
     label = next((labels[id(each)] for each in channels if id(each) in labels), None)
-    scan = " ".join(each.series for each in sources)
+    scan = " | ".join(each.series for each in sources)
     return Candidate(
         patient=first.patient or first.study_uid or scan, scan=scan, channels=sources, label=label, notes=tuple(notes)
     )
+
+
+def _identity(source: Path, series: DicomSeries) -> str:
+    """Return what tells a series from all others; its folder where an anonymiser has emptied its UID."""
+    uid = series.uid or f"folder {series.files[0].parent.relative_to(source)} {series.frame_of_reference}"
+    return f"{uid} {series.part}".strip()
 
 
 def _labels(
@@ -106,7 +112,7 @@ def _labels(
 
 
 def _by_channels(
-    series: Sequence[DicomSeries], labels: dict[int, Source], wishes: Wishes
+    source: Path, series: Sequence[DicomSeries], labels: dict[int, Source], wishes: Wishes
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
     studies: dict[str, list[DicomSeries]] = defaultdict(list)
     for each in series:
@@ -123,7 +129,7 @@ def _by_channels(
                 break
             chosen.append(fitting[0])
         else:
-            candidates.append(_candidate(chosen, labels))
+            candidates.append(_candidate(source, chosen, labels))
             used |= {id(each) for each in chosen}
     left_out += [(_name(each), "it is none of the channels asked for") for each in series if id(each) not in used]
     return candidates, left_out

@@ -31,7 +31,15 @@ def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | No
             raise IntakeError(f"{source.name!a}: it is no volume file that can be read.")
         return paired({stem: source}, _labels(source, wishes, only=stem), wishes, {})
     images = _images_folder(source)
-    return paired(_volumes(images), _labels(source, wishes), wishes, {})
+    found = paired(_volumes(images), _labels(source, wishes), wishes, {})
+    return Listing(found.candidates, (*found.left_out, *links(images)))
+
+
+def links(folder: Path) -> tuple[tuple[str, str], ...]:
+    """Return the volume files of a folder that are links to elsewhere, with the reason why they are left out."""
+    reason = "a link that leads out of its folder; copy the file here, or import the folder where it is"
+    volumes = [path for path in sorted(folder.iterdir()) if _stem(path) and path.is_symlink()]
+    return tuple((path.name, reason) for path in volumes if not _is_inside(folder, path))
 
 
 def paired(images: Mapping[str, Path], labels: Mapping[str, Path], wishes: Wishes, names: Mapping[int, str]) -> Listing:
@@ -85,6 +93,7 @@ def _labels(source: Path, wishes: Wishes, only: str | None = None) -> dict[str, 
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
+    """Return name without suffix -> volume file of a folder; links that leave the folder are not followed."""
     if not folder.is_dir():
         raise IntakeError(f"{folder}: there is no such folder.")
     found: dict[str, Path] = {}
@@ -92,11 +101,20 @@ def _volumes(folder: Path) -> dict[str, Path]:
         stem = None if path.name.startswith(".") or not path.is_file() else _stem(path)
         if stem is None:
             continue
-        inside(folder, path)
+        if not _is_inside(folder, path):
+            continue
         if stem in found:
             raise IntakeError(f"{folder}: {found[stem].name!a} and {path.name!a} are the same scan twice; remove one.")
         found[stem] = path
     return found
+
+
+def _is_inside(folder: Path, path: Path) -> bool:
+    try:
+        inside(folder, path)
+    except IntakeError:
+        return False
+    return True
 
 
 def _stem(path: Path) -> str | None:

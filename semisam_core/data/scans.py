@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -152,10 +152,30 @@ def _prepare(case: Case, channels: Sequence[NiftiVolume], plan: Plan) -> Scan:
         moved = _onto_grid(indices[None].float(), original.affine, plan.data, "nearest")
         label = moved.as_tensor()[0].round().to(torch.uint8)
         notes += [*volume.notes, *rounded]
-    notes += _make_finite(stack, indices, plan.data, case.id)
-    image = _onto_grid(torch.from_numpy(stack), original.affine, plan.data, "bilinear")
+    prepared = prepare_image(case.id, stack, original, plan.data, indices)
+    return replace(prepared, label=label, notes=(*notes, *prepared.notes))
+
+
+def prepare_image(
+    case_id: str, stack: NDArray[np.float32], original: Geometry, data: Data, label: Tensor | None = None
+) -> Scan:
+    """Bring an image onto the plan's grid and normalise it, exactly as for training.
+
+    Args:
+        case_id: for messages, and the scan's id.
+        stack: (C, X, Y, Z), the channels; NaN in it may be set to 0.
+        original: where its voxels lie.
+        data: the plan's section on data.
+        label: (X, Y, Z) class indices on the same grid, where NaN may not be; the scan that is returned has none.
+
+    Raises:
+        CaseError: voxels are not finite.
+    """
+    notes = _make_finite(stack, label, data, case_id)
+    image = _onto_grid(torch.from_numpy(stack), original.affine, data, "bilinear")
     grid = Geometry(_shape(image[0]), image.affine.double().cpu())
-    return Scan(case.id, _normalise(image.as_tensor(), plan.data), label, grid, original, tuple(notes))
+    normalised = _normalise(image.as_tensor(), data).as_subclass(Tensor)
+    return Scan(case_id, normalised, None, grid, original, tuple(notes))
 
 
 def _read_onto(image: Geometry, volume: NiftiVolume, what: str) -> NDArray[np.float32]:

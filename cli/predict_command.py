@@ -1,0 +1,94 @@
+"""`semisam predict`: a trained specialist on new scans."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cli.errors import errors, readable_errors
+
+console = Console()
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="A run folder, a checkpoint in it, or an exported package.")],
+    scans: Annotated[Path, typer.Argument(help="A volume file, a DICOM folder, a folder of scans, or a dataset.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the outputs.")],
+    also: Annotated[list[Path] | None, typer.Option(help="Another model: the mean of all is used. Repeatable.")] = None,
+    file_format: Annotated[
+        str, typer.Option("--format", help="auto (as the input), nifti, dicom-seg or both.")
+    ] = "auto",
+    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write a map of it, from 0 to 1.")] = False,
+    channel: Annotated[
+        list[str] | None, typer.Option(help="A channel and what its series is called: flair=FLAIR. Repeatable.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="auto, dicom, paired, nnunet, decathlon, bids or h5.")] = "auto",
+    spacing: Annotated[str | None, typer.Option(help="Voxel size in mm, for h5 files: 0.625,0.625,0.625.")] = None,
+    layers: Annotated[Path | None, typer.Option(help="A site's own layers, for models that lack them.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all by default.", min=1, max=1024)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Segment scans with a trained specialist alone; no generalist and no server is needed.
+
+    Outputs lie in the geometry of their scan, and are named after it: they stay at the hospital. A DICOM SEG carries
+    the patient's attributes, as a PACS needs. What is done is kept; the same command goes on. Research software, not a
+    medical device.
+
+    Example: semisam predict runs/atrium scans/ -o segmented
+    """
+    with (
+        readable_errors("What was segmented is kept; the same command goes on."),
+        Progress(console=errors, transient=True) as bar,
+    ):
+        from intake.choices import channel_patterns, spacing_of
+        from release.inputs import find_inputs
+        from release.model import load_model
+        from release.predicting import Order, predict_all
+        from release.prediction import Predictor
+        from release.runtime import use
+
+        task = bar.add_task("loading", total=None)
+        place = use(device, threads)
+        predictor = Predictor([load_model(path, layers) for path in (model, *(also or []))], place)
+        order = Order(out, file_format, uncertainty, spacing_of(spacing))
+        inputs, listing = find_inputs(
+            scans,
+            predictor.plan,
+            layout,
+            channel_patterns(channel or []),
+            lambda done, total: bar.update(task, description="looking", completed=done, total=total),
+        )
+        records = predict_all(
+            predictor,
+            inputs,
+            order,
+            lambda done, total: bar.update(task, description="segmenting", completed=done, total=total),
+        )
+    left_out = [{"what": what, "reason": reason} for what, reason in listing.left_out]
+    if as_json:
+        console.print_json(json.dumps({"scans": records, "left_out": left_out}))
+    else:
+        _show(records, left_out)
+    if not records or any(each["state"] == "failed" for each in records):
+        raise typer.Exit(1)
+
+
+def _show(records: list[dict[str, object]], left_out: list[dict[str, str]]) -> None:
+    table = Table(box=None, header_style="bold", show_edge=False)
+    for column in ("scan", "state", "ml", "files"):
+        table.add_column(column, overflow="fold")
+    for each in records:
+        volumes, outputs = each.get("volumes_ml"), each.get("outputs")
+        found = ", ".join(f"{name} {ml:g}" for name, ml in volumes.items()) if isinstance(volumes, dict) else ""
+        files = ", ".join(outputs) if isinstance(outputs, dict) else str(each.get("error", ""))
+        table.add_row(str(each["name"]), str(each["state"]), found, files)
+    for row in left_out:
+        table.add_row(row["what"], "left out", "", row["reason"])
+    console.print(table)
