@@ -87,11 +87,15 @@ class Egress(StrictModel):
         validation_scores: the validation scores that may leave.
         feature_head: whether the plan's feature head may be trained on this site's labels. If not, the site sends back
             the one that it was sent. The head carries the mean volume of each labeled structure.
+        fingerprint: whether aggregates over the scans may be written for the lead, before there is a plan.
+        minimum_patients: fewer patients than this have no aggregate in a fingerprint.
     """
 
     maximum_update_mb: float = Field(default=500.0, gt=0)
     validation_scores: tuple[str, ...] = CLASS_SCORES
     feature_head: bool = True
+    fingerprint: bool = True
+    minimum_patients: int = Field(default=5, ge=1)
 
     @field_validator("validation_scores")
     @classmethod

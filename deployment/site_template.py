@@ -48,4 +48,8 @@ egress:
   # Whether a plan's feature head may be trained on this site's labels; if not, it is sent back as it came. With it goes
   # the mean volume of each labeled structure: with one labeled scan, that of one patient.
   feature_head: true
+  # Whether `semisam site fingerprint` may write rounded aggregates over patients (spacing, extent, intensities, volumes)
+  # for the lead to derive the plan from; and the number of patients below which it writes none.
+  fingerprint: true
+  minimum_patients: 5
 """
