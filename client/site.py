@@ -68,7 +68,7 @@ class Site:
             NoUsableCaseError: nothing is left to train on or to score.
             WeightsError: a generalist's weights are missing or altered.
         """
-        self.scans.check()
+        self.scans.check(again=True)
         quarantined = self.scans.quarantined
         write_json(self.state.folder / "quarantine.json", [{"case": q.id, "reason": q.reason} for q in quarantined])
         if not self.scans.usable(*Role):
