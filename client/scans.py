@@ -8,13 +8,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import semisam_core
 from client.file_index import FileIndex, Verdict
 from client.progress import ProgressLog
 from client.site_config import SiteConfig, annotated_classes, inventory
+from client.split import run_split
 from semisam_core.data.cases import Case, Inventory, Quarantined, Role
 from semisam_core.data.patches import TrainingScan
+from semisam_core.data.patients import read_patients
 from semisam_core.data.scans import Scan, keep_classes, load_scan, prepared_key
 from semisam_core.errors import CaseError
 from semisam_core.plan import Plan
@@ -43,17 +46,26 @@ class SiteScans:
         config: the site's YAML.
         plan: the study plan.
         progress: the site's progress log.
+        run_folder: the run's folder at this site, whose split is followed; None for the split of now.
 
     Attributes:
         annotated: the plan's classes (from 1) that the site's labels mark.
+        split_sha256: hash of the run's split; None without a run.
 
     Raises:
         ConfigError: folders or lists in the YAML are invalid, or the site has nothing to learn from.
+        SplitChangedError: the split is not the one that the run began with.
     """
 
-    def __init__(self, config: SiteConfig, plan: Plan, progress: ProgressLog) -> None:
+    def __init__(self, config: SiteConfig, plan: Plan, progress: ProgressLog, run_folder: Path | None = None) -> None:
         self._config, self._plan, self._progress = config, plan, progress
         self._found: Inventory = inventory(config, plan)
+        self.split_sha256: str | None = None
+        if run_folder is not None:
+            patients = read_patients(config.data.images) or {}
+            split = run_split(run_folder, config.storage.folder, self._found, patients)
+            kept = tuple(case for case in self._found.cases if case.id in split.roles)
+            self._found, self.split_sha256 = replace(self._found, cases=kept), split.sha256
         self._checked = False
         self._index = FileIndex(config.storage.folder / "files.jsonl")
         self._quarantined: dict[str, Quarantined] = {q.id: q for q in self._found.quarantined}
