@@ -20,7 +20,7 @@ def fingerprint(
     plan: Annotated[Path, typer.Option(help="A draft of the plan: its classes and channels matter.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file for the lead.")],
 ) -> None:
-    """Write rounded aggregates over this site's patients, for the lead to derive a plan from. Read it before sending it.
+    """Write rounded aggregates over this site's patients, from which the lead derives a plan. Read it before sending.
 
     Nothing of fewer patients than egress.minimum_patients is in it; it is logged in audit.jsonl like all that leaves.
 
@@ -50,7 +50,7 @@ def derive_plan(
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write.")],
     memory_gb: Annotated[float, typer.Option(help="Memory that a training step may take.", min=0.1)] = 8.0,
 ) -> None:
-    """Derive one plan for all sites from their fingerprints, with the reasons, and say whose scans are unlike the others'.
+    """Derive one plan for all sites from their fingerprints, with reasons, and say whose scans are unlike the others'.
 
     Example: semisam lead plan *.fingerprint.json --draft draft.yaml -o plan.yaml
     """

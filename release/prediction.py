@@ -15,7 +15,7 @@ from release.inputs import prepared
 from release.model import ModelError, TrainedModel
 from semisam_core.data.geometry import Geometry
 from semisam_core.data.scans import resample
-from semisam_core.inference import only_connected, predict
+from semisam_core.inference import only_connected, predict, segment_original
 
 SLAB_BYTES = 1 << 29  # of probabilities on the scan's own grid at a time
 
@@ -70,11 +70,15 @@ class Predictor:
         Raises:
             CaseError: the scan has voxels that are not finite.
         """
+        classes = self.plan.task.classes
+        if len(self.models) == 1 and not uncertainty:
+            scan = prepared(stack, grid, name, self.plan)
+            indices = segment_original(self.models[0].specialist, scan, self.plan, self.device)
+            return self._result(indices, None, grid)
         found = []
         for model in self.models:
             scan = prepared(stack, grid, name, model.plan)
             found.append((predict(model.specialist, scan.image, model.plan, self.device), scan.grid))
-        classes = self.plan.task.classes
         indices = torch.empty(grid.shape, dtype=torch.int64)
         unsure = np.empty(grid.shape, dtype=np.float32) if uncertainty else None
         for part, slab in _slabs(grid, 1 + len(classes)):
@@ -82,10 +86,13 @@ class Predictor:
             indices[:, :, part] = probability.argmax(0)
             if unsure is not None:
                 unsure[:, :, part] = _entropy(probability).numpy()
-        indices = only_connected(indices, self.plan)
+        return self._result(only_connected(indices, self.plan), unsure, grid)
+
+    def _result(self, indices: Tensor, unsure: NDArray[np.float32] | None, grid: Geometry) -> Segmentation:
+        classes = self.plan.task.classes
         values = np.array([0, *(each.label_values[0] for each in classes)], dtype=np.uint16)
         voxel_ml = abs(float(np.linalg.det(grid.affine.numpy()[:3, :3]))) / 1000
-        counts = torch.bincount(indices.flatten(), minlength=1 + len(classes)).tolist()
+        counts = torch.bincount(indices.flatten().long(), minlength=1 + len(classes)).tolist()
         volumes = {each.name: round(count * voxel_ml, 4) for each, count in zip(classes, counts[1:], strict=True)}
         return Segmentation(values[indices.numpy()], unsure, volumes)
 

@@ -52,12 +52,12 @@ def derive(draft: Plan, sites: Sequence[SiteFingerprint], memory_gb: float) -> P
     content["data"]["patch"] = list(patch)
     content["specialist"] = {"name": "dynunet", "arguments": arguments, "statistics": None}
     reasons["data", "patch"] = (
-        f"The median scan has about {shape[0]} x {shape[1]} x {shape[2]} voxels at this spacing; the largest patch of its "
-        f"proportions whose training step takes at most {memory_gb:g} GB."
+        f"The median scan has about {shape[0]} x {shape[1]} x {shape[2]} voxels at this spacing; the largest patch of "
+        f"its proportions whose training step takes at most {memory_gb:g} GB."
     )
     reasons["specialist", "name"] = (
-        f"nnU-Net's U-Net: an axis is halved while its patch keeps {SMALLEST_LEVEL} voxels, long voxels later than short "
-        "ones."
+        f"nnU-Net's U-Net: an axis is halved while its patch keeps {SMALLEST_LEVEL} voxels, long voxels later than "
+        "short ones."
     )
     if content["pseudo_labels"] is not None:
         _gates(draft, sites, content["pseudo_labels"], reasons)
@@ -73,7 +73,8 @@ def _spacing(sites: Sequence[SiteFingerprint], reasons: dict[tuple[str, ...], st
     if medians[long] / max(others) >= ANISOTROPIC:
         fine = float(weighted_median(sites, f"spacing_mm.{AXES[long]}.p10") or medians[long])
         chosen[long] = max(fine, max(others))
-        reason += f" {AXES[long]}: the 10th percentile, since voxels there are {medians[long] / max(others):.1f} times longer."
+        times = medians[long] / max(others)
+        reason += f" {AXES[long]}: the 10th percentile, since voxels there are {times:.1f} times longer."
     by_site = "; ".join(
         f"{each.site} " + " x ".join(f"{each.fingerprint[f'spacing_mm.{axis}.median']:g}" for axis in AXES)
         for each in sites
@@ -130,7 +131,8 @@ def _network(
 
 
 def _levels(patch: Sequence[float], spacing: tuple[float, float, float]) -> tuple[dict[str, Any], Triple]:
-    sizes, steps, strides, kernels = list(patch), list(spacing), [], [_kernel(spacing)]
+    sizes, steps, kernels = list(patch), list(spacing), [_kernel(spacing)]
+    strides: list[list[int]] = []
     while len(strides) < MOST_LEVELS - 1:
         shortest = min(steps)
         halve = [size / 2 >= SMALLEST_LEVEL and step < 2 * shortest for size, step in zip(sizes, steps, strict=True)]
@@ -168,7 +170,8 @@ def _gates(
     section["gates"]["minimum_volume_ml"] = float(f"{min(low) / ROOM:.2g}")
     section["gates"]["maximum_volume_ml"] = float(f"{max(high) * ROOM:.2g}")
     reasons["pseudo_labels", "gates"] = (
-        f"Volumes: structures have {min(low):g} to {max(high):g} ml (10th to 90th percentile), with room of {ROOM:g} times."
+        f"Volumes: structures have {min(low):g} to {max(high):g} ml (10th to 90th percentile), with room of {ROOM:g} "
+        "times."
     )
     spread = max(math.log(h / lo) / 2.563 for lo, h in zip(lows, highs, strict=True) if lo and h)  # 80 % of a normal
     if section["method"] == "evidence":
