@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.volumeutils import apply_read_scaling
 from numpy.typing import NDArray
 
 from semisam_core.data.geometry import Geometry
@@ -47,10 +48,22 @@ class NiftiVolume:
             CaseError: the file is truncated or damaged.
         """
         try:
-            array = np.asarray(self.file.dataobj, dtype=np.float32)
+            array = _scaled(self.file.dataobj)
         except Exception as error:  # noqa: BLE001 - nibabel, zlib and gzip raise many kinds for a bad file
             raise _unreadable(self.case_id, self.what, error) from None
         return array.reshape(self.geometry.shape)
+
+
+def _scaled(data: Any) -> NDArray[np.float32]:
+    """Return what `np.asarray(data, dtype=float32)` does; where the header scales, without a float64 copy of all."""
+    stored = data.get_unscaled()
+    if data.slope == 1 and data.inter == 0:
+        return np.asarray(stored, dtype=np.float32)
+    array = np.empty(stored.shape, np.float32, order="F")
+    for plane in range(stored.shape[-1]):
+        part = slice(plane, plane + 1)
+        array[..., part] = apply_read_scaling(stored[..., part], np.asanyarray(data.slope), np.asanyarray(data.inter))
+    return array
 
 
 def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
