@@ -215,6 +215,22 @@ def annotated_classes(config: SiteConfig, plan: Plan) -> tuple[int, ...]:
     return tuple(k for k, name in enumerate(names, start=1) if name in config.data.labeled_classes)
 
 
+def site_cases(config: SiteConfig, channels: int) -> Inventory:
+    """Find the site's cases by file names alone.
+
+    Args:
+        config: the site's YAML.
+        channels: number of channels per case.
+
+    Raises:
+        ConfigError: folders or lists are invalid.
+    """
+    labeled = None if config.data.labeled == "all" else config.data.labeled
+    return find_cases(
+        config.data.images, config.data.labels, channels, labeled, config.data.validation, config.data.excluded
+    )
+
+
 def inventory(config: SiteConfig, plan: Plan) -> Inventory:
     """Find the site's cases and check that it has something to learn from under the plan.
 
@@ -223,15 +239,7 @@ def inventory(config: SiteConfig, plan: Plan) -> Inventory:
             plan's generalists.
     """
     annotated_classes(config, plan)
-    labeled = None if config.data.labeled == "all" else config.data.labeled
-    found = find_cases(
-        config.data.images,
-        config.data.labels,
-        len(plan.task.channels),
-        labeled,
-        config.data.validation,
-        config.data.excluded,
-    )
+    found = site_cases(config, len(plan.task.channels))
     has_label = any(case.role is Role.LABELED for case in found.cases)
     if plan.pseudo_labels is not None and not has_label and not usable_generalists(config, plan):
         raise ConfigError(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from semisam_core.data.cases import Case
 from semisam_core.data.geometry import Geometry, axis_change, check_same_grid
 from semisam_core.data.labels import class_indices
-from semisam_core.data.nifti import NiftiVolume, by_axis, open_nifti
+from semisam_core.data.nifti import NiftiVolume, check_memory, open_nifti
 from semisam_core.errors import CaseError
 from semisam_core.files import save_tensors
 from semisam_core.plan import Plan
@@ -77,7 +76,7 @@ def load_scan(case: Case, plan: Plan, prepared: Path | None = None, memory_gb: f
     """
     channels = [open_nifti(path, case.id, "image") for path in case.images]
     if memory_gb is not None:
-        _check_memory(case.id, channels, plan.data, memory_gb)
+        check_memory(case.id, channels, plan.data.spacing_mm, memory_gb)
     path = prepared / f"{_prepared_key(case, plan)}.safetensors" if prepared is not None else None
     if path is not None and (kept := _read_prepared(path, case.id)):
         return kept
@@ -125,20 +124,6 @@ def resample(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
     )
     tensor: Tensor = moved.as_tensor()
     return tensor
-
-
-def _check_memory(case_id: str, channels: Sequence[NiftiVolume], data: Data, memory_gb: float) -> None:
-    original = channels[0].geometry
-    along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(original)
-    grid = [math.ceil(extent / step) for extent, step in zip(along_ras.extent_mm, data.spacing_mm, strict=True)]
-    voxels = max(math.prod(grid), *(math.prod(each.geometry.shape) for each in channels))
-    needed_gb = len(channels) * voxels * 4 / 1e9
-    if needed_gb > memory_gb:
-        raise CaseError(
-            f"{case_id}: the image would take {needed_gb:.3g} GB of memory, storage.memory_gb allows {memory_gb:g}. It "
-            f"has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm; on the plan's grid its shape "
-            f"would be about {tuple(grid)}. Correct the voxel size if it is wrong, or raise storage.memory_gb."
-        )
 
 
 def _prepare(case: Case, channels: Sequence[NiftiVolume], plan: Plan) -> Scan:
