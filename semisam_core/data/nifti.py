@@ -111,7 +111,7 @@ def check_memory(
     needed_gb = len(channels) * voxels * 4 / 1e9
     if needed_gb > memory_gb:
         raise CaseError(
-            f"{case_id}: the image would take {needed_gb:.3g} GB of memory, storage.memory_gb allows {memory_gb:g}. It "
+            f"{case_id}: the {channels[0].what} would take {needed_gb:.3g} GB of memory, storage.memory_gb allows {memory_gb:g}. It "
             f"has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm{onto_grid}. Correct the voxel "
             "size if it is wrong, or raise storage.memory_gb."
         )
