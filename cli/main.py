@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli.data_commands import app as data_app
 from cli.errors import readable_errors
 from cli.lead_commands import app as lead_app
 from cli.site_commands import app as site_app
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated, annotation-efficient 3D segmentation with frozen promptable foundation models.",
 )
+app.add_typer(data_app, name="data")
 app.add_typer(lead_app, name="lead")
 app.add_typer(site_app, name="site")
 console = Console()

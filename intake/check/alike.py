@@ -12,8 +12,9 @@ FEWEST = 8
 FARTHEST = 6.0
 """Modified z-score beyond which a case is an outlier. Iglewicz and Hoaglin (1993) recommend 3.5 for the normal
 distribution; ratios of volumes and voxel sizes have longer tails."""
-NEAR = 0.9995
-"""Correlation of miniatures from which two scans may be one."""
+NEAR = 0.999
+"""Correlation of miniatures from which two scans may be one. The closest two patients of 48 left-atrium scans reach
+0.966, those of 160 hippocampus scans 0.919."""
 
 
 def sharing(keys: Mapping[str, Iterable[Hashable]]) -> list[list[str]]:

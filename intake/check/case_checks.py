@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from intake.check.facts import CaseFacts, Terms
+from intake.check.facts import CaseFacts, ClassFacts, Terms
 from intake.check.findings import CaseCheck, Severity
 from intake.check.plausibility import (
     EMPTY_LABEL,
@@ -117,8 +117,8 @@ def oblique(case: CaseFacts, terms: Terms) -> Iterator[str]:
     """The axes of the file are far from the patient's."""
     if case.channels and (angle := obliquity_degrees(case.channels[0].geometry)) > OBLIQUE_DEGREES:
         yield (
-            f"its axes are turned by up to {angle:.0f} degrees against the patient's, so bringing it to the plan's grid "
-            "blurs it and adds empty corners."
+            f"its axes are turned by up to {angle:.0f} degrees against the patient's, so bringing it to the plan's "
+            "grid blurs it and adds empty corners."
         )
 
 
@@ -151,8 +151,8 @@ def label_not_whole(case: CaseFacts, terms: Terms) -> Iterator[str]:
         shown = ", ".join(f"{value:g}" for value in case.label.not_whole[:5])
         more = ", ..." if len(case.label.not_whole) > 5 else ""
         yield (
-            f"the label has the values {shown}{more}. Values between whole numbers come from interpolation: resample labels "
-            "with nearest neighbour."
+            f"the label has the values {shown}{more}. Values between whole numbers come from interpolation: resample "
+            "labels with nearest neighbour."
         )
 
 
@@ -179,11 +179,14 @@ def label_unlisted(case: CaseFacts, terms: Terms) -> Iterator[str]:
 
 def specks(case: CaseFacts, terms: Terms) -> Iterator[str]:
     """Tiny pieces of a structure apart from the rest of it."""
-    for each in case.label.classes if case.label is not None else ():
+    said = []
+    for each in _on_image(case):
         limit = min(SPECK_ML, SPECK_SHARE * each.components_ml[0])
-        tiny = [volume for volume in each.components_ml if volume <= limit]
+        tiny = sum(volume <= limit for volume in each.components_ml)
         if tiny:
-            yield f"{each.name} has {len(tiny)} of {len(each.components_ml)} pieces of at most {limit:.2g} ml."
+            said.append(f"{tiny} of {len(each.components_ml)} pieces of {each.name} measure at most {limit:.2g} ml")
+    if said:
+        yield f"{'; '.join(said)}. Are they slips of the brush?"
 
 
 def outside_body(case: CaseFacts, terms: Terms) -> Iterator[str]:
@@ -191,16 +194,21 @@ def outside_body(case: CaseFacts, terms: Terms) -> Iterator[str]:
     for each in case.label.classes if case.label is not None else ():
         if each.outside_body is not None and each.outside_body > OUTSIDE_SHARE:
             yield (
-                f"{each.outside_body:.0%} of {each.name} lies outside of the body. Does the label belong to this scan, or "
-                "is it flipped?"
+                f"{each.outside_body:.0%} of {each.name} lies outside of the body. Does the label belong to this scan, "
+                "or is it flipped?"
             )
 
 
 def at_border(case: CaseFacts, terms: Terms) -> Iterator[str]:
     """A structure that may be cut off by the end of the volume."""
-    for each in case.label.classes if case.label is not None else ():
-        if each.touches:
-            yield f"{each.name} touches the end of the volume ({', '.join(each.touches)}) and may be cut off."
+    cut = [f"{each.name} ({', '.join(each.touches)})" for each in _on_image(case) if each.touches]
+    if cut:
+        yield f"the label reaches the end of the volume, so a structure may be cut off: {', '.join(cut)}."
+
+
+def _on_image(case: CaseFacts) -> tuple[ClassFacts, ...]:
+    """Return what the label marks, if it lies on the image."""
+    return case.label.classes if case.label is not None and case.label.off_grid is None else ()
 
 
 def obliquity_degrees(geometry: Geometry) -> float:
@@ -220,10 +228,16 @@ CASE_CHECKS = (
     CaseCheck("readable", PROBLEM, "a 3D NIfTI volume of one real number a voxel, one file per channel", unreadable),
     CaseCheck("size", PROBLEM, "an image within storage.memory_gb, as stored and on the plan's grid", too_large),
     CaseCheck(
-        "channels-grid", PROBLEM, f"channels of one shape, corners within {CORNER_TOLERANCE_VOXELS:g} voxels", channels_apart
+        "channels-grid",
+        PROBLEM,
+        f"channels of one shape, corners within {CORNER_TOLERANCE_VOXELS:g} voxels",
+        channels_apart,
     ),
     CaseCheck(
-        "label-grid", PROBLEM, f"a label of the image's shape, corners within {CORNER_TOLERANCE_VOXELS:g} voxels", label_apart
+        "label-grid",
+        PROBLEM,
+        f"a label of the image's shape, corners within {CORNER_TOLERANCE_VOXELS:g} voxels",
+        label_apart,
     ),
     CaseCheck("finite", PROBLEM, "finite voxels; NaN in the background if the plan says data.nan: zero", not_finite),
     CaseCheck("constant", PROBLEM, "an image with more than one value", one_value),
@@ -239,10 +253,10 @@ CASE_CHECKS = (
     CaseCheck("converted", WARNING, "sizes in millimetres, label values stored as whole numbers", converted),
     CaseCheck("modality", WARNING, "CT in HU, MR magnitudes and PET uptake from 0 up", modality, needs_plan=True),
     CaseCheck("label-empty", WARNING, "a label that marks something", label_empty),
-    CaseCheck("label-unlisted", WARNING, "labels of the classes in data.labeled_classes", label_unlisted, needs_plan=True),
     CaseCheck(
-        "label-specks", WARNING, f"pieces over {SPECK_ML:g} ml or over {SPECK_SHARE:.0%} of the largest", specks
+        "label-unlisted", WARNING, "labels of the classes in data.labeled_classes", label_unlisted, needs_plan=True
     ),
+    CaseCheck("label-specks", WARNING, f"pieces over {SPECK_ML:g} ml or over {SPECK_SHARE:.0%} of the largest", specks),
     CaseCheck(
         "label-in-body",
         WARNING,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from client.site_config import SiteConfig, annotated_classes, inventory, site_cases
@@ -21,6 +21,7 @@ from semisam_core.plan import Plan
 from semisam_core.progress import ProgressCallback
 
 MOST_CHANNELS = 8
+MOST_PICTURES = 300
 LISTED = "images and labels under one name, and a label for each case that is listed with one"
 
 
@@ -62,14 +63,30 @@ class DataCheck:
         """Return the number of cases in a role."""
         return sum(case.role is role for case in self.cases)
 
+    @property
+    def sound(self) -> bool:
+        """Whether there is no problem."""
+        return not self.of(Severity.PROBLEM)
+
+    def counts(self) -> dict[str, int]:
+        """Return numbers of problems, warnings and cases by role, and of patients where they are known."""
+        counts = {"problems": len(self.of(Severity.PROBLEM)), "warnings": len(self.of(Severity.WARNING))}
+        counts |= {"cases": len(self.cases)} | {role.value: self.count(role) for role in Role}
+        return counts | ({"patients": self.patients} if self.patients else {})
+
+    def reasons_not_done(self) -> dict[str, list[str]]:
+        """Return the names of checks that were not done, by reason."""
+        reasons: dict[str, list[str]] = {}
+        for each in self.not_done:
+            reasons.setdefault(each.reason, []).append(each.check)
+        return reasons
+
     def as_json(self) -> dict[str, Any]:
         """Return plain values: counts, findings, and the checks that were not done."""
         return {
             "site": self.site,
             "plan": self.terms.plan.hash if self.terms.plan is not None else None,
-            "cases": {role.value: self.count(role) for role in Role},
-            "problems": len(self.of(Severity.PROBLEM)),
-            "warnings": len(self.of(Severity.WARNING)),
+            "counts": self.counts(),
             "findings": [asdict(finding) for finding in self.findings],
             "done": list(self.done),
             "not_done": [asdict(each) for each in self.not_done],
@@ -94,7 +111,7 @@ def check_site_data(config: SiteConfig, plan: Plan | None, progress: ProgressCal
     facts: list[CaseFacts] = []
     for done, case in enumerate(found.cases):
         progress(done, len(found.cases))
-        facts.append(examine_case(case, terms))
+        facts.append(_keep(examine_case(case, terms), done))
     progress(len(found.cases), len(found.cases))
     patients, manifest_problem = read_patients(config.data.images)
     site = Site(facts, {case.id: patients[case.id] for case in facts if case.id in patients})
@@ -144,6 +161,11 @@ def channel_names(config: SiteConfig) -> tuple[str, ...]:
     if sets != {frozenset(range(count))} or not 1 < count <= MOST_CHANNELS:
         return ("image",)
     return tuple(f"channel {number}" for number in range(count))
+
+
+def _keep(case: CaseFacts, number: int) -> CaseFacts:
+    """Drop the pictures after the first `MOST_PICTURES`: each takes some 15 KB in memory and in the report."""
+    return case if number < MOST_PICTURES else replace(case, picture=None)
 
 
 def _stems(config: SiteConfig, labels: bool = False) -> list[str]:

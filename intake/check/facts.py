@@ -39,7 +39,7 @@ class Intensities:
         nan_in_label: number of NaN voxels where the label marks something.
         minimum: smallest finite value.
         maximum: largest finite value.
-        percentiles: the 0.5th, 5th, 50th, 95th and 99.5th of the finite values; those of a regular sample of a large scan.
+        percentiles: the 0.5th, 5th, 50th, 95th and 99.5th of the finite values, or of a regular sample of a large scan.
     """
 
     nan: int
@@ -66,8 +66,8 @@ class ChannelFacts:
         notes: sentences on conversions when it was opened.
         intensities: its values; None if there is no finite one.
         contents: hashes of its voxels, in the file's order and in the order of the patient's axes.
-        miniature: (512,) its means in 8 x 8 x 8 blocks along the patient's axes, scaled to mean 0 and length 1; zeros if
-            they are all equal.
+        miniature: (512,) its means in 8 x 8 x 8 blocks along the patient's axes, scaled to mean 0 and length 1; zeros
+            if they are all equal.
     """
 
     name: str

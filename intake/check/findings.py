@@ -71,7 +71,8 @@ class CaseCheck:
 
     def findings(self, case: CaseFacts, terms: Terms) -> list[Finding]:
         """Return what the check finds in one case."""
-        return [Finding(self.name, self.severity, case.id, said, self.accepted) for said in self.look(case, terms)]
+        said = [each.removeprefix(f"{case.id}: ") for each in self.look(case, terms)]
+        return [Finding(self.name, self.severity, case.id, each, self.accepted) for each in said]
 
 
 @dataclass(frozen=True)

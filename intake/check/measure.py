@@ -46,7 +46,7 @@ def measure_intensities(voxels: Volume, structures: NDArray[np.uint8] | None) ->
         nan += int(missing.sum())
         infinite += int(slab.size - finite.sum() - missing.sum())
         if structures is not None and missing.any():
-            hidden += int((missing & (structures[where] > 0)).sum())
+            hidden += int((missing & (structures[..., where] > 0)).sum())
         if finite.any():
             lowest = min(lowest, float(slab.min(where=finite, initial=np.inf)))
             highest = max(highest, float(slab.max(where=finite, initial=-np.inf)))
@@ -74,23 +74,24 @@ def label_values(voxels: Volume) -> tuple[NDArray[np.float32], bool]:
 def content_hashes(voxels: Volume, geometry: Geometry) -> frozenset[str]:
     """Return hashes that stay the same if a scan is saved under another header, compression or voxel type.
 
-    One is of the voxels in the file's order, one in the order of the patient's axes: two files are the same scan if they
-    share either.
+    One is of the voxels in the file's order, one in the order of the patient's axes: two files are the same scan if
+    they share either.
     """
-    return frozenset({_hash(voxels), _hash(_along_patient(voxels, geometry))})
+    turned = _along_patient(voxels, geometry)
+    same = turned.shape == voxels.shape and turned.strides == voxels.strides
+    return frozenset({_hash(voxels)} if same else {_hash(voxels), _hash(turned)})
 
 
 def miniature(voxels: Volume, geometry: Geometry) -> NDArray[np.float32]:
     """Return a scan's means in 8 x 8 x 8 blocks, scaled to mean 0 and length 1, (512,); zeros if all are equal."""
     turned = _along_patient(voxels, geometry)
     small = np.zeros((MINIATURE,) * 3)
-    edges = [np.linspace(0, side, MINIATURE + 1).astype(int) for side in turned.shape]
-    for x in range(MINIATURE):
-        block = np.nan_to_num(turned[edges[0][x] : max(edges[0][x + 1], edges[0][x] + 1)], posinf=0.0, neginf=0.0)
-        plane = block.mean(axis=0, dtype=np.float64)
-        for y in range(MINIATURE):
-            row = plane[edges[1][y] : max(edges[1][y + 1], edges[1][y] + 1)].mean(axis=0)
-            small[x, y] = [row[a : max(b, a + 1)].mean() for a, b in zip(edges[2][:-1], edges[2][1:], strict=True)]
+    x, y, z = ([_block(side, k) for k in range(MINIATURE)] for side in turned.shape)
+    for k, last in enumerate(z):
+        plane = np.nan_to_num(turned[..., last], posinf=0.0, neginf=0.0).mean(axis=2, dtype=np.float64)
+        for i, first in enumerate(x):
+            row = plane[first].mean(axis=0)
+            small[i, :, k] = [row[second].mean() for second in y]
     centred = small.ravel() - small.mean()
     length = float(np.linalg.norm(centred))
     if length <= 1e-9 * max(1.0, float(np.abs(small).max())):
@@ -141,8 +142,8 @@ def body_step(shape: tuple[int, ...]) -> int:
 def find_body(voxels: Volume, modality: str | None) -> NDArray[np.bool_] | None:
     """Return where the patient is, at every `body_step`-th voxel; None for PET and other scans without a visible body.
 
-    Everything brighter than air, its largest component, holes filled, and a margin of two voxels. Air is below -500 HU in
-    CT, and below half of Otsu's threshold in MR.
+    Everything brighter than air, its largest component, holes filled, and a margin of two voxels. Air is below -500 HU
+    in CT, and below half of Otsu's threshold in MR.
     """
     if modality not in ("CT", "MR"):
         return None
@@ -168,6 +169,12 @@ def find_body(voxels: Volume, modality: str | None) -> NDArray[np.bool_] | None:
     return inner
 
 
+def _block(side: int, k: int) -> slice:
+    """Return the k-th of `MINIATURE` parts of an axis, at least one voxel wide."""
+    first, end = (side * edge // MINIATURE for edge in (k, k + 1))
+    return slice(first, max(end, first + 1))
+
+
 def _touched(box: tuple[slice, ...], geometry: Geometry) -> tuple[str, ...]:
     sides = []
     for part, length, towards in zip(box, geometry.shape, geometry.axes, strict=True):
@@ -188,16 +195,18 @@ def _along_patient(voxels: Volume, geometry: Geometry) -> Volume:
 def _hash(voxels: Volume) -> str:
     digest = hashlib.sha256(str(voxels.shape).encode())
     for _, slab in _slabs(voxels):
-        same = np.where(np.isnan(slab), np.float32(np.nan), slab) + np.float32(0.0)  # one NaN, and no -0.0
-        digest.update(np.ascontiguousarray(same, "<f4").tobytes())
+        same = slab + np.float32(0.0)  # no -0.0
+        same[np.isnan(same)] = np.nan  # one NaN
+        digest.update(np.ascontiguousarray(same.T, "<f4").data)
     return digest.hexdigest()
 
 
 def _slabs(voxels: Volume) -> Iterator[tuple[slice, NDArray[Any]]]:
-    thickness = max(1, SLAB_VOXELS // max(1, voxels[0].size))
-    for first in range(0, voxels.shape[0], thickness):
+    """Yield slabs along the last axis, along which NIfTI files are laid out, and where each is."""
+    thickness = max(1, SLAB_VOXELS // max(1, voxels[..., 0].size))
+    for first in range(0, voxels.shape[-1], thickness):
         where = slice(first, first + thickness)
-        yield where, voxels[where]
+        yield where, voxels[..., where]
 
 
 def _sample(voxels: Volume) -> Volume:

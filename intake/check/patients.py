@@ -58,8 +58,8 @@ def patients_of(entries: Collection[Any]) -> dict[str, str]:
 def name_groups(names: Collection[str]) -> dict[str, list[str]]:
     """Return cases whose names differ only in their last part, where that suggests one patient: by the common part.
 
-    `patient007_frame01` and `patient007_frame12` are a group. A common part without a digit names a data set rather than
-    a patient (`la_001`), and so does one that all cases share (`atrium2018_001`).
+    `patient007_frame01` and `patient007_frame12` are a group. A common part without a digit names a data set rather
+    than a patient (`la_001`), and so does one that all cases share (`atrium2018_001`).
 
     >>> name_groups(["patient007_a", "patient007_b", "patient008_a", "la_001", "la_002"])
     {'patient007': ['patient007_a', 'patient007_b']}

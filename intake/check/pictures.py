@@ -90,7 +90,7 @@ def draw_planes(planes: Sequence[Plane], window: Window) -> bytes:
 
 
 def _as_seen(volume: NDArray[Any], axis: int, index: int) -> NDArray[Any]:
-    plane = np.take(volume, index, axis=axis)  # (across, up), both towards R, A or S
+    plane = volume[(slice(None),) * axis + (index,)]  # (across, up), both towards R, A or S
     return plane.T[::-1, ::-1]
 
 

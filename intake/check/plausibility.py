@@ -1,4 +1,4 @@
-"""What is plausible for a scan or a label, as sentences; `semisam data check` and `semisam site doctor` both say them."""
+"""What is plausible for a scan or a label, in sentences that `semisam data check` and `semisam site doctor` share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _WORDS: dict[Modality, frozenset[str]] = {
     "CT": frozenset({"ct", "cta", "cect", "ncct", "cbct", "hu"}),
     "PET": frozenset({"pet", "suv", "fdg", "psma"}),
     "MR": frozenset(
-        "mr mri t1 t1w t1c t1ce t1gd t1n t2 t2w t2f flair lge cine bssfp ssfp dwi adc dce swi pd pdw mra tof".split()
+        ("mr", "mri", "mra", "t1", "t1w", "t1n", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "pd", "pdw", "flair", "lge")
+        + ("cine", "bssfp", "ssfp", "dwi", "adc", "dce", "swi", "tof")
     ),
 }
 
@@ -90,12 +91,14 @@ def implausible_intensities(
                 "rescale slope and intercept lost, or was the scan normalised or cropped inside the body?"
             )
         if maximum > CT_HIGHEST_HU:
-            said.append(f"the largest value is {maximum:.4g}, beyond any Hounsfield unit. Is it an overflow or a marker?")
+            said.append(
+                f"the largest value is {maximum:.4g}, beyond any Hounsfield unit. Is it an overflow or a marker?"
+            )
     elif modality is not None and minimum < -RINGING * max(highest - minimum, 0.0):
         kind = "MR magnitudes are" if modality == "MR" else "PET uptake is"
         said.append(
-            f"the smallest value is {minimum:.4g}, but {kind} not negative. Was the scan normalised, or was an unsigned "
-            "file read as signed?"
+            f"the smallest value is {minimum:.4g}, but {kind} not negative. Was the scan normalised, or was an "
+            "unsigned file read as signed?"
         )
     if modality == "PET" and suv and highest > SUV_HIGHEST:
         said.append(f"the 99.5th percentile is {highest:.4g}, too high for SUV. Is the scan in Bq/ml?")

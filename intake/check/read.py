@@ -186,7 +186,7 @@ class _Examination:
 
     def _structures(self, voxels: measure.Volume, whole: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Return the plan's classes, or without a plan the values themselves; anything else is background."""
-        structures = np.zeros(voxels.shape, np.uint8)
+        structures = np.zeros_like(voxels, np.uint8)
         plan = self.terms.plan
         known = {int(value): int(value) for value in np.rint(whole) if 0 < value <= CLIPPED_AT}
         if plan is not None:
@@ -208,6 +208,4 @@ class _Examination:
         if label.structures is None:
             return label.facts
         names = dict(enumerate(self.terms.plan.class_names, start=1)) if self.terms.plan is not None else {}
-        return replace(
-            label.facts, classes=measure.measure_classes(label.structures, label.geometry, names, body)
-        )
+        return replace(label.facts, classes=measure.measure_classes(label.structures, label.geometry, names, body))

@@ -20,6 +20,8 @@ from semisam_core.data.nifti import by_axis
 RELATIVE_FLOOR = 0.05
 """Least spread, as a logarithm: cases within a factor of 1.5 of the median are never outliers."""
 RARE = 0.1
+MANY = 0.1
+"""Share of cases beyond which odd ones are a group rather than exceptions."""
 PROBLEM, WARNING = Severity.PROBLEM, Severity.WARNING
 Found = Iterator[tuple[str | None, str]]
 
@@ -37,8 +39,8 @@ def leak_by_content(site: Site, terms: Terms) -> Found:
         if _crosses(group, site.cases):
             yield (
                 group[0],
-                f"{', '.join(group)} are the same scan, and it is used for both training and validation: scores would be "
-                "too good. Exclude all but one.",
+                f"{', '.join(group)} are the same scan, and it is used for both training and validation: scores would "
+                "be too good. Exclude all but one.",
             )
 
 
@@ -60,8 +62,8 @@ def leak_by_name(site: Site, terms: Terms) -> Found:
         if _crosses(group, site.cases):
             yield (
                 group[0],
-                f"{', '.join(group)} are all named {common}..., and are used for both training and validation. If that is "
-                "one patient, move them to one side.",
+                f"{', '.join(group)} are all named {common}..., and are used for both training and validation. If that "
+                "is one patient, move them to one side.",
             )
 
 
@@ -73,8 +75,8 @@ def near_copies(site: Site, terms: Terms) -> Found:
         if {first, second} not in exact:
             yield (
                 first,
-                f"{first} and {second} look the same (correlation {match:.4f} of 8 x 8 x 8 block means). If one is a copy "
-                "of the other, exclude it.",
+                f"{first} and {second} look the same (correlation {match:.4f} of 8 x 8 x 8 block means). If one is a "
+                "copy of the other, exclude it.",
             )
 
 
@@ -102,14 +104,18 @@ def odd_axes(site: Site, terms: Terms) -> Found:
     usual, count = Counter(axes.values()).most_common(1)[0]
     for name, found in axes.items():
         if found != usual and count > len(axes) / 2:
-            yield name, f"it is stored along the axes {found}, most cases along {usual}. Was it exported in another way?"
+            yield (
+                name,
+                f"it is stored along the axes {found}, most cases along {usual}. Was it exported in another way?",
+            )
 
 
 def odd_spacing(site: Site, terms: Terms) -> Found:
     """A voxel size apart from the others'."""
     yield from _odd_by_axis(
         site,
-        "voxels of {} mm",
+        "voxel sizes",
+        "mm",
         lambda geometry: [math.log(side) for side in geometry.spacing_mm],
         lambda geometry: geometry.spacing_mm,
     )
@@ -118,7 +124,11 @@ def odd_spacing(site: Site, terms: Terms) -> Found:
 def odd_shape(site: Site, terms: Terms) -> Found:
     """A number of voxels apart from the others'."""
     yield from _odd_by_axis(
-        site, "the shape {}", lambda geometry: [math.log(side) for side in geometry.shape], lambda geometry: geometry.shape
+        site,
+        "shapes",
+        "voxels",
+        lambda geometry: [math.log(side) for side in geometry.shape],
+        lambda geometry: geometry.shape,
     )
 
 
@@ -136,24 +146,29 @@ def odd_intensities(site: Site, terms: Terms) -> Found:
         width = outliers([math.log(found.width) for _, found in known], RELATIVE_FLOOR)
         typical = sorted(found.width for _, found in known)[len(known) // 2]
         middle = outliers([found.percentiles[2] / typical for _, found in known], RELATIVE_FLOOR)
-        for (case, found), odd in zip(known, width | middle, strict=True):
-            if odd:
-                low, _, median, _, high = found.percentiles
-                yield (
-                    case,
-                    f"{name} reaches from {low:.4g} to {high:.4g} (0.5th to 99.5th percentile; median {median:.4g}), unlike "
-                    "most cases. Another scanner, protocol or scale?",
-                )
+        odd = [
+            (
+                case,
+                f"{name} reaches from {found.percentiles[0]:.4g} to {found.percentiles[4]:.4g} (0.5th to 99.5th "
+                f"percentile; median {found.percentiles[2]:.4g}), unlike most cases. Another scanner, protocol or scale?",
+            )
+            for (case, found), is_odd in zip(known, width | middle, strict=True)
+            if is_odd
+        ]
+        yield from _few_or_one(odd, len(known), f"the intensities of {name}")
 
 
 def odd_volume(site: Site, terms: Terms) -> Found:
     """A structure much larger or smaller than in other labels."""
     for name, volumes in volumes_by_class(site.cases).items():
         typical = sorted(volumes.values())[len(volumes) // 2]
-        odd = outliers([math.log(volume) for volume in volumes.values()], RELATIVE_FLOOR)
-        for (case, volume), is_odd in zip(volumes.items(), odd, strict=True):
-            if is_odd:
-                yield case, f"{name} measures {volume:.3g} ml, in most labels about {typical:.3g} ml."
+        is_odd = outliers([math.log(volume) for volume in volumes.values()], RELATIVE_FLOOR)
+        odd = [
+            (case, f"{name} measures {volume:.3g} ml, in most labels about {typical:.3g} ml.")
+            for (case, volume), apart in zip(volumes.items(), is_odd, strict=True)
+            if apart
+        ]
+        yield from _few_or_one(odd, len(volumes), f"the volumes of {name}")
 
 
 def unmarked_class(site: Site, terms: Terms) -> Found:
@@ -167,7 +182,10 @@ def unmarked_class(site: Site, terms: Terms) -> Found:
     scored = [case.label for case in site.cases if case.role is Role.VALIDATION and case.label is not None]
     missing = seen & set(terms.annotated) - {each.index for label in scored for each in label.classes}
     if scored and missing:
-        yield None, f"no validation label marks {', '.join(names[k - 1] for k in sorted(missing))}, so it is not scored."
+        yield (
+            None,
+            f"no validation label marks {', '.join(names[k - 1] for k in sorted(missing))}, so it is not scored.",
+        )
 
 
 def rare_class(site: Site, terms: Terms) -> Found:
@@ -220,24 +238,45 @@ def _pairs(group: Sequence[str]) -> list[tuple[str, str]]:
 
 def _odd_by_axis(
     site: Site,
-    shown: str,
+    what: str,
+    unit: str,
     measured: Callable[[Geometry], list[float]],
     said: Callable[[Geometry], Sequence[float]],
 ) -> Found:
     """Look for outliers along the patient's axes, and name each case once."""
-    turned = {case.id: _along_patient(case.channels[0].geometry) for case in site.cases if case.channels}
+    turned = {case.id: along_patient(case.channels[0].geometry) for case in site.cases if case.channels}
     if not turned:
         return
     values = [measured(geometry) for geometry in turned.values()]
     odd = [outliers([value[axis] for value in values], RELATIVE_FLOOR) for axis in range(3)]
     middle = [math.exp(sorted(value[axis] for value in values)[len(values) // 2]) for axis in range(3)]
-    for (case, geometry), *is_odd in zip(turned.items(), *odd, strict=True):
-        if any(is_odd):
-            found = shown.format(by_axis(said(geometry)))
-            yield case, f"it has {found} from left to right, back to front, bottom to top; most have {by_axis(middle)}."
+    apart = [
+        (
+            case,
+            f"from left to right, back to front and bottom to top it has {by_axis(said(geometry))} {unit}; the median "
+            f"is {by_axis(middle)}.",
+        )
+        for (case, geometry), *is_odd in zip(turned.items(), *odd, strict=True)
+        if any(is_odd)
+    ]
+    yield from _few_or_one(apart, len(turned), f"the {what}")
 
 
-def _along_patient(geometry: Geometry) -> Geometry:
+def _few_or_one(odd: Sequence[tuple[str, str]], cases: int, what: str) -> Found:
+    """Name each odd case, or say once that cases fall into groups if too many are odd to be exceptions."""
+    if len(odd) <= max(1, MANY * cases):
+        yield from odd
+        return
+    named = ", ".join(name for name, _ in odd[:5]) + (", ..." if len(odd) > 5 else "")
+    yield (
+        None,
+        f"{what} differ widely: {len(odd)} of {cases} cases lie far from the median ({named}). Do they come from "
+        "several scanners, protocols or scales? The charts show them.",
+    )
+
+
+def along_patient(geometry: Geometry) -> Geometry:
+    """Return the geometry with its axes closest to R, A, S."""
     target = Geometry(geometry.shape, torch.eye(4, dtype=torch.float64))
     return axis_change(geometry, target).geometry(geometry)
 
@@ -252,11 +291,19 @@ SITE_CHECKS = (
     SiteCheck("duplicate-label", WARNING, "each scan with a label of its own", same_label),
     SiteCheck("duplicate-channel", WARNING, "channels that differ", same_channel),
     SiteCheck("labeled", WARNING, "some labeled cases", nothing_labeled),
-    SiteCheck("classes", WARNING, "each class in at least one label, and in one for validation", unmarked_class, needs_plan=True),
+    SiteCheck(
+        "classes",
+        WARNING,
+        "each class in at least one label, and in one for validation",
+        unmarked_class,
+        needs_plan=True,
+    ),
     SiteCheck("rare-class", WARNING, f"each class in more than {RARE:.0%} of the labels", rare_class, fewest=FEWEST),
     SiteCheck("stored-axes", WARNING, "files stored along the same axes", odd_axes, fewest=FEWEST),
     SiteCheck("spacing-outlier", WARNING, "a voxel size like that of the other cases", odd_spacing, fewest=FEWEST),
     SiteCheck("shape-outlier", WARNING, "a shape like that of the other cases", odd_shape, fewest=FEWEST),
-    SiteCheck("intensity-outlier", WARNING, "intensities like those of the other cases", odd_intensities, fewest=FEWEST),
+    SiteCheck(
+        "intensity-outlier", WARNING, "intensities like those of the other cases", odd_intensities, fewest=FEWEST
+    ),
     SiteCheck("volume-outlier", WARNING, "structures about as large as in the other labels", odd_volume, fewest=FEWEST),
 )

@@ -104,16 +104,18 @@ def check_memory(
     voxels = max(math.prod(each.geometry.shape) for each in channels)
     onto_grid = ""
     if spacing_mm is not None:
-        along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(original)
+        along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(
+            original
+        )
         grid = [math.ceil(extent / step) for extent, step in zip(along_ras.extent_mm, spacing_mm, strict=True)]
         voxels = max(voxels, math.prod(grid))
         onto_grid = f"; on the plan's grid its shape would be about {tuple(grid)}"
     needed_gb = len(channels) * voxels * 4 / 1e9
     if needed_gb > memory_gb:
         raise CaseError(
-            f"{case_id}: the {channels[0].what} would take {needed_gb:.3g} GB of memory, storage.memory_gb allows {memory_gb:g}. It "
-            f"has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm{onto_grid}. Correct the voxel "
-            "size if it is wrong, or raise storage.memory_gb."
+            f"{case_id}: the {channels[0].what} would take {needed_gb:.3g} GB of memory, storage.memory_gb allows "
+            f"{memory_gb:g}. It has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm{onto_grid}. "
+            "Correct the voxel size if it is wrong, or raise storage.memory_gb."
         )
 
 
