@@ -16,13 +16,11 @@ RINGING = 0.02
 """Negative values up to this share of the intensity range come from resampling and are no sign of a wrong scale."""
 
 Modality = Literal["CT", "MR", "PET"]
+_MR_WEIGHTED = frozenset({"t1", "t1w", "t1n", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "pd", "pdw", "flair"})
 _WORDS: dict[Modality, frozenset[str]] = {
     "CT": frozenset({"ct", "cta", "cect", "ncct", "cbct", "hu"}),
     "PET": frozenset({"pet", "suv", "fdg", "psma"}),
-    "MR": frozenset(
-        ("mr", "mri", "mra", "t1", "t1w", "t1n", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "pd", "pdw", "flair", "lge")
-        + ("cine", "bssfp", "ssfp", "dwi", "adc", "dce", "swi", "tof")
-    ),
+    "MR": _MR_WEIGHTED | {"mr", "mri", "mra", "lge", "cine", "bssfp", "ssfp", "dwi", "adc", "dce", "swi", "tof"},
 }
 
 

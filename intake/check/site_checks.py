@@ -150,7 +150,7 @@ def odd_intensities(site: Site, terms: Terms) -> Found:
             (
                 case,
                 f"{name} reaches from {found.percentiles[0]:.4g} to {found.percentiles[4]:.4g} (0.5th to 99.5th "
-                f"percentile; median {found.percentiles[2]:.4g}), unlike most cases. Another scanner, protocol or scale?",
+                f"percentile; median {found.percentiles[2]:.4g}), unlike most cases. Another scanner or protocol?",
             )
             for (case, found), is_odd in zip(known, width | middle, strict=True)
             if is_odd

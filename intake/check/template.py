@@ -91,7 +91,8 @@ it to the lead of a study or to anyone who may not see them; nothing in FedSemiS
 {%- for chart in charts %}
 <figure><figcaption>{{ chart.title }} ({{ chart.values }} cases)</figcaption>
 <svg role="img" viewBox="0 0 {{ width }} {{ height + 34 }}"
- aria-label="Histogram: {{ chart.title }}, {{ chart.values }} cases from {{ chart.low | number }} to {{ chart.high | number }} {{ chart.unit }}">
+ aria-label="Histogram: {{ chart.title }}, {{ chart.values }} cases
+ from {{ chart.low | number }} to {{ chart.high | number }} {{ chart.unit }}">
 {%- for bar in chart.bars %}
 <rect class="bar" x="{{ bar.x }}" y="{{ bar.y }}" width="{{ bar.width }}" height="{{ bar.height }}">
 <title>{{ bar.count }}</title></rect>
