@@ -48,7 +48,7 @@ def near_pairs(names: Sequence[str], miniatures: Sequence[NDArray[np.float32]]) 
     rows = np.stack(miniatures) if names else np.zeros((0, 1), np.float32)  # (N, 512)
     for k in range(1, len(names)):
         matches = rows[:k] @ rows[k]
-        pairs += [(names[j], names[k], float(matches[j])) for j in np.flatnonzero(matches >= NEAR)]
+        pairs += [(names[int(j)], names[k], float(matches[j])) for j in np.flatnonzero(matches >= NEAR)]
     return pairs
 
 

@@ -96,7 +96,8 @@ def miniature(voxels: Volume, geometry: Geometry) -> NDArray[np.float32]:
     length = float(np.linalg.norm(centred))
     if length <= 1e-9 * max(1.0, float(np.abs(small).max())):
         return np.zeros(MINIATURE**3, np.float32)
-    return (centred / length).astype(np.float32)
+    scaled: NDArray[np.float32] = (centred / length).astype(np.float32)
+    return scaled
 
 
 def measure_classes(
@@ -153,7 +154,7 @@ def find_body(voxels: Volume, modality: str | None) -> NDArray[np.bool_] | None:
         threshold = CT_AIR_HU
     elif small.max() > small.min():
         low = float(small.min())
-        threshold = low + 0.5 * (float(threshold_otsu(small)) - low)
+        threshold = low + 0.5 * (float(threshold_otsu(small)) - low)  # type: ignore[no-untyped-call]
     else:
         return None
     labels, count = ndimage.label(small > threshold)

@@ -85,7 +85,8 @@ def draw_planes(planes: Sequence[Plane], window: Window) -> bytes:
         top, left = (SIDE - height) // 2, number * SIDE + (SIDE - width) // 2
         canvas[top : top + height, left : left + width] = _painted(plane, (height, width), window)
     buffer = io.BytesIO()
-    png.imsave(buffer, (255 * canvas).round().astype(np.uint8), format="png", metadata={"Software": None})
+    pixels = (255 * canvas).round().astype(np.uint8)
+    png.imsave(buffer, pixels, format="png", metadata={"Software": None})  # type: ignore[dict-item]
     return buffer.getvalue()
 
 
@@ -107,7 +108,7 @@ def _centre(label: NDArray[np.uint8]) -> tuple[int, ...]:
 def _painted(plane: Plane, size: tuple[int, int], window: Window) -> NDArray[np.float64]:
     low, high = window
     grey = np.clip((np.nan_to_num(plane.grey, nan=low) - low) / (high - low if high > low else 1.0), 0.0, 1.0)
-    small = resize(grey.astype(np.float64), size, order=1, anti_aliasing=True)
+    small = resize(grey.astype(np.float64), size, order=1, anti_aliasing=True)  # type: ignore[no-untyped-call]
     colours = np.repeat(small[..., None], 3, axis=2)
     if plane.structures is None:
         return np.asarray(colours, np.float64)

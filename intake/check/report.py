@@ -14,11 +14,11 @@ from intake.check.charts import HEIGHT, WIDTH, Histogram, histogram
 from intake.check.examine import DataCheck
 from intake.check.facts import CaseFacts, ChannelFacts
 from intake.check.findings import Finding, Severity
-from intake.check.pictures import COLOURS
 from intake.check.site_checks import along_patient, volumes_by_class
 from intake.check.template import TEMPLATE
 from semisam_core.data.nifti import by_axis
 from semisam_core.files import write_atomically
+from semisam_core.reporting.overview import COLOURS
 from semisam_core.text import printable
 
 REPORT = "data-check.html"
@@ -91,7 +91,7 @@ def _groups(check: DataCheck) -> list[dict[str, Any]]:
     rows = {case.id: number for number, case in enumerate(check.cases)}
     groups: dict[tuple[Severity, str], dict[str, Any]] = {}
     for finding in check.findings:
-        empty = {
+        empty: dict[str, Any] = {
             "severity": finding.severity.value,
             "check": finding.check,
             "accepted": finding.accepted,

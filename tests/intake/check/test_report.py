@@ -24,9 +24,10 @@ from client.site_config import load_site_config
 from intake.check.charts import HEIGHT, WIDTH, histogram
 from intake.check.examine import DataCheck
 from intake.check.findings import Severity
-from intake.check.pictures import COLOURS, SIDE, draw_planes, planes_through
+from intake.check.pictures import SIDE, draw_planes, planes_through
 from intake.check.report import render, write_report
 from semisam_core.plan import load_plan
+from semisam_core.reporting.overview import COLOURS
 from tests.conftest import write_nifti
 from tests.intake.check.sites import checked, clean_data, found, patient, site_yaml
 from tests.intake.check.test_case_checks import two_classes
@@ -139,8 +140,8 @@ def test_a_picture_shows_the_patients_right_on_the_left_whatever_the_axes_of_the
     assert axial[SIDE // 2, 3].tolist() == [1, 1, 1]
     assert axial[SIDE // 2, -3].tolist() == [0, 0, 0]
     outline = np.abs(axial - to_rgb(COLOURS[1])).max(-1) < 0.01
-    rows, columns = np.nonzero(outline)
-    assert (rows.min(), rows.max()) == pytest.approx((0.4 * SIDE, 0.6 * SIDE), abs=2)
+    for places in np.nonzero(outline):
+        assert (places.min(), places.max()) == pytest.approx((0.4 * SIDE, 0.6 * SIDE), abs=2)
     assert not outline[SIDE // 2, SIDE // 2], "an outline, not a filled area"
     assert np.array_equal(drawn[0], drawn[1])
 
