@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 from semisam_core.data.cases import Case
 from semisam_core.data.geometry import Geometry, axis_change, check_same_grid
 from semisam_core.data.labels import class_indices
-from semisam_core.data.nifti import NiftiVolume, by_axis, open_nifti
+from semisam_core.data.nifti import NiftiVolume, check_memory, open_nifti
 from semisam_core.data.resampling import resample_blocks
 from semisam_core.errors import CaseError
 from semisam_core.files import save_tensors
@@ -138,7 +137,7 @@ def load_scan(
         return kept
     channels = [open_nifti(each, case.id, "image") for each in case.images]
     if memory_gb is not None:
-        _check_memory(case.id, [channel.geometry for channel in channels], plan.data, memory_gb)
+        check_memory(case.id, [each.geometry for each in channels], plan.data.spacing_mm, memory_gb)
     scan = _prepare(case, channels, plan)
     for note in scan.notes:
         logger.warning("%s: %s.", case.id, note)
@@ -178,20 +177,6 @@ def resample(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
     if source.shape == target.shape and torch.allclose(source.affine, target.affine):
         return maps
     return resample_blocks(maps.float().cpu(), source, target)
-
-
-def _check_memory(case_id: str, channels: Sequence[Geometry], data: Data, memory_gb: float) -> None:
-    original = channels[0]
-    along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(original)
-    grid = [math.ceil(extent / step) for extent, step in zip(along_ras.extent_mm, data.spacing_mm, strict=True)]
-    voxels = max(math.prod(grid), *(math.prod(each.shape) for each in channels))
-    needed_gb = len(channels) * voxels * 4 / 1e9
-    if needed_gb > memory_gb:
-        raise CaseError(
-            f"{case_id}: the image would take {needed_gb:.3g} GB of memory, storage.memory_gb allows {memory_gb:g}. It "
-            f"has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm; on the plan's grid its shape "
-            f"would be about {tuple(grid)}. Correct the voxel size if it is wrong, or raise storage.memory_gb."
-        )
 
 
 def _prepare(case: Case, channels: Sequence[NiftiVolume], plan: Plan) -> Scan:
@@ -364,7 +349,7 @@ def _read_prepared(path: Path, case_id: str, data: Data, memory_gb: float | None
             original = Geometry((x, y, z), file.get_tensor("original_affine"))
             if memory_gb is not None:
                 channels = file.get_slice("image").get_shape()[0]
-                _check_memory(case_id, [original] * channels, data, memory_gb)
+                check_memory(case_id, [original] * channels, data.spacing_mm, memory_gb)
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             notes = tuple(json.loads((file.metadata() or {}).get("notes", "[]")))
     except (OSError, SafetensorError):
