@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from intake.check import measure
 from intake.check.case_checks import CASE_CHECKS
 from intake.check.facts import Terms
 from intake.check.findings import Severity
@@ -182,6 +183,23 @@ def test_one_unreadable_study_does_not_stop_the_others(tmp_path: Path) -> None:
     (data / "labels" / "case-1.nii.gz").write_bytes(b"")
     result = checked(tmp_path, two_classes())
     assert [case for case, _ in found(result, "readable")] == ["case-0", "case-1"]
+    assert [bool(case.channels) for case in result.cases] == [False, True, True]
+
+
+@pytest.mark.parametrize(("error", "check"), [(ValueError("odd"), "readable"), (MemoryError(), "size")])
+def test_an_error_that_nobody_foresaw_is_a_finding_too(
+    error: Exception, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean_data(tmp_path, 3)
+    usual = measure.miniature
+
+    def fails_once(voxels: Any, geometry: Any) -> Any:
+        monkeypatch.setattr(measure, "miniature", usual)
+        raise error
+
+    monkeypatch.setattr(measure, "miniature", fails_once)
+    result = checked(tmp_path, two_classes())
+    assert [case for case, _ in found(result, check)] == ["case-0"]
     assert [bool(case.channels) for case in result.cases] == [False, True, True]
 
 
