@@ -59,7 +59,7 @@ def test_the_two_sides_of_deployment_do_not_import_each_other(side: str, other: 
 
 def test_the_command_line_only_parses_and_prints() -> None:
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "cli").rglob("*.py")}
-    assert sum(lines.values()) < 1000, lines
+    assert sum(lines.values()) < 1300, lines
 
 
 def test_every_direct_dependency_has_an_exact_version_in_the_constraints() -> None:

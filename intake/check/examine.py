@@ -11,11 +11,11 @@ from client.site_config import SiteConfig, annotated_classes, inventory, site_ca
 from intake.check.case_checks import CASE_CHECKS
 from intake.check.facts import CaseFacts, Terms
 from intake.check.findings import CaseCheck, Finding, Severity, Site, SiteCheck
-from intake.check.patients import MANIFEST, read_patients
 from intake.check.read import examine_case
 from intake.check.site_checks import SITE_CHECKS
 from semisam_core.data.cases import Inventory, Role
 from semisam_core.data.names import case_name, nifti_suffix
+from semisam_core.data.patients import MANIFEST, read_patients
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan
 from semisam_core.progress import ProgressCallback
@@ -106,18 +106,18 @@ def check_site_data(config: SiteConfig, plan: Plan | None, progress: ProgressCal
     """
     annotated = annotated_classes(config, plan) if plan is not None else ()
     names = plan.task.channels if plan is not None else channel_names(config)
-    found = site_cases(config, len(names))
+    patients, manifest_problem = _patients(config)
+    found = site_cases(config, len(names), patients)
     terms = Terms(plan, annotated, names, config.storage.memory_gb)
     facts: list[CaseFacts] = []
     for done, case in enumerate(found.cases):
         progress(done, len(found.cases))
         facts.append(_keep(examine_case(case, terms), done))
     progress(len(found.cases), len(found.cases))
-    patients, manifest_problem = read_patients(config.data.images)
-    site = Site(facts, {case.id: patients[case.id] for case in facts if case.id in patients})
+    site = Site(facts, {case.id: patients[case.id] for case in facts if case.id in patients} if patients else {})
     findings = [*_listing(config, plan, found)]
     if manifest_problem is not None:
-        sentence = f"{manifest_problem}, so patients are not known."
+        sentence = f"{manifest_problem} Patients are not known."
         findings.append(Finding("manifest", Severity.WARNING, None, sentence, "a list of cases, each with its patient"))
     not_done = [*_not_done(site, terms)]
     skipped = {each.check for each in not_done}
@@ -137,6 +137,14 @@ def check_site_data(config: SiteConfig, plan: Plan | None, progress: ProgressCal
         tuple(not_done),
         len(set(site.patients.values())),
     )
+
+
+def _patients(config: SiteConfig) -> tuple[dict[str, str] | None, str | None]:
+    """Return case -> patient by the import's manifest, if there is one, and what is wrong with it."""
+    try:
+        return read_patients(config.data.images), None
+    except ConfigError as error:
+        return None, str(error)
 
 
 def channel_names(config: SiteConfig) -> tuple[str, ...]:
