@@ -81,7 +81,7 @@ def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise CaseError(f"{case_id}: the {what} has no usable affine (voxel size and direction).")
     geometry = Geometry(shape, torch.from_numpy(affine))
-    _check_physical_size(geometry, case_id, what)
+    check_sizes(geometry, case_id, what)
     return NiftiVolume(case_id, what, file, geometry, notes)
 
 
@@ -112,15 +112,20 @@ def _spatial_shape(shape: tuple[int, ...], case_id: str, what: str) -> tuple[int
         raise CaseError(
             f"{case_id}: the {what} is {len(sides)}D with shape {shape}; a 3D volume is expected, one file per channel."
         )
-    if min(sides) < SMALLEST_SIDE:
-        raise CaseError(
-            f"{case_id}: the {what} has shape {tuple(sides)}; at least {SMALLEST_SIDE} voxels per side are needed. "
-            "Is it a localizer or a single slice of the series?"
-        )
     return sides[0], sides[1], sides[2]
 
 
-def _check_physical_size(geometry: Geometry, case_id: str, what: str) -> None:
+def check_sizes(geometry: Geometry, case_id: str, what: str) -> None:
+    """Check that a volume has enough voxels along each axis, and a size that a patient may have.
+
+    Raises:
+        CaseError: it has not.
+    """
+    if min(geometry.shape) < SMALLEST_SIDE:
+        raise CaseError(
+            f"{case_id}: the {what} has shape {geometry.shape}; at least {SMALLEST_SIDE} voxels per side are needed. "
+            "Is it a localizer or a single slice of the series?"
+        )
     longest, voxel = max(geometry.extent_mm), max(geometry.spacing_mm)
     if SHORTEST_EXTENT_MM <= longest <= LONGEST_EXTENT_MM and voxel <= LARGEST_VOXEL_MM:
         return
