@@ -19,11 +19,11 @@ from client.site_config import SiteConfig
 from client.state import RunState
 from semisam_core.contract import split_update, travelling, with_prefix
 from semisam_core.data.cases import Case, Role
-from semisam_core.data.scans import keep_classes, load_original_label, to_original
+from semisam_core.data.scans import keep_classes, load_original_label
 from semisam_core.errors import SemiSAMError
 from semisam_core.evaluation import ClassScore, score_case
 from semisam_core.files import write_json
-from semisam_core.inference import predict, segmentation
+from semisam_core.inference import predict, segment_original, segmentation
 from semisam_core.optimizers import moments
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.fusion import PseudoLabel
@@ -177,10 +177,10 @@ class Site:
         scan, annotated = self.scans.load(case), self.scans.annotated
         if scan is None:
             return [None] * len(self.plan.class_names)
-        probability = to_original(predict(specialist, scan.image, self.plan, self.device), scan)
+        found = segment_original(specialist, scan, self.plan, self.device)
         label, geometry = load_original_label(case, self.plan)
         scores = score_case(
-            segmentation(probability, self.plan),
+            found,
             keep_classes(label, annotated),
             len(self.plan.class_names),
             geometry.spacing_mm,

@@ -8,7 +8,11 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from semisam_core.components import largest_component
+from semisam_core.data.resampling import Block, GridChange
+from semisam_core.data.scans import Scan
 from semisam_core.plan import Plan
+from semisam_core.progress import ProgressCallback
+from semisam_core.sliding_window import BATCH, SIGMA_SCALE, SlidingProbabilities
 from semisam_core.specialists import build_specialist
 
 
@@ -45,14 +49,70 @@ def predict(
             logits = sliding_window_inference(
                 image[None].to(device),
                 plan.data.patch,
-                sw_batch_size=2,
+                sw_batch_size=BATCH,
                 predictor=network,
                 overlap=plan.evaluation.overlap if overlap is None else overlap,
                 mode="gaussian",
+                sigma_scale=SIGMA_SCALE,
             )
             return torch.as_tensor(logits)[0].float().softmax(0).cpu()
     finally:
         network.train(was_training)
+
+
+def segment_original(
+    network: nn.Module,
+    scan: Scan,
+    plan: Plan,
+    device: torch.device,
+    overlap: float | None = None,
+    progress: ProgressCallback | None = None,
+) -> Tensor:
+    """Return the segmentation of a scan on the grid of its own file, in bounded memory.
+
+    It is `segmentation(to_original(predict(...), scan), plan)`, voxel by voxel, without ever holding the probabilities
+    of the whole scan: of the prediction, the rows that one window is long and those that a block of planes of the
+    result needs; of the probabilities on the scan's own grid, one block. (20 channels of 512 x 512 x 600 voxels would
+    take 12.6 GB.)
+
+    Args:
+        network: the specialist or its teacher; runs in evaluation mode and gets its own mode back.
+        scan: the scan on the plan's grid.
+        plan: patch size, and which classes are connected.
+        device: where to compute. Sums of windows and the result are on the CPU.
+        overlap: as in `predict`.
+        progress: called with (planes done, planes of the result) after each block.
+
+    Returns:
+        (X, Y, Z) uint8 of class indices on `scan.original`: 0 background, k the plan's k-th class.
+    """
+    classes = 1 + len(plan.task.classes)
+    change = GridChange(scan.grid, scan.original)
+    axis = change.axis_of_rows
+    found = torch.zeros(scan.original.shape, dtype=torch.uint8)
+    blocks = sorted((change.source_rows(block), block.start, block) for block in change.blocks(axis, 4 * classes))
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            share = plan.evaluation.overlap if overlap is None else overlap
+            rolling = SlidingProbabilities(network, scan.image, classes, plan.data.patch, share, device)
+            for number, ((_, rows), _, block) in enumerate(blocks):
+                rolling.advance(rows)
+                block.of(found).copy_(_most_probable(rolling.volume, change, block))
+                rolling.release(min((first for (first, _), _, _ in blocks[number + 1 :]), default=0))
+                if progress is not None:
+                    progress(sum(each.stop - each.start for _, _, each in blocks[: number + 1]), found.shape[axis])
+    finally:
+        network.train(was_training)
+    return only_connected(found, plan)
+
+
+def _most_probable(probability: Tensor, change: GridChange, block: Block) -> Tensor:
+    """Return the most probable class of each voxel of a block of the target grid."""
+    if change.unchanged:
+        return block.of(probability).argmax(0)
+    return change.sample(probability, block).argmax(0)
 
 
 def segmentation(probability: Tensor, plan: Plan) -> Tensor:
@@ -77,7 +137,7 @@ def only_connected(indices: Tensor, plan: Plan) -> Tensor:
     """Set everything but the largest component of each `connected` class to background, in place.
 
     Args:
-        indices: (H, W, D) int64 of class indices, on the CPU.
+        indices: (H, W, D) whole numbers, class indices, on the CPU.
         plan: which classes are connected.
     """
     boxes = ndimage.find_objects(indices.numpy(), max_label=len(plan.task.classes))
