@@ -20,7 +20,6 @@ from intake.guards import LIMITS
 from intake.layouts import layout_of
 from intake.volume import IntakeError
 from semisam_core.data.geometry import Geometry
-from semisam_core.data.nifti import check_sizes
 from semisam_core.data.scans import Scan, prepare_image
 from semisam_core.plan import Plan
 from semisam_core.progress import ProgressCallback
@@ -116,13 +115,12 @@ def find_inputs(
 
 
 def prepared(stack: NDArray[np.float32], grid: Geometry, name: str, plan: Plan) -> Scan:
-    """Return a scan as a model of this plan sees it.
+    """Return a scan as a model of this plan sees it; NaN in `stack` may be set to 0.
 
     Raises:
-        CaseError: it has voxels that are not finite, too few slices, or a size that no patient has.
+        CaseError: it has voxels that are not finite.
     """
-    check_sizes(grid, name, "image")
-    return prepare_image(name, stack.copy(), grid, plan.data)
+    return prepare_image(name, stack, grid, plan.data)
 
 
 def _of_the_modality(listing: Listing, channel: str) -> Listing:

@@ -127,17 +127,23 @@ def resample(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
     return tensor
 
 
+def planned_shape(original: Geometry, data: Data) -> tuple[int, int, int]:
+    """Return about what shape a scan has on the plan's grid (H, W, D), without reading it."""
+    along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(original)
+    x, y, z = (math.ceil(extent / step) for extent, step in zip(along_ras.extent_mm, data.spacing_mm, strict=True))
+    return x, y, z
+
+
 def _check_memory(case_id: str, channels: Sequence[NiftiVolume], data: Data, memory_gb: float) -> None:
     original = channels[0].geometry
-    along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(original)
-    grid = [math.ceil(extent / step) for extent, step in zip(along_ras.extent_mm, data.spacing_mm, strict=True)]
+    grid = planned_shape(original, data)
     voxels = max(math.prod(grid), *(math.prod(each.geometry.shape) for each in channels))
     needed_gb = len(channels) * voxels * 4 / 1e9
     if needed_gb > memory_gb:
         raise CaseError(
             f"{case_id}: the image would take {needed_gb:.3g} GB of memory, storage.memory_gb allows {memory_gb:g}. It "
             f"has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm; on the plan's grid its shape "
-            f"would be about {tuple(grid)}. Correct the voxel size if it is wrong, or raise storage.memory_gb."
+            f"would be about {grid}. Correct the voxel size if it is wrong, or raise storage.memory_gb."
         )
 
 
