@@ -12,7 +12,7 @@ from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan, write_plan
 from server.run_folder import RunFolder
 
-TWO_CLASSES = "task.classes=[{name: left-atrium, value: 3}, {name: wall, values: [5, 9]}]"
+TWO_CLASSES = "task.classes=[{name: left-atrium, value: 3}, {name: outer-shell, values: [5, 9]}]"
 
 
 def sharp_weights(plan: Plan, gain: float = 2.0) -> dict[str, Tensor]:

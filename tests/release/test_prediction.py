@@ -87,7 +87,7 @@ def test_several_models_count_by_their_mean_probability_each_on_its_own_grid(
     voxel_ml = abs(np.linalg.det(OBLIQUE[:3, :3])) / 1000
     assert found.volumes_ml == {
         "left-atrium": pytest.approx((indices == 1).sum() * voxel_ml, abs=1e-4),
-        "wall": pytest.approx((indices == 2).sum() * voxel_ml, abs=1e-4),
+        "outer-shell": pytest.approx((indices == 2).sum() * voxel_ml, abs=1e-4),
     }
 
 
