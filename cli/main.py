@@ -12,6 +12,7 @@ from cli.errors import readable_errors
 from cli.import_command import import_scans
 from cli.lead_commands import app as lead_app
 from cli.predict_command import predict
+from cli.release_commands import export, verify
 from cli.site_commands import app as site_app
 
 app = typer.Typer(
@@ -24,6 +25,8 @@ app.add_typer(lead_app, name="lead")
 app.add_typer(site_app, name="site")
 app.command("import")(import_scans)
 app.command()(predict)
+app.command()(export)
+app.command()(verify)
 console = Console()
 
 PlanOption = Annotated[Path, typer.Option(help="The study plan (YAML).")]

@@ -26,7 +26,6 @@ from intake.h5 import read_h5
 from intake.volume import IntakeError, LabelVolume, Volume
 from semisam_core.data.geometry import CORNER_TOLERANCE_VOXELS, Geometry, axis_change, corner_distance
 from semisam_core.data.nifti import by_axis
-from semisam_core.data.scans import resample
 from semisam_core.files import write_atomically
 
 COMPRESSION = 5
@@ -136,6 +135,8 @@ def _with_values(label: LabelVolume, classes: Mapping[str, int]) -> LabelVolume:
 
 def on_one_grid(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:
     """Resample channels onto the first one's grid where theirs is another."""
+    from semisam_core.data.scans import resample  # MONAI, which most imports do not need
+
     first, moved, notes = volumes[0].geometry, [volumes[0]], []
     for k, each in enumerate(volumes[1:], start=1):
         if _same(first, each.geometry):

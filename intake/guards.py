@@ -25,6 +25,8 @@ from semisam_core.errors import SemiSAMError
 
 JSON_BYTES = 64_000_000  # the largest BIDS and nnU-Net descriptions have a few megabytes
 JSON_DEPTH = 32
+START_SECONDS = 120.0  # for a child to import what it needs, on a busy machine
+_READY = b"ready"
 _CHUNK = 1 << 20
 _GIB = 1 << 30
 
@@ -194,8 +196,8 @@ class Worker(AbstractContextManager["Worker"]):
         Raises:
             IntakeError: `entry` refused, took too long, needed too much memory, or the process ended.
         """
-        line = self._ready()
         try:
+            line = self._ready()
             line.send_bytes(json.dumps(request).encode())
             if not line.poll(self._limits.seconds):
                 self.close()
@@ -238,6 +240,9 @@ class Worker(AbstractContextManager["Worker"]):
             )
             self._child.start()
             theirs.close()
+            if not self._line.poll(START_SECONDS) or self._line.recv_bytes() != _READY:
+                self.close()
+                raise IntakeError("the process that reads scans did not start.")
         return self._line
 
 
@@ -245,6 +250,7 @@ def _serve(entry: Entry, line: Connection, memory_bytes: int) -> None:
     """Answer requests until the parent closes the line."""
     has = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")  # data and stack
     resource.setrlimit(resource.RLIMIT_DATA, (has + memory_bytes, has + memory_bytes))
+    line.send_bytes(_READY)
     while True:
         try:
             request = json.loads(line.recv_bytes())

@@ -10,6 +10,7 @@ The folder that results::
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -89,20 +90,23 @@ class Import:
         self._private.chmod(0o700)
         self.pseudonyms = Pseudonyms(key_at(settings.key or self._private / KEY))
 
-    def run(self, listing: Listing, progress: ProgressCallback | None = None) -> list[Outcome]:
+    def run(
+        self, listing: Listing, progress: ProgressCallback | None = None, worker: Worker | None = None
+    ) -> list[Outcome]:
         """Import every candidate, and write the manifest even if stopped in between.
 
         Args:
             listing: what a layout found.
             progress: called with (scans done, scans).
+            worker: one of `convert` that is running already; by default one is started and ended.
         """
         outcomes = []
         try:
-            with Worker(convert, self._limits) as worker:
+            with contextlib.nullcontext(worker) if worker else Worker(convert, self._limits) as reader:
                 for done, candidate in enumerate(listing.candidates):
                     if progress:
                         progress(done, len(listing.candidates))
-                    outcomes.append(self._one(candidate, worker))
+                    outcomes.append(self._one(candidate, reader))
             if progress:
                 progress(len(listing.candidates), len(listing.candidates))
         finally:
