@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from cli.errors import errors, readable_errors
 
@@ -54,7 +53,7 @@ def predict(
         from release.inputs import find_inputs
         from release.memory import free_gb
         from release.model import load_model
-        from release.predicting import Order, predict_all
+        from release.predicting import Order, as_table, predict_all
         from release.prediction import Predictor
         from release.runtime import use
 
@@ -75,24 +74,10 @@ def predict(
             order,
             lambda done, total: bar.update(task, description="segmenting", completed=done, total=total),
         )
-    left_out = [{"what": what, "reason": reason} for what, reason in listing.left_out]
     if as_json:
+        left_out = [{"what": what, "reason": reason} for what, reason in listing.left_out]
         console.print_json(json.dumps({"scans": records, "left_out": left_out}))
     else:
-        _show(records, left_out)
+        console.print(as_table(records, listing.left_out))
     if not records or any(each["state"] == "failed" for each in records):
         raise typer.Exit(1)
-
-
-def _show(records: list[dict[str, object]], left_out: list[dict[str, str]]) -> None:
-    table = Table(box=None, header_style="bold", show_edge=False)
-    for column in ("scan", "state", "ml", "files"):
-        table.add_column(column, overflow="fold")
-    for each in records:
-        volumes, outputs = each.get("volumes_ml"), each.get("outputs")
-        found = ", ".join(f"{name} {ml:g}" for name, ml in volumes.items()) if isinstance(volumes, dict) else ""
-        files = ", ".join(outputs) if isinstance(outputs, dict) else str(each.get("error", ""))
-        table.add_row(str(each["name"]), str(each["state"]), found, files)
-    for row in left_out:
-        table.add_row(row["what"], "left out", "", row["reason"])
-    console.print(table)

@@ -90,6 +90,16 @@ def write_dicom_seg(
     write_atomically(path, buffer.getvalue())
 
 
+def check_referable(series: DicomSeries) -> None:
+    """Check, before anything is computed, that a DICOM SEG can refer to a series.
+
+    Raises:
+        IntakeError: a file lacks the identifiers of its study or of itself.
+    """
+    for each in series.slices:
+        _referable(each.path)
+
+
 def _descriptions(task: Task, models: Sequence[str]) -> list[hd.seg.SegmentDescription]:
     algorithm = hd.AlgorithmIdentificationSequence(
         name=f"{MAKER} {task.name}"[:64],

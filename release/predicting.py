@@ -8,13 +8,16 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+
 from intake.guards import shown
-from release.dicom_seg import write_dicom_seg
+from release.dicom_seg import check_referable, write_dicom_seg
 from release.inputs import Input
 from release.outputs import default_format, write_nifti
 from release.prediction import Predictor, Segmentation
@@ -100,6 +103,20 @@ def predict_all(
     return records
 
 
+def as_table(records: Sequence[Mapping[str, Any]], left_out: Sequence[tuple[str, str]]) -> Table:
+    """Return what became of each scan, and what was left out, for people."""
+    table = Table(box=None, header_style="bold", show_edge=False)
+    for column in ("scan", "state", "ml", "files"):
+        table.add_column(column, overflow="fold")
+    for each in records:
+        found = ", ".join(f"{name} {ml:g}" for name, ml in each.get("volumes_ml", {}).items())
+        files = ", ".join(each.get("outputs", {})) or each.get("error", "")
+        table.add_row(*(escape(text) for text in (each["name"], each["state"], found, files)))
+    for what, reason in left_out:
+        table.add_row(escape(what), "left out", "", escape(reason))
+    return table
+
+
 def _check_places(inputs: Sequence[Input], out: Path) -> None:
     folders = {Path(path).resolve().parent for scan in inputs for each in scan.candidate.channels for path in each.paths}
     if out.resolve() in folders:
@@ -112,8 +129,10 @@ def _check_places(inputs: Sequence[Input], out: Path) -> None:
 def _one(predictor: Predictor, scan: Input, order: Order) -> dict[str, Any]:
     began = time.monotonic()
     formats = {"auto": (default_format(scan),), "both": ("nifti", "dicom-seg")}.get(order.format, (order.format,))
-    if "dicom-seg" in formats and scan.series is None:
-        raise ConfigError(f"{scan.name}: a DICOM SEG needs a DICOM series as input; choose --format nifti.")
+    if "dicom-seg" in formats:
+        if scan.series is None:
+            raise ConfigError(f"{scan.name}: a DICOM SEG needs a DICOM series as input; choose --format nifti.")
+        check_referable(scan.series)
     made_from = {
         "models": [each.sha256 for each in predictor.models],
         "plans": [each.plan.hash for each in predictor.models],

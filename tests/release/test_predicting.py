@@ -189,6 +189,21 @@ def test_a_series_gets_a_dicom_seg_and_other_files_get_nifti(tmp_path: Path) -> 
     assert "needs a DICOM series" in record["error"]
 
 
+def test_a_series_that_no_seg_can_refer_to_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_study(dataset: Any, number: int) -> None:
+        dataset.StudyInstanceUID = ""
+
+    predictor = _predictor(tmp_path / "run", CT)
+    write_series(tmp_path / "ct", change=without_study)
+    monkeypatch.setattr(Predictor, "segment", lambda *_: pytest.fail("it was computed"))
+    (record,) = predict_all(predictor, _inputs(tmp_path / "ct", predictor.plan), Order(tmp_path / "out", "both"))
+    assert record["state"] == "failed"
+    assert "Choose --format nifti" in record["error"]
+    assert not list((tmp_path / "out").iterdir())
+
+
 def _describe(text: str) -> Any:
     def change(dataset: Any, number: int) -> None:
         dataset.SeriesDescription, dataset.Modality = text, "MR"
