@@ -11,6 +11,7 @@ from rich.console import Console
 from cli.errors import readable_errors
 from cli.import_command import import_scans
 from cli.lead_commands import app as lead_app
+from cli.planning_commands import derive_plan, fingerprint
 from cli.predict_command import predict
 from cli.release_commands import export, verify
 from cli.site_commands import app as site_app
@@ -23,6 +24,8 @@ app = typer.Typer(
 )
 app.add_typer(lead_app, name="lead")
 app.add_typer(site_app, name="site")
+lead_app.command("plan")(derive_plan)
+site_app.command()(fingerprint)
 app.command("import")(import_scans)
 app.command()(predict)
 app.command()(export)

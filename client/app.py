@@ -17,6 +17,7 @@ from client.report import SiteReport
 from client.restore import WeightsNotAgreedError
 from client.site import NoUsableCaseError, Site
 from client.site_config import SiteConfig, load_site_config, load_site_folder
+from client.split import SplitChangedError
 from semisam_core.configuration import is_name
 from semisam_core.contract import (
     JOIN_SCALARS,
@@ -41,6 +42,7 @@ app = ClientApp()
 # The rule that a message is refused by when the work raises one of these; the first that fits.
 RULE_OF_ERROR: tuple[tuple[type[Exception], RefusalRule], ...] = (
     (EgressError, RefusalRule.EGRESS),
+    (SplitChangedError, RefusalRule.SPLIT_CHANGED),
     (NoUsableCaseError, RefusalRule.NO_USABLE_CASE),
     (WeightsNotAgreedError, RefusalRule.WEIGHTS),
     (WeightsError, RefusalRule.GENERALIST),
@@ -74,7 +76,9 @@ def join(message: Message, context: Context) -> Message:
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         report = site.join()
-        return gate.reply("join", request.run, 0, request.plan.hash, report.scalars, JOIN_SCALARS)
+        return gate.reply(
+            "join", request.run, 0, request.plan.hash, report.scalars, JOIN_SCALARS, split_hash=site.scans.split_sha256
+        )
 
     return _answer("join", message, context, work)
 
@@ -94,6 +98,7 @@ def train(message: Message, context: Context) -> Message:
             TRAIN_SCALARS,
             report.weights,
             update_spec(request.plan),
+            site.scans.split_sha256,
         )
 
     return _answer("train", message, context, work)
@@ -106,8 +111,9 @@ def evaluate(message: Message, context: Context) -> Message:
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         weights = arriving_tensors(message.content.array_records[SPECIALIST_RECORD])
         report = site.evaluate(weights, request.final)
-        agreed = evaluation_scalars(request.plan)
-        return gate.reply("evaluate", request.run, request.round_number, request.plan.hash, report.scalars, agreed)
+        agreed, split = evaluation_scalars(request.plan), site.scans.split_sha256
+        about = (request.run, request.round_number, request.plan.hash)
+        return gate.reply("evaluate", *about, report.scalars, agreed, split_hash=split)
 
     return _answer("evaluate", message, context, work)
 

@@ -16,9 +16,11 @@ from semisam_core.contract import (
     REFUSAL_RECORD,
     SITE_RECORD,
     SPECIALIST_RECORD,
+    SPLIT_HASH,
     RefusalRule,
     TensorSpec,
     disagreement,
+    is_sha256,
     weights_sha256,
 )
 from semisam_core.errors import SemiSAMError
@@ -51,6 +53,7 @@ class EgressGate:
         agreed_scalars: Sequence[str],
         tensors: Mapping[str, Tensor] | None = None,
         agreed_tensors: Mapping[str, TensorSpec] | None = None,
+        split_hash: str | None = None,
     ) -> RecordDict:
         """Build a reply.
 
@@ -63,6 +66,7 @@ class EgressGate:
             agreed_scalars: the agreed names.
             tensors: the specialist's tensors to send, or None.
             agreed_tensors: their agreed names, shapes and dtypes; required if there are tensors.
+            split_hash: keyed hash of the run's split by patient, or None to send none.
 
         Raises:
             EgressError: something is not agreed, not finite or over the site's limits.
@@ -74,8 +78,13 @@ class EgressGate:
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise EgressError(f"the scalar {name} is not a finite number")
         records = RecordDict({METRICS_RECORD: MetricRecord(dict(scalars))})
-        records[SITE_RECORD] = ConfigRecord({"site": self._site, "round": round_number, "plan-hash": plan_hash})
+        about = ConfigRecord({"site": self._site, "round": round_number, "plan-hash": plan_hash})
         entry: dict[str, object] = {"scalars": dict(scalars)}
+        if split_hash is not None:
+            if not is_sha256(split_hash):
+                raise EgressError("the split's hash is no SHA-256")
+            about[SPLIT_HASH] = entry["split"] = split_hash
+        records[SITE_RECORD] = about
         if tensors is not None:
             entry |= self._check_tensors(tensors, agreed_tensors)
             records[SPECIALIST_RECORD] = ArrayRecord(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
+import semisam_core
+from client.file_index import FileIndex, Verdict
 from client.progress import ProgressLog
 from client.site_config import SiteConfig, annotated_classes, inventory
+from client.split import run_split
 from semisam_core.data.cases import Case, Inventory, Quarantined, Role
 from semisam_core.data.patches import TrainingScan
-from semisam_core.data.scans import Scan, keep_classes, load_scan
+from semisam_core.data.patients import read_patients
+from semisam_core.data.scans import Scan, keep_classes, load_scan, prepared_key
 from semisam_core.errors import CaseError
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.fusion import PseudoLabel
@@ -31,25 +37,37 @@ class ScanPair:
 class SiteScans:
     """One site's scans as one plan uses them.
 
-    Every case is read once before any is used. Those that cannot be read are quarantined, and the site works with the
-    rest.
+    Every case is read once before any is used: in the site's whole life, not in each process. The verdict on it is kept
+    in the site's index of files and holds until its content, the plan's grid or the memory limit changes; whether a
+    file has changed is asked of the file system, at every message. Cases that cannot be used are quarantined, and the
+    site works with the rest.
 
     Args:
         config: the site's YAML.
         plan: the study plan.
         progress: the site's progress log.
+        run_folder: the run's folder at this site, whose split is followed; None for the split of now.
 
     Attributes:
         annotated: the plan's classes (from 1) that the site's labels mark.
+        split_sha256: hash of the run's split; None without a run.
 
     Raises:
         ConfigError: folders or lists in the YAML are invalid, or the site has nothing to learn from.
+        SplitChangedError: the split is not the one that the run began with.
     """
 
-    def __init__(self, config: SiteConfig, plan: Plan, progress: ProgressLog) -> None:
+    def __init__(self, config: SiteConfig, plan: Plan, progress: ProgressLog, run_folder: Path | None = None) -> None:
         self._config, self._plan, self._progress = config, plan, progress
         self._found: Inventory = inventory(config, plan)
+        self.split_sha256: str | None = None
+        if run_folder is not None:
+            patients = read_patients(config.data.images) or {}
+            split = run_split(run_folder, config.storage.folder, self._found, patients)
+            kept = tuple(case for case in self._found.cases if case.id in split.roles)
+            self._found, self.split_sha256 = replace(self._found, cases=kept), split.sha256
         self._checked = False
+        self._index = FileIndex(config.storage.folder / "files.jsonl")
         self._quarantined: dict[str, Quarantined] = {q.id: q for q in self._found.quarantined}
         self._cache: OrderedDict[str, Scan] = OrderedDict()
         self.annotated = annotated_classes(config, plan)
@@ -59,15 +77,27 @@ class SiteScans:
         """The cases that cannot be used, with the reasons."""
         return list(self._quarantined.values())
 
-    def check(self) -> None:
-        """Read every case, on the first call only, and quarantine those that cannot be used."""
+    def check(self, again: bool = False) -> None:
+        """Quarantine the cases that cannot be used; on the first call only.
+
+        Args:
+            again: read those again that could not be used before: the disk or the memory may have been at fault.
+        """
         if self._checked:
             return
         for done, case in enumerate(self._found.cases):
             self._progress("prepare", done, len(self._found.cases), "scans")
-            self.load(case)
+            self._check(case, again)
         self._progress("prepare", len(self._found.cases), len(self._found.cases), "scans")
         self._checked = True
+
+    def _check(self, case: Case, again: bool) -> None:
+        key = self._verdict_key(case)
+        verdict = None if key is None else self._index.verdict(key)
+        if verdict is None or (again and verdict.reason is not None):
+            self.load(case)
+        elif verdict.reason is not None:
+            self._quarantine(case, verdict.reason)
 
     def usable(self, *roles: Role) -> list[Case]:
         """Return the cases in these roles that are not quarantined."""
@@ -129,10 +159,30 @@ class SiteScans:
         return load
 
     def _read(self, case: Case, plan: Plan) -> Scan | None:
+        key, storage = self._verdict_key(case), self._config.storage
         try:
-            scan = load_scan(case, plan, self._config.storage.folder / "prepared", self._config.storage.memory_gb)
+            scan = load_scan(case, plan, storage.folder / "prepared", storage.memory_gb, self._index.sha256)
         except CaseError as error:
-            logger.warning("A case is quarantined: %s", error)
-            self._quarantined[case.id] = Quarantined(case.id, str(error))
+            self._judge(case, plan, key, str(error))
+            self._quarantine(case, str(error))
             return None
+        self._judge(case, plan, key, None)
         return scan if scan.label is None else replace(scan, label=keep_classes(scan.label, self.annotated))
+
+    def _judge(self, case: Case, plan: Plan, key: str | None, reason: str | None) -> None:
+        """Keep the verdict on a case, unless a file of it changed while it was read."""
+        if key is not None and plan == self._plan and key == self._verdict_key(case):
+            self._index.judge(key, Verdict(reason))
+
+    def _quarantine(self, case: Case, reason: str) -> None:
+        logger.warning("A case is quarantined: %s", reason)
+        self._quarantined[case.id] = Quarantined(case.id, reason)
+
+    def _verdict_key(self, case: Case) -> str | None:
+        """Return a hash of what the verdict on a case depends on; None if a file cannot be read."""
+        try:
+            content = prepared_key(case, self._plan, self._index.sha256)
+        except CaseError:
+            return None
+        code, limit = semisam_core.__version__, self._config.storage.memory_gb
+        return hashlib.sha256(f"{content}|{case.id}|{limit}|{code}".encode()).hexdigest()

@@ -48,6 +48,7 @@ class Site:
 
     Raises:
         ConfigError: folders or lists in the YAML are invalid, or the site has nothing to learn from.
+        SplitChangedError: the split by patient is not the one that the run began with.
         ValueError: the run's name is malformed.
     """
 
@@ -58,7 +59,7 @@ class Site:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = config.torch_device()
-        self.scans = SiteScans(config, plan, self.progress)
+        self.scans = SiteScans(config, plan, self.progress, self.state.folder)
         self._start = RoundStart(plan, self.state, round_number, self.device)
 
     def join(self) -> SiteReport:
@@ -68,7 +69,7 @@ class Site:
             NoUsableCaseError: nothing is left to train on or to score.
             WeightsError: a generalist's weights are missing or altered.
         """
-        self.scans.check()
+        self.scans.check(again=True)
         quarantined = self.scans.quarantined
         write_json(self.state.folder / "quarantine.json", [{"case": q.id, "reason": q.reason} for q in quarantined])
         if not self.scans.usable(*Role):

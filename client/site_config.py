@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,12 +12,38 @@ from pydantic import Field, field_validator, model_validator
 
 from semisam_core.configuration import Name, StrictModel, parse, read_yaml
 from semisam_core.contract import CLASS_SCORES
-from semisam_core.data.cases import Inventory, Role, find_cases
+from semisam_core.data.cases import Inventory, Quarantined, Role, find_cases
 from semisam_core.data.names import case_name
+from semisam_core.data.patients import (
+    MANIFEST,
+    labeled_first,
+    on_validation_side,
+    patients_on_both_sides,
+    read_patients,
+)
 from semisam_core.errors import ConfigError
 from semisam_core.generalists.registry import accepted_prompts
 from semisam_core.paths import absolute_path
 from semisam_core.plan import Plan
+
+
+class SplitRule(StrictModel):
+    """A split by patient, in place of lists: all scans of a patient are for training, or all for validation.
+
+    Which side a patient is on depends on the seed and the pseudonym alone, so that growing data moves nobody. Patients
+    of whom no scan has a label are for training, without labels. Of a patient for validation only scans with a label
+    are used, for scoring.
+
+    Attributes:
+        validation_share: share of the patients with labels that are for validation; of few patients, the real share may
+            be some way off.
+        labeled_patients: of how many training patients the labels are used; `all`, or a number.
+        seed: another seed gives another split.
+    """
+
+    validation_share: float = Field(default=0.2, ge=0, lt=1)
+    labeled_patients: Literal["all"] | Annotated[int, Field(ge=0)] = "all"
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
 
 
 class SiteData(StrictModel):
@@ -27,6 +55,7 @@ class SiteData(StrictModel):
         labeled: ids of the cases to train on with their labels; `all` means every case with a label that is not for
             validation.
         validation: ids of the cases whose labels are used for scoring only.
+        split: a split by patient, in place of `labeled` and `validation`; None to follow the lists.
         excluded: ids of the cases that must not be used.
         labeled_classes: names of the classes that the label files mark, or `all` of the plan's. A voxel without a label
             may be background or any class not named here.
@@ -36,6 +65,7 @@ class SiteData(StrictModel):
     labels: Path | None = None
     labeled: Literal["all"] | tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
+    split: SplitRule | None = None
     excluded: tuple[str, ...] = ()
     labeled_classes: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
 
@@ -43,6 +73,12 @@ class SiteData(StrictModel):
     @classmethod
     def _as_case_names(cls, value: Literal["all"] | tuple[str, ...]) -> Literal["all"] | tuple[str, ...]:
         return value if value == "all" else tuple(case_name(each) for each in value)
+
+    @model_validator(mode="after")
+    def _lists_or_a_rule(self) -> SiteData:
+        if self.split is not None and (self.labeled or self.validation):
+            raise ValueError("split stands in place of labeled and validation; give either it or them")
+        return self
 
     @field_validator("labeled_classes")
     @classmethod
@@ -87,11 +123,15 @@ class Egress(StrictModel):
         validation_scores: the validation scores that may leave.
         feature_head: whether the plan's feature head may be trained on this site's labels. If not, the site sends back
             the one that it was sent. The head carries the mean volume of each labeled structure.
+        fingerprint: whether aggregates over the scans may be written for the lead, before there is a plan.
+        minimum_patients: fewer patients than this have no aggregate in a fingerprint.
     """
 
     maximum_update_mb: float = Field(default=500.0, gt=0)
     validation_scores: tuple[str, ...] = CLASS_SCORES
     feature_head: bool = True
+    fingerprint: bool = True
+    minimum_patients: int = Field(default=5, ge=1)
 
     @field_validator("validation_scores")
     @classmethod
@@ -219,19 +259,13 @@ def inventory(config: SiteConfig, plan: Plan) -> Inventory:
     """Find the site's cases and check that it has something to learn from under the plan.
 
     Raises:
-        ConfigError: folders, lists or class names are invalid, or the site has neither a labeled case nor any of the
-            plan's generalists.
+        ConfigError: folders, lists, manifest or class names are invalid, a patient is on both sides of the split, or
+            the site has neither a labeled case nor any of the plan's generalists.
     """
     annotated_classes(config, plan)
-    labeled = None if config.data.labeled == "all" else config.data.labeled
-    found = find_cases(
-        config.data.images,
-        config.data.labels,
-        len(plan.task.channels),
-        labeled,
-        config.data.validation,
-        config.data.excluded,
-    )
+    patients = read_patients(config.data.images)
+    found = _of_known_patients(_found(config.data, len(plan.task.channels), patients or {}), patients)
+    _check_sides(config.site, found, patients or {})
     has_label = any(case.role is Role.LABELED for case in found.cases)
     if plan.pseudo_labels is not None and not has_label and not usable_generalists(config, plan):
         raise ConfigError(
@@ -240,3 +274,47 @@ def inventory(config: SiteConfig, plan: Plan) -> Inventory:
             "data.labeled or a generalist under generalists."
         )
     return found
+
+
+def _found(data: SiteData, channels: int, patients: Mapping[str, str]) -> Inventory:
+    """Find the cases, with the roles that the lists or the split by patient give them."""
+    if data.split is None:
+        labeled = None if data.labeled == "all" else data.labeled
+        return find_cases(data.images, data.labels, channels, labeled, data.validation, data.excluded)
+    everything = find_cases(data.images, data.labels, channels, None, (), data.excluded)
+    patient_of = {case.id: patients.get(case.id, case.id) for case in everything.cases}
+    marked = {patient_of[case.id] for case in everything.of(Role.LABELED)}
+    rule = data.split
+    held_out = {patient for patient in marked if on_validation_side(patient, rule.validation_share, rule.seed)}
+    chosen = labeled_first(marked - held_out, rule.seed)
+    chosen = chosen if rule.labeled_patients == "all" else chosen[: rule.labeled_patients]
+    role_of = dict.fromkeys(chosen, Role.LABELED) | dict.fromkeys(held_out, Role.VALIDATION)
+    cases = []
+    for case in everything.cases:
+        role = role_of.get(patient_of[case.id], Role.UNLABELED)
+        if case.label is not None:
+            cases.append(replace(case, role=role, label=None if role is Role.UNLABELED else case.label))
+        elif role is not Role.VALIDATION:  # without a label it cannot be scored, and may not be trained on
+            cases.append(case)
+    return Inventory(tuple(cases), everything.quarantined)
+
+
+def _of_known_patients(found: Inventory, patients: Mapping[str, str] | None) -> Inventory:
+    """Quarantine cases that the manifest does not name: they may be of a patient on the other side."""
+    if patients is None:
+        return found
+    reason = f"{MANIFEST} does not name it, so its patient is unknown; import it, or move it to another folder"
+    unknown = tuple(Quarantined(case.id, reason) for case in found.cases if case.id not in patients)
+    return Inventory(tuple(case for case in found.cases if case.id in patients), found.quarantined + unknown)
+
+
+def _check_sides(site: str, found: Inventory, patients: Mapping[str, str]) -> None:
+    both = patients_on_both_sides({case.id: case.role is Role.VALIDATION for case in found.cases}, patients)
+    if both:
+        patient, (trained, scored) = next(iter(both.items()))
+        more = f" (and {len(both) - 1} more patients)" if len(both) > 1 else ""
+        raise ConfigError(
+            f"site {site}: the patient {patient}{more} is on both sides of the split: {trained} is for training, "
+            f"{scored} for validation. List all scans of a patient under data.validation, or none; exclude some; or "
+            "let data.split divide by patient."
+        )

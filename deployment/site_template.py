@@ -18,6 +18,11 @@ data:
   labeled: [{labeled}]
   # Cases whose labels are for scoring only.
   validation: [{validation}]
+  # In place of the two lists: a split by patient, such as {{validation_share: 0.2, labeled_patients: 4, seed: 0}}, with
+  # a number of patients or `all`. All scans of a patient fall on one side, by the manifest.json that `semisam import`
+  # writes beside images/ (without one, each case is its own patient). Patients added later move nobody. A run keeps to
+  # the split and to the cases that it began with. null: the lists.
+  split: null
   # Cases never to touch.
   excluded: [{excluded}]
   # Classes of the plan that the label files mark: all, or a list of names. A voxel without a label may then be any
@@ -48,4 +53,8 @@ egress:
   # Whether a plan's feature head may be trained on this site's labels; if not, it is sent back as it came. With it goes
   # the mean volume of each labeled structure: with one labeled scan, that of one patient.
   feature_head: true
+  # Whether `semisam site fingerprint` may write rounded aggregates over patients (spacing, extent, intensities,
+  # volumes) for the lead to derive the plan from; and the number of patients below which it writes none.
+  fingerprint: true
+  minimum_patients: 5
 """

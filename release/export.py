@@ -23,8 +23,8 @@ from semisam_core.files import save_tensors, write_atomically, write_json
 ONNX, PROOF, CARD = "models/model.onnx", "extra/proof.safetensors", "extra/model-card.json"
 VERSION = "1.0.0"
 LICENCE = """\
-The weights in this package are those of the study's sites. Its lead decides how they may be used, and names that licence
-with `semisam export --licence`. Until then: research use by the study's sites only.
+The weights in this package are those of the study's sites. Its lead decides how they may be used, and names that
+licence with `semisam export --licence`. Until then: research use by the study's sites only.
 """
 
 Say = Callable[[str], None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,6 +28,9 @@ REFUSAL_RECORD = "refusal"
 HEAD_PREFIX = (
     "feature-head."  # of the head's tensors, which travel beside the specialist's; no specialist has such names
 )
+# In the site record of a reply to join, train and evaluate: the keyed hash of the site's split by patient, the same in
+# every round of a run. 64 hexadecimal digits.
+SPLIT_HASH = "split-hash"
 # In the study record, if the server rejected this site's last reply: the RejectionRule and the round.
 REJECTED, REJECTED_ROUND = "rejected", "rejected-round"
 
@@ -72,6 +76,7 @@ class RefusalRule(StrEnum):
     STORAGE = "storage"
     INTERNAL = "internal-error"
     SITE_CONFIG = "site-config"
+    SPLIT_CHANGED = "split-changed"
     AUDIT_LOG = "audit-log"
     CODE_NOT_APPROVED = "code-not-approved"
     CODE_ALTERED = "code-altered"
@@ -100,12 +105,18 @@ class RejectionRule(StrEnum):
     RECORDS = "records-not-as-agreed"
     SCALARS = "scalars-not-as-agreed"
     COUNTS = "counts-not-as-declared"
+    SPLIT_CHANGED = "split-changed"
     TENSORS = "tensors-not-as-agreed"
     TOO_LARGE = "too-large"
     UNREADABLE = "unreadable"
     NOT_FINITE = "not-finite"
     CHANGE_TOO_LARGE = "change-too-large"
     STEPS = "steps-and-change-disagree"
+
+
+def is_sha256(value: object) -> bool:
+    """Return whether a value is a SHA-256 in lowercase hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def same_version(theirs: object, ours: str) -> bool:

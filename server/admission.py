@@ -17,12 +17,14 @@ from semisam_core.contract import (
     REFUSAL_RECORD,
     SITE_RECORD,
     SPECIALIST_RECORD,
+    SPLIT_HASH,
     TRAIN_SCALARS,
     TRANSIENT_REFUSALS,
     RefusalRule,
     RejectionRule,
     TensorSpec,
     evaluation_scalars,
+    is_sha256,
     scalar_mistake,
 )
 from semisam_core.plan import Plan
@@ -33,6 +35,7 @@ REQUIRED: Mapping[str, Sequence[str]] = {
     MessageType.TRAIN: ("labeled", "unlabeled", "accepted", "confidence", "steps"),
     MessageType.EVALUATE: ("validation",),
 }
+SPLIT_CHANGED = "the site's split by patient is not the one that it joined with"
 NAMELESS = "(a site without a name)"
 UNREACHABLE = "its SuperNode has stopped sending heartbeats"
 ERROR_WORDS = {
@@ -49,11 +52,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Admitted:
-    """A reply that may be used."""
+    """A reply that may be used. `split` is the keyed hash of the site's split by patient."""
 
     site: str
     scalars: dict[str, float]
     weights: dict[str, Tensor] | None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,12 @@ def admit(
             raise NotAdmittedError(RejectionRule.RECORDS, "the reply names no site")
         declared = None if joined is None else _declared(reply, site, joined)
         _check_origin(reply, kind, round_number, plan)
+        split = _split(reply, None if joined is None else joined.get(reply.metadata.src_node_id))
         scalars = _scalars(reply, kind, plan)
         if declared is not None:
             _check_counts(scalars, kind, plan, declared)
         weights = None if spec is None else read_tensors(reply.content.array_records[SPECIALIST_RECORD], spec)
-        return Admitted(site, scalars, weights)
+        return Admitted(site, scalars, weights, split)
     except NotAdmittedError as mistake:
         return Rejected(site or NAMELESS, str(mistake), mistake.rule)
     except Exception as error:  # records are unpacked when read, and hostile ones may raise anything
@@ -198,6 +203,16 @@ def _check_origin(reply: Message, kind: str, round_number: int, plan: Plan) -> N
     if foreign := sorted(set(reply.content) - agreed):
         shown = [name[:60] for name in foreign[:3]]
         raise NotAdmittedError(RejectionRule.RECORDS, f"the reply has records that are not on the agreed list: {shown}")
+
+
+def _split(reply: Message, joined: Admitted | None) -> str | None:
+    """Return the hash of the site's split, which must be the one that it joined with."""
+    split = reply.content.config_records[SITE_RECORD].get(SPLIT_HASH)
+    if split is not None and not is_sha256(split):
+        raise NotAdmittedError(RejectionRule.RECORDS, "the hash of the site's split is no SHA-256")
+    if joined is not None and split != joined.split:
+        raise NotAdmittedError(RejectionRule.SPLIT_CHANGED, SPLIT_CHANGED)
+    return None if split is None else str(split)
 
 
 def _scalars(reply: Message, kind: str, plan: Plan) -> dict[str, float]:

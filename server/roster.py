@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from semisam_core.plan_sections.aggregation import Exclusion
-from server.admission import Admitted
+from server.admission import SPLIT_CHANGED, Admitted
 
 SECOND = "a second site of this name"
 ANOTHER_NAME = "its node takes part under another name"
@@ -112,6 +112,9 @@ class Roster:
         holder = self._nodes.get(site)
         if holder is not None and holder != node and holder in connected:
             return SECOND
+        before = self._declared.get(site)
+        if before is not None and before.split != answer.split:
+            return SPLIT_CHANGED
         self._nodes[site], self._names[node], self._declared[site] = node, site, answer
         self._known.add(site)
         self._declined.pop(node, None)

@@ -57,7 +57,7 @@ def frames_grid(each: Slice, limits: Limits) -> Geometry:
         raise
     except Exception as error:  # noqa: BLE001 - highdicom raises many kinds
         raise _no_volume(each, error) from None
-    return _grid(each, found)
+    return _grid(each, found)[0]
 
 
 def read_frames(each: Slice, limits: Limits) -> Volume:
@@ -76,16 +76,26 @@ def read_frames(each: Slice, limits: Limits) -> Volume:
         raise _no_volume(each, error) from None
     if array.ndim != 3 or not np.isfinite(array).all():
         raise IntakeError(f"{each.path.name!a}: its frames are in colour or not finite.")
-    return Volume(np.ascontiguousarray(array.transpose(2, 1, 0)), _grid(each, volume))
+    grid, reversed_slices = _grid(each, volume)
+    voxels = array.transpose(2, 1, 0)
+    return Volume(np.ascontiguousarray(voxels[:, :, ::-1] if reversed_slices else voxels), grid)
 
 
-def _grid(each: Slice, found: Any) -> Geometry:
-    """Return a grid of highdicom's, whose axes are slice, row, column in LPS, as columns, rows, slices in RAS+."""
-    lps = np.asarray(found.affine, dtype=np.float64)
-    affine = (np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps)[:, [2, 1, 0, 3]]
-    check_affine(each.path, affine)
+def _grid(each: Slice, found: Any) -> tuple[Geometry, bool]:
+    """Return a grid of highdicom's, whose axes are slice, row, column in LPS, as columns, rows, slices in RAS+.
+
+    Slices follow each other along the normal (row x column), as those of single-frame images do; also returned is
+    whether highdicom has them the other way round.
+    """
+    lps = np.asarray(found.affine, dtype=np.float64)[:, [2, 1, 0, 3]]
     z, y, x = (int(side) for side in found.spatial_shape)
-    return Geometry((x, y, z), torch.from_numpy(affine))
+    backwards = bool(np.cross(lps[:3, 0], lps[:3, 1]) @ lps[:3, 2] < 0)
+    if backwards:
+        lps[:3, 3] += (z - 1) * lps[:3, 2]
+        lps[:3, 2] *= -1
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+    check_affine(each.path, affine)
+    return Geometry((x, y, z), torch.from_numpy(affine)), backwards
 
 
 def _no_volume(each: Slice, error: Exception) -> IntakeError:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,27 +60,45 @@ class Scan:
     notes: tuple[str, ...] = ()
 
 
-def load_scan(case: Case, plan: Plan, prepared: Path | None = None, memory_gb: float | None = None) -> Scan:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_scan(
+    case: Case,
+    plan: Plan,
+    prepared: Path | None = None,
+    memory_gb: float | None = None,
+    sha256: Callable[[Path], str] = file_sha256,
+) -> Scan:
     """Read, check and prepare one case.
 
-    Conversions and rounding are logged when the scan is prepared, and kept in `Scan.notes`.
+    Conversions and rounding are logged when the scan is prepared, and kept in `Scan.notes`. A scan that is prepared
+    already is read from there alone; its own files are then opened by `sha256` at most.
 
     Args:
         case: which files. An unlabeled case has no label path, so its label cannot be read.
         plan: spacing, intensity, classes, and what to do with NaN.
         prepared: folder of prepared scans, keyed by the content of the files and the plan's grid.
         memory_gb: largest image to load, on its own or on the plan's grid; None for no limit. Judged by headers alone.
+        sha256: returns a file's content hash, or raises OSError; only asked if there is a folder of prepared scans.
 
     Raises:
         CaseError: a file is unreadable, no 3D volume of a plausible size, too large, or not finite; or channels or
             label do not fit the image.
     """
-    channels = [open_nifti(path, case.id, "image") for path in case.images]
-    if memory_gb is not None:
-        _check_memory(case.id, channels, plan.data, memory_gb)
-    path = prepared / f"{_prepared_key(case, plan)}.safetensors" if prepared is not None else None
-    if path is not None and (kept := _read_prepared(path, case.id)):
+    path = prepared / f"{prepared_key(case, plan, sha256)}.safetensors" if prepared is not None else None
+    if path is not None and (kept := _read_prepared(path, case.id, plan.data, memory_gb)):
         return kept
+    channels = [open_nifti(each, case.id, "image") for each in case.images]
+    if memory_gb is not None:
+        _check_memory(case.id, [channel.geometry for channel in channels], plan.data, memory_gb)
     scan = _prepare(case, channels, plan)
     for note in scan.notes:
         logger.warning("%s: %s.", case.id, note)
@@ -134,10 +152,10 @@ def planned_shape(original: Geometry, data: Data) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _check_memory(case_id: str, channels: Sequence[NiftiVolume], data: Data, memory_gb: float) -> None:
-    original = channels[0].geometry
+def _check_memory(case_id: str, channels: Sequence[Geometry], data: Data, memory_gb: float) -> None:
+    original = channels[0]
     grid = planned_shape(original, data)
-    voxels = max(math.prod(grid), *(math.prod(each.geometry.shape) for each in channels))
+    voxels = max(math.prod(grid), *(math.prod(each.shape) for each in channels))
     needed_gb = len(channels) * voxels * 4 / 1e9
     if needed_gb > memory_gb:
         raise CaseError(
@@ -240,15 +258,24 @@ def _shape(array: NDArray[np.float32] | Tensor) -> tuple[int, int, int]:
     return int(height), int(width), int(depth)
 
 
-def _prepared_key(case: Case, plan: Plan) -> str:
+def prepared_key(case: Case, plan: Plan, sha256: Callable[[Path], str] = file_sha256) -> str:
+    """Return a hash of a case's content and of everything in the plan that its preparation depends on.
+
+    Args:
+        case: which files.
+        plan: spacing, intensity, classes.
+        sha256: returns a file's content hash, or raises OSError.
+
+    Raises:
+        CaseError: a file cannot be read.
+    """
     digest = hashlib.sha256()
     grid = plan.data.model_dump_json(include={"spacing_mm", "intensity"})
     classes = ([c.label_values for c in plan.task.classes], plan.task.ignore_other_values)
     digest.update(f"{PREPARED_VERSION}|{grid}|{plan.data.nan}|{classes}|{len(plan.task.channels)}".encode())
     for path in (*case.images, *((case.label,) if case.label is not None else ())):
         try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(sha256(path)))
         except OSError as error:
             raise CaseError(f"{case.id}: a file cannot be read ({error.strerror}).") from None
     return digest.hexdigest()
@@ -269,14 +296,17 @@ def _write_prepared(path: Path, scan: Scan) -> None:
         logger.warning("A prepared scan could not be kept on disk: %s", error.strerror)
 
 
-def _read_prepared(path: Path, case_id: str) -> Scan | None:
+def _read_prepared(path: Path, case_id: str, data: Data, memory_gb: float | None) -> Scan | None:
     try:
         with safe_open(path, framework="pt") as file:
+            x, y, z = file.get_tensor("original_shape").tolist()
+            original = Geometry((x, y, z), file.get_tensor("original_affine"))
+            if memory_gb is not None:
+                channels = file.get_slice("image").get_shape()[0]
+                _check_memory(case_id, [original] * channels, data, memory_gb)
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             notes = tuple(json.loads((file.metadata() or {}).get("notes", "[]")))
     except (OSError, SafetensorError):
         return None
     image, label = kept["image"], kept.get("label")
-    x, y, z = kept["original_shape"].tolist()
-    original = Geometry((x, y, z), kept["original_affine"])
     return Scan(case_id, image, label, Geometry(_shape(image[0]), kept["grid_affine"]), original, notes)

@@ -76,7 +76,10 @@ def test_join_train_and_evaluate_reply_with_agreed_records_only(make_site: MakeS
     assert set(join.content) == {"metrics", "site"}
     assert set(train.content) == {"metrics", "site", "specialist"}
     assert set(evaluate.content) == {"metrics", "site"}
-    assert dict(join.content.config_records["site"]) == {"site": "alpha", "round": 0, "plan-hash": plan.hash}
+    about = {"site": "alpha", "plan-hash": plan.hash}
+    split = join.content.config_records["site"]["split-hash"]
+    for number, reply in ((0, join), (1, train), (1, evaluate)):
+        assert dict(reply.content.config_records["site"]) == about | {"round": number, "split-hash": split}
 
 
 def test_every_reply_is_in_the_audit_log(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:

@@ -14,6 +14,8 @@ from semisam_core.contract import RefusalRule, RejectionRule, specialist_spec
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from server.admission import Admitted, Failed, NotAdmitted, Refused, Rejected, admit
+from tests.server.replies import SCALARS as REPLY
+from tests.server.replies import answer
 
 SCALARS = {"labeled": 1, "unlabeled": 2, "accepted": 0, "confidence": 0.5, "steps": 2, "loss.supervised": -0.5}
 
@@ -193,3 +195,24 @@ def test_a_reply_from_a_node_that_has_not_joined_is_rejected(plan: Plan) -> None
 
 def _node(reply: Message) -> int:
     return reply.metadata.src_node_id
+
+
+@pytest.mark.parametrize(
+    ("joined", "split", "rule"),
+    [
+        ("a" * 64, "a" * 64, None),
+        (None, None, None),
+        ("a" * 64, "b" * 64, RejectionRule.SPLIT_CHANGED),
+        ("a" * 64, None, RejectionRule.SPLIT_CHANGED),
+        (None, "a" * 64, RejectionRule.SPLIT_CHANGED),
+        ("a" * 64, "jane-doe", RejectionRule.RECORDS),
+        ("a" * 64, 7, RejectionRule.RECORDS),
+    ],
+)
+def test_a_sites_split_must_be_the_one_that_it_joined_with(
+    plan: Plan, joined: str | None, split: Any, rule: RejectionRule | None
+) -> None:
+    about = {"site": "alpha", "round": 1, "plan-hash": plan.hash} | ({} if split is None else {"split-hash": split})
+    records = _records(plan) | {"site": ConfigRecord(about), "metrics": MetricRecord(dict(REPLY))}
+    found = answer(plan, records, split=joined)
+    assert (found.rule if isinstance(found, Rejected) else None) == rule

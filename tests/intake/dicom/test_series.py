@@ -10,7 +10,6 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from pydicom.sr.codedict import codes
 from pydicom.uid import RLELossless
 
 from intake.dicom.series import DicomSeries, find_series, read_series
@@ -172,27 +171,11 @@ def test_pixels_that_cannot_be_decoded_name_the_file(tmp_path: Path) -> None:
 
 
 def test_a_multi_frame_image_is_one_volume(tmp_path: Path) -> None:
-    """An enhanced image, which highdicom makes from single frames."""
+    """An enhanced CT, which highdicom makes from single frames."""
     files = write_series(tmp_path / "single")
     volume = read_series(_only(tmp_path / "single"))
-    enhanced = hd.pm.ParametricMap(
-        [pydicom.dcmread(file) for file in files],
-        (2.0 * ramp() - 1000).astype(np.float32),
-        "1.2.8",
-        1,
-        "1.2.8.1",
-        1,
-        "m",
-        "n",
-        "1",
-        "x",
-        contains_recognizable_visual_features=False,
-        real_world_value_mappings=[
-            hd.pm.RealWorldValueMapping("a", "b", codes.UCUM.NoUnits, (0.0, 1.0), intercept=0.0, slope=1.0)
-        ],
-        window_center=0,
-        window_width=100,
-    )
+    sources = [pydicom.dcmread(file) for file in files]
+    enhanced = hd.legacy.LegacyConvertedEnhancedCTImage(sources, "1.2.8", 1, "1.2.8.1", 1)
     (tmp_path / "multi").mkdir()
     enhanced.save_as(tmp_path / "multi" / "frames.dcm")
     found: Volume = read_series(_only(tmp_path / "multi"))

@@ -1,0 +1,1 @@
+"""One plan for all sites, derived from what they said about their scans."""

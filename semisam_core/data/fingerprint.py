@@ -1,0 +1,100 @@
+"""What a site may say about its scans before there is a plan: rounded aggregates over patients, never a single scan's.
+
+The quantities are those from which nnU-Net derives its settings (Isensee et al., Nature Methods 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semisam_core.plan_sections.task import Task
+
+AXES = ("right-left", "posterior-anterior", "inferior-superior")
+BUCKETS = (0, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+INTENSITIES = ("p0_5", "median", "p99_5")
+SPACING_STEP_MM, EXTENT_STEP_MM = 0.05, 5.0
+DIGITS = 2
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """One scan's facts. They stay at the site.
+
+    Attributes:
+        patient: whose scan it is.
+        spacing_mm: along the axes right-left, posterior-anterior, inferior-superior.
+        extent_mm: likewise.
+        intensities: (C, 3) percentiles 0.5, 50, 99.5 of each channel, inside the labels where there are any.
+        volumes_ml: class name -> volume, of labeled scans only.
+    """
+
+    patient: str
+    spacing_mm: tuple[float, float, float]
+    extent_mm: tuple[float, float, float]
+    intensities: NDArray[np.float64]
+    volumes_ml: Mapping[str, float]
+
+
+def fingerprint_scalars(task: Task) -> tuple[str, ...]:
+    """Return the names of all scalars that a fingerprint may have."""
+    names = ["patients"]
+    for axis in AXES:
+        names += [f"spacing_mm.{axis}.{which}" for which in ("p10", "median", "p90")]
+        names += [f"extent_mm.{axis}.{which}" for which in ("median", "p90")]
+    names += [f"intensity.{channel}.{which}" for channel in task.channels for which in INTENSITIES]
+    names += [f"volume_ml.{each.name}.{which}" for each in task.classes for which in ("p10", "median", "p90")]
+    return tuple(names)
+
+
+def fingerprint(cases: Sequence[CaseFacts], task: Task, minimum_patients: int) -> dict[str, float | int]:
+    """Return the rounded aggregates over patients, each patient's scans averaged first.
+
+    With fewer patients than the minimum nothing but `patients: 0` is returned, and of classes with fewer labeled
+    patients nothing. Numbers of patients are rounded down to one of `BUCKETS`.
+
+    Args:
+        cases: the site's scans.
+        task: classes and channels.
+        minimum_patients: at least 1.
+    """
+    by_patient: dict[str, list[CaseFacts]] = {}
+    for case in cases:
+        by_patient.setdefault(case.patient, []).append(case)
+    patients = list(by_patient.values())
+    if len(patients) < max(1, minimum_patients):
+        return {"patients": 0}
+    found: dict[str, float | int] = {"patients": _bucket(len(patients))}
+    for k, axis in enumerate(AXES):
+        spacing = [float(np.mean([case.spacing_mm[k] for case in own])) for own in patients]
+        for which, share in (("p10", 10), ("median", 50), ("p90", 90)):
+            found[f"spacing_mm.{axis}.{which}"] = _to_step(np.percentile(spacing, share), SPACING_STEP_MM)
+        extent = [float(np.mean([case.extent_mm[k] for case in own])) for own in patients]
+        for which, share in (("median", 50), ("p90", 90)):
+            found[f"extent_mm.{axis}.{which}"] = _to_step(np.percentile(extent, share), EXTENT_STEP_MM)
+    for c, channel in enumerate(task.channels):
+        for k, which in enumerate(INTENSITIES):
+            values = [float(np.mean([case.intensities[c, k] for case in own])) for own in patients]
+            found[f"intensity.{channel}.{which}"] = _to_digits(np.median(values))
+    for target in task.classes:
+        known = [[c.volumes_ml[target.name] for c in own if target.name in c.volumes_ml] for own in patients]
+        volumes = [float(np.mean(own)) for own in known if own]
+        if len(volumes) >= max(1, minimum_patients):
+            for which, share in (("p10", 10), ("median", 50), ("p90", 90)):
+                found[f"volume_ml.{target.name}.{which}"] = _to_digits(np.percentile(volumes, share))
+    return found
+
+
+def _bucket(count: int) -> int:
+    return max(each for each in BUCKETS if each <= max(count, 0)) or count
+
+
+def _to_step(value: float, step: float) -> float:
+    return round(max(step, round(value / step) * step), 4)
+
+
+def _to_digits(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
