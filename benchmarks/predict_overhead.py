@@ -1,7 +1,7 @@
-"""What `semisam predict` costs beside the network: time against MONAI's bare sliding window, and memory of a large scan.
+"""What `semisam predict` costs beside the network: time against MONAI's sliding window, and a large scan's memory.
 
-    python benchmarks/predict_overhead.py --scan la_001.nii.gz --plan site_configs/la/plan.yaml
-    python benchmarks/predict_overhead.py --large 512 512 600 --plan site_configs/la/plan.yaml
+    python benchmarks/predict_overhead.py --scan la_001.nii.gz --plan site_configs/left-atrium/plan.yaml
+    python benchmarks/predict_overhead.py --large 512 512 600 --plan site_configs/left-atrium/plan.yaml
 
 Weights do not matter for time or memory, so the plan's initial specialist is used.
 """
@@ -26,14 +26,17 @@ from release.model import TrainedModel
 from release.outputs import write_nifti
 from release.prediction import Predictor
 from semisam_core.data.geometry import Geometry
-from semisam_core.data.scans import prepare_image
-from semisam_core.inference import new_specialist, segment_original
+from semisam_core.data.scans import prepare_image, to_original
+from semisam_core.inference import new_specialist, segment_original, segmentation
+from semisam_core.inference import predict as infer
 from semisam_core.plan import Plan, load_plan
+from semisam_core.sliding_window import SlidingProbabilities
 
 CPU = torch.device("cpu")
 
 
 def main() -> None:
+    """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--scan", type=Path, help="a real scan, for time")
@@ -64,6 +67,13 @@ def compare(plan: Plan, path: Path, repeats: int) -> None:
                 scan.image[None], plan.data.patch, 2, network, plan.evaluation.overlap, mode="gaussian"
             )
 
+    def rolling() -> None:
+        with torch.inference_mode():
+            classes = 1 + len(plan.task.classes)
+            SlidingProbabilities(network, scan.image, classes, plan.data.patch, plan.evaluation.overlap, CPU).advance(
+                scan.grid.shape[0]
+            )
+
     def whole() -> None:
         again = read_volume(path)
         found = predictor.segment(again.voxels[None], again.geometry, "x")
@@ -71,6 +81,10 @@ def compare(plan: Plan, path: Path, repeats: int) -> None:
 
     works: dict[str, Callable[[], object]] = {
         "bare sliding window": bare,
+        "probabilities, row by row": rolling,
+        "MONAI's to the scan's own grid": lambda: segmentation(
+            to_original(infer(network, scan.image, plan, CPU), scan), plan
+        ),
         "segment on the scan's own grid": lambda: segment_original(network, scan, plan, CPU),
         "read, prepare, segment, write": whole,
     }

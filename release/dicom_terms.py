@@ -31,6 +31,4 @@ def terms_of(name: str) -> tuple[Any, Any]:
         if term in group.concepts:
             return category, group.concepts[term]
     value = name if len(name) <= _LONGEST_VALUE else hashlib.sha256(name.encode()).hexdigest()[:_LONGEST_VALUE]
-    return codes.SCT.Tissue, hd.sr.CodedConcept(
-        value=value, scheme_designator=SCHEME, meaning=name[:_LONGEST_MEANING]
-    )
+    return codes.SCT.Tissue, hd.sr.CodedConcept(value=value, scheme_designator=SCHEME, meaning=name[:_LONGEST_MEANING])

@@ -132,7 +132,9 @@ def _of_the_modality(listing: Listing, channel: str) -> Listing:
     for each in listing.candidates:
         first = each.channels[0]
         if first.kind == "dicom" and first.modality and first.modality not in expected:
-            reason = f"it is {first.modality}; the model's channel is {channel} (--channel {channel}=<pattern> takes it)"
+            reason = (
+                f"it is {first.modality}; the model's channel is {channel} (--channel {channel}=<pattern> takes it)"
+            )
             left_out.append((series_of(first).description or first.series, reason))
         else:
             fitting.append(each)

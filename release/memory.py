@@ -53,6 +53,6 @@ def check_memory(grid: Geometry, plans: Sequence[Plan], uncertainty: bool, name:
         on_plan = " or ".join(dict.fromkeys(by_axis(planned_shape(grid, plan.data)) for plan in plans))
         raise CaseError(
             f"{name}: to segment it would take about {needed:.3g} GB of memory, {memory_gb:.3g} are allowed "
-            f"(--memory-gb). It has {by_axis(grid.shape)} voxels of {by_axis(grid.spacing_mm)} mm, and {on_plan} on the "
-            "model's grid. Correct the voxel size if it is wrong, use fewer models, or allow more."
+            f"(--memory-gb). It has {by_axis(grid.shape)} voxels of {by_axis(grid.spacing_mm)} mm, and {on_plan} on "
+            "the model's grid. Correct the voxel size if it is wrong, use fewer models, or allow more."
         )

@@ -93,7 +93,7 @@ def predict_all(
             records.append(_one(predictor, scan, order))
         except SemiSAMError as error:
             records.append({"name": scan.name, "state": "failed", "error": str(error)})
-        except Exception as error:  # noqa: BLE001 - decoders and networks raise many kinds; the other scans go on
+        except Exception as error:  # decoders and networks raise many kinds; the other scans go on
             if isinstance(error, OSError) and error.errno in _DISK:
                 raise
             reason = f"{scan.name}: {type(error).__name__}: {shown(error)}"
@@ -118,11 +118,13 @@ def as_table(records: Sequence[Mapping[str, Any]], left_out: Sequence[tuple[str,
 
 
 def _check_places(inputs: Sequence[Input], out: Path) -> None:
-    folders = {Path(path).resolve().parent for scan in inputs for each in scan.candidate.channels for path in each.paths}
+    folders = {
+        Path(path).resolve().parent for scan in inputs for each in scan.candidate.channels for path in each.paths
+    }
     if out.resolve() in folders:
         raise ConfigError(f"{out}: the scans lie in this folder, and outputs have their names; choose another one.")
-    files = Counter(name.casefold() for scan in inputs for name in (scan.name, scan.name + UNCERTAINTY))
-    if twice := sorted(name for name, count in files.items() if count > 1):
+    names = Counter(name.casefold() for scan in inputs for name in (scan.name, scan.name + UNCERTAINTY))
+    if twice := sorted(name for name, count in names.items() if count > 1):
         raise ConfigError(f"{out}: two scans would have outputs of the same name, {twice[0]!a}; rename one of them.")
 
 

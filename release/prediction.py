@@ -126,7 +126,12 @@ class Predictor:
         changes = [GridChange(each.grid, each.original) for each in scans]
         rolling = [
             SlidingProbabilities(
-                model.specialist, scan.image, channels, model.plan.data.patch, model.plan.evaluation.overlap, self.device
+                model.specialist,
+                scan.image,
+                channels,
+                model.plan.data.patch,
+                model.plan.evaluation.overlap,
+                self.device,
             )
             for model, scan in zip(self.models, scans, strict=True)
         ]

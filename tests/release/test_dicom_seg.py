@@ -67,7 +67,7 @@ def test_it_reads_back_on_the_voxels_of_its_series(tmp_path: Path) -> None:
 
 
 def test_a_tilted_series_is_met_slice_by_slice(tmp_path: Path) -> None:
-    positions = [at(0, 2.0 * k, STEP * k) for k in range(6)]  # one row a slice
+    positions = [at(0, 2.0 * k, STEP * k).tolist() for k in range(6)]  # one row a slice
     write_series(tmp_path / "ct", positions=positions)
     series = _only(tmp_path / "ct")
     upright = read_series(series)
@@ -120,7 +120,14 @@ def test_it_carries_patient_study_and_algorithm(tmp_path: Path) -> None:
     series = _only(tmp_path / "ct")
     dataset = _write(tmp_path / "seg.dcm", series, _labels((10, 8, 6)))
     source = pydicom.dcmread(files[0])
-    same = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID", "AccessionNumber", "FrameOfReferenceUID")
+    same = (
+        "PatientID",
+        "PatientName",
+        "PatientBirthDate",
+        "StudyInstanceUID",
+        "AccessionNumber",
+        "FrameOfReferenceUID",
+    )
     assert all(dataset[keyword] == source[keyword] for keyword in same)
     assert dataset.SeriesInstanceUID != source.SeriesInstanceUID
     assert dataset.SegmentationType == "BINARY"

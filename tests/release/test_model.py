@@ -90,7 +90,7 @@ def test_a_checkpoint_without_its_plan_is_refused(tmp_path: Path, plan: Plan) ->
 def test_local_batch_norm_is_said_to_be_missing_and_taken_from_a_site(tmp_path: Path) -> None:
     plan = tiny_plan(BATCH, "specialist.statistics=local")
     run = write_run(tmp_path / "run", plan)
-    with pytest.raises(ModelError, match="batch-norm layers .* were never shared"):
+    with pytest.raises(ModelError, match=r"batch-norm layers .* were never shared"):
         load_model(run)
     own = {name: torch.full_like(value, 3) for name, value in local_layers(plan, new_specialist(plan)).items()}
     save_tensors(tmp_path / "layers-00002.safetensors", own)

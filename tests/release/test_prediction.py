@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from client import site as site_module
 from client.site import Site
 from client.site_config import load_site_config
 from release.model import ModelError, TrainedModel, load_model
@@ -21,6 +20,7 @@ from semisam_core.data import resampling
 from semisam_core.data.geometry import Geometry
 from semisam_core.data.scans import prepare_image, to_original
 from semisam_core.errors import CaseError
+from semisam_core.evaluation import score_case
 from semisam_core.inference import only_connected, predict, segment_original
 from semisam_core.plan import Plan
 from tests.conftest import blob, tiny_plan, write_nifti
@@ -47,13 +47,13 @@ def test_it_is_voxel_by_voxel_what_the_site_scores(
     for file, content in zip((image, label), blob(seed=2), strict=True):
         write_nifti(file, content, OBLIQUE)
     scored: list[Tensor] = []
-    original = site_module.score_case
+    original = score_case
 
     def spy(found: Tensor, *rest: object) -> object:
         scored.append(found.clone())
         return original(found, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(site_module, "score_case", spy)
+    monkeypatch.setattr("client.site.score_case", spy)
     site = Site(load_site_config(path), plan, "run", 1)
     site.join()
     site.evaluate(sharp_weights(plan), final=False)
