@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli.data_commands import app as data_app
 from cli.errors import readable_errors
 from cli.import_command import import_scans
 from cli.lead_commands import app as lead_app
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated, annotation-efficient 3D segmentation with frozen promptable foundation models.",
 )
+app.add_typer(data_app, name="data")
 app.add_typer(lead_app, name="lead")
 app.add_typer(site_app, name="site")
 lead_app.command("plan")(derive_plan)

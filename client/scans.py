@@ -18,7 +18,7 @@ from client.split import run_split
 from semisam_core.data.cases import Case, Inventory, Quarantined, Role
 from semisam_core.data.patches import TrainingScan
 from semisam_core.data.patients import read_patients
-from semisam_core.data.scans import Scan, keep_classes, load_scan, prepared_key
+from semisam_core.data.scans import Scan, StoredVolume, keep_classes, load_scan, prepared_key, stored_image
 from semisam_core.errors import CaseError
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.fusion import PseudoLabel
@@ -125,7 +125,7 @@ class SiteScans:
             return None
         self._cache[case.id] = scan
         limit = self._config.storage.memory_gb * 1e9
-        while len(self._cache) > 1 and sum(s.image.nbytes for s in self._cache.values()) > limit:
+        while len(self._cache) > 1 and sum(_bytes(each) for each in self._cache.values()) > limit:
             self._cache.popitem(last=False)
         return scan
 
@@ -149,6 +149,9 @@ class SiteScans:
         """
 
         def load() -> TrainingScan:
+            if case.label is None and (image := self._stored(case)) is not None:
+                pseudo = (None, None, None) if label is None else (label.target, label.uncertainty, label.valid)
+                return TrainingScan(image, None, *pseudo)
             scan = self.load(case)
             if scan is None:
                 raise CaseError(f"{case.id}: the case became unusable during the round.")
@@ -169,6 +172,15 @@ class SiteScans:
         self._judge(case, plan, key, None)
         return scan if scan.label is None else replace(scan, label=keep_classes(scan.label, self.annotated))
 
+    def _stored(self, case: Case) -> StoredVolume | None:
+        """Return a case's image on disk, for reading patches; None if it is in memory, not prepared or quarantined."""
+        if case.id in self._cache or case.id in self._quarantined:
+            return None
+        try:
+            return stored_image(case, self._plan, self._config.storage.folder / "prepared", self._index.sha256)
+        except CaseError:
+            return None  # loading it says why
+
     def _judge(self, case: Case, plan: Plan, key: str | None, reason: str | None) -> None:
         """Keep the verdict on a case, unless a file of it changed while it was read."""
         if key is not None and plan == self._plan and key == self._verdict_key(case):
@@ -186,3 +198,7 @@ class SiteScans:
             return None
         code, limit = semisam_core.__version__, self._config.storage.memory_gb
         return hashlib.sha256(f"{content}|{case.id}|{limit}|{code}".encode()).hexdigest()
+
+
+def _bytes(scan: Scan) -> int:
+    return scan.image.nbytes + (0 if scan.label is None else scan.label.nbytes)

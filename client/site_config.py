@@ -255,6 +255,20 @@ def annotated_classes(config: SiteConfig, plan: Plan) -> tuple[int, ...]:
     return tuple(k for k, name in enumerate(names, start=1) if name in config.data.labeled_classes)
 
 
+def site_cases(config: SiteConfig, channels: int) -> Inventory:
+    """Find the site's cases by file names, and by the manifest if they were imported.
+
+    Args:
+        config: the site's YAML.
+        channels: number of channels per case.
+
+    Raises:
+        ConfigError: folders, lists or manifest are invalid.
+    """
+    patients = read_patients(config.data.images)
+    return _of_known_patients(_found(config.data, channels, patients or {}), patients)
+
+
 def inventory(config: SiteConfig, plan: Plan) -> Inventory:
     """Find the site's cases and check that it has something to learn from under the plan.
 
@@ -263,9 +277,8 @@ def inventory(config: SiteConfig, plan: Plan) -> Inventory:
             the site has neither a labeled case nor any of the plan's generalists.
     """
     annotated_classes(config, plan)
-    patients = read_patients(config.data.images)
-    found = _of_known_patients(_found(config.data, len(plan.task.channels), patients or {}), patients)
-    _check_sides(config.site, found, patients or {})
+    found = site_cases(config, len(plan.task.channels))
+    _check_sides(config.site, found, read_patients(config.data.images) or {})
     has_label = any(case.role is Role.LABELED for case in found.cases)
     if plan.pseudo_labels is not None and not has_label and not usable_generalists(config, plan):
         raise ConfigError(

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import psutil
 
 from semisam_core.data.geometry import Geometry
-from semisam_core.data.nifti import by_axis
-from semisam_core.data.scans import planned_shape
+from semisam_core.data.nifti import by_axis, planned_shape
 from semisam_core.errors import CaseError
 from semisam_core.plan import Plan
 
@@ -37,7 +36,7 @@ def needed_gb(grid: Geometry, plans: Sequence[Plan], uncertainty: bool) -> float
     channels, classes = len(plans[0].task.channels), 1 + len(plans[0].task.classes)
     needed = math.prod(grid.shape) * (16 * channels + 8 + (8 if uncertainty else 0))
     for plan in plans:
-        height, width, depth = planned_shape(grid, plan.data)
+        height, width, depth = planned_shape(grid, plan.data.spacing_mm)
         rows = min(height, 2 * plan.data.patch[0])
         needed += height * width * depth * (28 + 16 * channels) + rows * width * depth * 4 * (classes + 1)
     return needed / 1e9 + _BASE_GB
@@ -50,7 +49,7 @@ def check_memory(grid: Geometry, plans: Sequence[Plan], uncertainty: bool, name:
         CaseError: it cannot.
     """
     if (needed := needed_gb(grid, plans, uncertainty)) > memory_gb:
-        on_plan = " or ".join(dict.fromkeys(by_axis(planned_shape(grid, plan.data)) for plan in plans))
+        on_plan = " or ".join(dict.fromkeys(by_axis(planned_shape(grid, plan.data.spacing_mm)) for plan in plans))
         raise CaseError(
             f"{name}: to segment it would take about {needed:.3g} GB of memory, {memory_gb:.3g} are allowed "
             f"(--memory-gb). It has {by_axis(grid.shape)} voxels of {by_axis(grid.spacing_mm)} mm, and {on_plan} on "

@@ -41,6 +41,12 @@ def separate_components(mask: Mask, share: float, limit: int) -> list[Mask]:
     return [labels == number for number in order[:limit] if sizes[number] >= share * sizes[order[0]]]
 
 
+def component_sizes(mask: Mask) -> NDArray[np.int64]:
+    """Return the number of voxels of every component, largest first; empty without one."""
+    sizes = _label(mask)[1][1:]
+    return np.sort(sizes)[::-1]
+
+
 def _label(mask: Mask) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Return the number of each voxel's component (0 for background), and each component's voxels; none of 0."""
     labels, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))

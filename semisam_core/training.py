@@ -24,6 +24,7 @@ from semisam_core.losses import (
 from semisam_core.optimizers import build_optimizer, descend, learning_rate
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.pseudo_labels import PseudoLabelLoss
+from semisam_core.prefetch import Prefetch
 from semisam_core.progress import ProgressCallback
 from semisam_core.regularizers import (
     LabeledPatches,
@@ -43,6 +44,7 @@ class TrainingResult:
 
     Attributes:
         steps: optimizer steps taken.
+        waited_s: how long they waited for patches.
         losses: term -> mean of the unweighted loss over the steps in which it applied; see `TERMS`.
         gradients: term -> norm of the weighted term's gradient at the last of these steps.
     """
@@ -50,6 +52,7 @@ class TrainingResult:
     steps: int
     losses: Mapping[str, float]
     gradients: Mapping[str, float]
+    waited_s: float = 0.0
 
 
 TERMS = ("supervised", "consistency", "generalist")
@@ -104,11 +107,13 @@ def train_round(local: LocalRound) -> TrainingResult:
     trainer = _Trainer(local)
     per_round = local.plan.training.steps_per_round
     steps = per_round if trainer.has_work else 0
-    for step in range(steps):
-        trainer.step((local.number - 1) * per_round + step, measured=step == steps - 1)
-        if local.progress is not None:
-            local.progress(step + 1, steps)
-    return TrainingResult(steps, trainer.losses, trainer.gradients)
+    with Prefetch(trainer.draw, steps) as patches:
+        for step in range(steps):
+            t = (local.number - 1) * per_round + step
+            trainer.step(patches.next(), t, measured=step == steps - 1)
+            if local.progress is not None:
+                local.progress(step + 1, steps)
+    return TrainingResult(steps, trainer.losses, trainer.gradients, patches.waited_s)
 
 
 def new_regularizer(plan: Plan, device: torch.device) -> Regularizer | None:
@@ -180,16 +185,21 @@ class _Trainer:
         """The mean so far of each term that has applied."""
         return {term: total / count for term, (total, count) in self._sums.items() if count}
 
-    def step(self, t: int, measured: bool) -> None:
+    def draw(self) -> tuple[Batch | None, Batch | None]:
+        """Return the next step's patches of labeled and of unlabeled scans."""
+        labeled, unlabeled = (None if each is None else each.next() for each in (self._labeled, self._unlabeled))
+        return labeled, unlabeled
+
+    def step(self, patches: tuple[Batch | None, Batch | None], t: int, measured: bool) -> None:
         """Take optimizer step t of the study; `measured`: note the size of each term's gradient first."""
-        labeled = self._labeled_patches()
+        labeled = self._labeled_patches(patches[0])
         terms: dict[str, Tensor] = {}
         if labeled is not None:
             loss = supervised_loss(labeled.logits, labeled.label, self._annotated)
             terms["supervised"] = self._weighted("supervised", loss, 1.0)
         auxiliary: Tensor | None = None
-        if self._unlabeled is not None:
-            step = self._training_step(labeled, self._unlabeled.next(), t)
+        if patches[1] is not None:
+            step = self._training_step(labeled, patches[1], t)
             losses = RegularizerLosses(None) if self._regularizer is None else self._regularizer.losses(step)
             terms |= self._unlabeled_terms(step, losses.student)
             auxiliary = losses.auxiliary
@@ -203,10 +213,9 @@ class _Trainer:
             self._auxiliary.step(auxiliary, t)
         update_teacher(self._teacher, self._specialist, teacher_decay(t, self._plan.teacher.decay))
 
-    def _labeled_patches(self) -> LabeledPatches | None:
-        if self._labeled is None:
+    def _labeled_patches(self, batch: Batch | None) -> LabeledPatches | None:
+        if batch is None:
             return None
-        batch = self._labeled.next()
         if batch.label is None:
             raise ValueError("a loader of a labeled scan returned a scan without a label")
         image = batch.image.to(self._device)

@@ -20,6 +20,7 @@ from pathlib import PurePosixPath
 from deployment.invitation import sha256
 from deployment.site.worker import OWN
 from semisam_core.errors import SemiSAMError
+from semisam_core.text import printable
 
 MAXIMUM_PACKED = 10 * 2**20
 MAXIMUM_UNPACKED = 64 * 2**20
@@ -102,11 +103,6 @@ def compare(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> list[Fil
         added, removed = (sum(line.startswith(sign) for line in body) for sign in "+-")
         changes.append(FileChange(path, kind, added, removed, "\n".join(lines)))
     return changes
-
-
-def printable(text: str) -> str:
-    """Return text with every character escaped that could control a terminal or reorder what is shown."""
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _lines(content: bytes) -> list[str]:

@@ -13,12 +13,13 @@ from rich.console import Console
 
 from client.site_config import SiteConfig
 from deployment.invitation import Invitation, read_invitation
-from deployment.site.bundle import MAXIMUM_PACKED, Bundle, BundleError, FileChange, compare, printable, read_bundle
+from deployment.site.bundle import MAXIMUM_PACKED, Bundle, BundleError, FileChange, compare, read_bundle
 from deployment.site.code_store import CodeStore
 from deployment.site.site_folder import Deployment, SiteFolder, book
 from engines.tables import FittingTable
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan
+from semisam_core.text import printable
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from rich.progress import Progress
 
 from client.site_config import SiteConfig
 from deployment.invitation import installed_versions
-from deployment.site.bundle import printable
 from deployment.site.code_store import CodeAlteredError, CodeStore
 from deployment.site.doctor_data import check_data, check_generalists, check_machine, check_storage
 from deployment.site.doctor_server import check_server
@@ -17,6 +16,7 @@ from deployment.site.findings import Finding, Level, fine, problem, warning
 from deployment.site.site_folder import Deployment, SiteFolder
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan
+from semisam_core.text import printable
 
 STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "red"}
 

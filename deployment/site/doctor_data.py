@@ -14,6 +14,14 @@ import torch
 
 from client.site_config import SiteConfig, annotated_classes, inventory, usable_generalists
 from deployment.site.findings import Finding, fine, problem, warning
+from intake.check.plausibility import (
+    EMPTY_LABEL,
+    NO_ORIENTATION,
+    ONE_VALUE,
+    has_orientation,
+    implausible_spacing,
+    missing_classes,
+)
 from semisam_core.data.cases import Case, Inventory, Role
 from semisam_core.data.scans import Scan, load_scan
 from semisam_core.errors import CaseError, ConfigError, WeightsError
@@ -23,7 +31,6 @@ from semisam_core.plan import Plan
 from semisam_core.progress import ProgressCallback
 from semisam_core.specialists import memory_estimate
 
-VOXEL_MM = (0.05, 20.0)
 BUSY_SHARE = 0.7
 
 
@@ -141,29 +148,24 @@ def _read_all(found: Inventory, plan: Plan, memory_gb: float, progress: Progress
 
 def _check_case(case: Case, scan: Scan) -> list[Finding]:
     subject = f"case {case.id}"
-    findings = [warning(subject, f"{note}.") for note in scan.notes]
-    header = nib.load(case.images[0]).header
-    if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
-        findings.append(warning(subject, "its file has no orientation; export it with its geometry."))
-    spacing = scan.original.spacing_mm
-    if min(spacing) < VOXEL_MM[0] or max(spacing) > VOXEL_MM[1]:
-        sizes = " x ".join(f"{side:g}" for side in spacing)
-        findings.append(warning(subject, f"its voxels are {sizes} mm, which is implausible; check the unit."))
+    sentences = [f"{note}." for note in scan.notes]
+    if not has_orientation(nib.load(case.images[0]).header):
+        sentences.append(NO_ORIENTATION)
+    if (implausible := implausible_spacing(scan.original.spacing_mm)) is not None:
+        sentences.append(implausible)
     if float(scan.image.std()) == 0.0:
-        findings.append(warning(subject, "all voxels have the same value; the file may be empty."))
+        sentences.append(ONE_VALUE)
     if scan.label is not None and not bool(scan.label.any()):
-        findings.append(warning(subject, "its label is empty; if that is wrong, correct or exclude it."))
-    return findings
+        sentences.append(EMPTY_LABEL)
+    return [warning(subject, sentence) for sentence in sentences]
 
 
 def _check_classes(config: SiteConfig, plan: Plan, found: Inventory, seen: _Seen) -> list[Finding]:
     if not any(case.label is not None for case in found.cases):
         return []
-    expected = set(annotated_classes(config, plan))
-    missing = [plan.class_names[k - 1] for k in sorted(expected - seen.classes)]
-    if missing:
-        sentence = f"no label marks {', '.join(missing)}; if that is never drawn here, list the other classes under "
-        return [warning("labels", sentence + "data.labeled_classes; otherwise it is learned as background.")]
+    missing = missing_classes(plan.class_names, annotated_classes(config, plan), seen.classes)
+    if missing is not None:
+        return [warning("labels", missing)]
     return [fine("labels", "together they mark every class that site.yaml lists.")]
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from deployment.site.bundle import printable
 from deployment.site.lifecycle import running
 from deployment.site.site_folder import SiteFolder, audit_log
 from engines.tables import FittingTable
 from semisam_core.files import read_json_lines
+from semisam_core.text import printable
 
 ANSWERS = ("join", "train", "evaluate")
 SHOWN = 8

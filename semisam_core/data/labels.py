@@ -34,7 +34,7 @@ def class_indices(array: NDArray[np.float32], task: Task, case_id: str) -> tuple
     """
     classes = enumerate(task.classes, start=1)
     accepted = {0: 0} | {value: k for k, target in classes for value in target.label_values}
-    values = np.unique(array)
+    values = np.unique(np.concatenate([np.unique(plane) for plane in array]))  # plane by plane: sorting copies
     with np.errstate(invalid="ignore"):  # NaN and infinity are no whole numbers either
         whole = np.abs(values - np.rint(values)) <= ROUNDING_TOLERANCE
     known = whole & np.isin(np.rint(values), sorted(accepted))
@@ -46,7 +46,8 @@ def class_indices(array: NDArray[np.float32], task: Task, case_id: str) -> tuple
     rounded = np.rint(array) if len(off) else array
     indices = np.zeros(array.shape, np.uint8)
     for value, index in accepted.items():
-        indices[rounded == value] = index
+        if index:
+            indices[rounded == value] = index
     notes = (f"label values such as {_shown(off[:1])} were rounded to whole numbers",) if len(off) else ()
     return torch.from_numpy(indices), notes
 

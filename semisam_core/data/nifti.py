@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.volumeutils import apply_read_scaling
 from numpy.typing import NDArray
 
-from semisam_core.data.geometry import Geometry
+from semisam_core.data.geometry import Geometry, axis_change
 from semisam_core.errors import CaseError
 
 SMALLEST_SIDE = 4  # voxels
@@ -47,10 +49,22 @@ class NiftiVolume:
             CaseError: the file is truncated or damaged.
         """
         try:
-            array = np.asarray(self.file.dataobj, dtype=np.float32)
+            array = _scaled(self.file.dataobj)
         except Exception as error:  # noqa: BLE001 - nibabel, zlib and gzip raise many kinds for a bad file
             raise _unreadable(self.case_id, self.what, error) from None
         return array.reshape(self.geometry.shape)
+
+
+def _scaled(data: Any) -> NDArray[np.float32]:
+    """Return what `np.asarray(data, dtype=float32)` does; where the header scales, without a float64 copy of all."""
+    stored = data.get_unscaled()
+    if data.slope == 1 and data.inter == 0:
+        return np.asarray(stored, dtype=np.float32)
+    array = np.empty(stored.shape, np.float32, order="F")
+    for plane in range(stored.shape[-1]):
+        part = slice(plane, plane + 1)
+        array[..., part] = apply_read_scaling(stored[..., part], np.asanyarray(data.slope), np.asanyarray(data.inter))
+    return array
 
 
 def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
@@ -83,6 +97,48 @@ def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
     geometry = Geometry(shape, torch.from_numpy(affine))
     check_sizes(geometry, case_id, what)
     return NiftiVolume(case_id, what, file, geometry, notes)
+
+
+def check_memory(
+    case_id: str,
+    channels: Sequence[Geometry],
+    spacing_mm: Sequence[float] | None,
+    memory_gb: float,
+    what: str = "image",
+) -> None:
+    """Check by headers alone that an image fits into memory, as it is stored and on the plan's grid.
+
+    Args:
+        case_id: for messages.
+        channels: the grids of the image's files.
+        spacing_mm: the plan's voxel size along R, A, S; None without a plan.
+        memory_gb: the limit of the site's `storage.memory_gb`.
+        what: "image" or "label", for messages.
+
+    Raises:
+        CaseError: float32 voxels of all channels would take more.
+    """
+    original = channels[0]
+    voxels = max(math.prod(each.shape) for each in channels)
+    onto_grid = ""
+    if spacing_mm is not None:
+        grid = planned_shape(original, spacing_mm)
+        voxels = max(voxels, math.prod(grid))
+        onto_grid = f"; on the plan's grid its shape would be about {grid}"
+    needed_gb = len(channels) * voxels * 4 / 1e9
+    if needed_gb > memory_gb:
+        raise CaseError(
+            f"{case_id}: the {what} would take {needed_gb:.3g} GB of memory, storage.memory_gb allows "
+            f"{memory_gb:g}. It has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm{onto_grid}. "
+            "Correct the voxel size if it is wrong, or raise storage.memory_gb."
+        )
+
+
+def planned_shape(original: Geometry, spacing_mm: Sequence[float]) -> tuple[int, int, int]:
+    """Return about what shape a scan has on a plan's grid (H, W, D), whose voxels have these sides along R, A, S."""
+    along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(original)
+    x, y, z = (math.ceil(extent / step) for extent, step in zip(along_ras.extent_mm, spacing_mm, strict=True))
+    return x, y, z
 
 
 def by_axis(lengths: Sequence[float]) -> str:

@@ -18,10 +18,11 @@ from monai.transforms import (
     RandScaleIntensityd,
     RandShiftIntensityd,
     RandSpatialCropd,
-    SpatialPadd,
 )
 from torch import Tensor
 
+from semisam_core.data.places import draw_place
+from semisam_core.data.scans import StoredVolume
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.training import AXES
 
@@ -33,14 +34,14 @@ class TrainingScan:
     """One scan, as training uses it.
 
     Attributes:
-        image: (C, H, W, D) float32.
+        image: (C, H, W, D) float32; a stored one is read patch by patch.
         label: (H, W, D) uint8 of class indices; labeled scans only.
         target: pseudo-label y (K, H, W, D) in [0, 1]; None if none was accepted.
         uncertainty: U (K, H, W, D), together with `target`.
         valid: (K,) bool, which classes of `target` were accepted.
     """
 
-    image: Tensor
+    image: Tensor | StoredVolume
     label: Tensor | None = None
     target: Tensor | None = None
     uncertainty: Tensor | None = None
@@ -84,10 +85,10 @@ class PatchStream:
         self._scans, self._count, self._plan, self._batch_size = scans, count, plan, batch_size
         self._random = np.random.RandomState(seed)
         self._order: list[int] = []
-        share, patch, keys = plan.data.foreground_share, plan.data.patch, (*CARRIED, "where")
-        crop = RandCropByPosNegLabeld(keys, "where", patch, pos=share, neg=1 - share, num_samples=1)
-        self._around_foreground = _transforms(plan, crop)
-        self._anywhere = _transforms(plan, RandSpatialCropd(keys, patch, random_size=False))
+        share, patch = plan.data.foreground_share, plan.data.patch
+        around = RandCropByPosNegLabeld(CARRIED, "label", patch, pos=share, neg=1 - share, num_samples=1)
+        self._around_foreground = _transforms(plan, around)
+        self._anywhere = _transforms(plan, RandSpatialCropd(CARRIED, patch, random_size=False))
 
     def next(self) -> Batch:
         """Return the next batch."""
@@ -99,23 +100,22 @@ class PatchStream:
         return self._order.pop()
 
     def _patch(self, scan: TrainingScan) -> TrainingScan:
-        classes = len(self._plan.task.classes)
-        shape = scan.image.shape[1:]
-        blank = torch.zeros((classes, *shape))
-        target = scan.target if scan.target is not None else blank
-        sample: dict[str, Tensor] = {
-            "image": scan.image,
-            "label": torch.zeros((1, *shape)) if scan.label is None else scan.label[None].float(),
-            "target": target,
-            "uncertainty": scan.uncertainty if scan.uncertainty is not None else blank,
-        }
+        classes, patch = len(self._plan.task.classes), self._plan.data.patch
+        height, width, depth = scan.image.shape[1:]
         foreground = self._foreground(scan, classes)
-        sample["where"] = foreground
-        transforms = self._around_foreground if bool(foreground.any()) else self._anywhere
+        transforms = self._around_foreground if len(foreground) else self._anywhere
         transforms.set_random_state(seed=int(self._random.randint(2**31 - 1)))
-        patch = transforms({name: MetaTensor(value) for name, value in sample.items()})
-        patch = patch[0] if isinstance(patch, list) else patch
-        plain = {name: patch[name].as_tensor() for name in CARRIED}
+        place = draw_place((height, width, depth), patch, foreground, transforms.transforms[0])
+        blank = torch.zeros((classes, *patch))
+        label = None if scan.label is None else place.cut(scan.label[None])
+        sample: dict[str, Tensor] = {
+            "image": place.cut(scan.image),
+            "label": torch.zeros((1, *patch)) if label is None else label.float(),
+            "target": blank if scan.target is None else place.cut(scan.target),
+            "uncertainty": blank.clone() if scan.uncertainty is None else place.cut(scan.uncertainty),
+        }
+        found = transforms({name: MetaTensor(value) for name, value in sample.items()}, start=1)
+        plain = {name: found[name].as_tensor() for name in CARRIED}
         return TrainingScan(
             image=plain["image"].float(),
             label=None if scan.label is None else plain["label"][0].round().to(torch.uint8),
@@ -125,24 +125,25 @@ class PatchStream:
         )
 
     def _foreground(self, scan: TrainingScan, classes: int) -> Tensor:
-        """Return the mask of one randomly drawn class of the scan, (1, H, W, D) bool; empty if it has no class."""
-        shape = scan.image.shape[1:]
+        """Return the voxels (N, 3) of one randomly drawn class of the scan, in array order; none if it has no class."""
         if scan.label is not None:
-            masks = [scan.label == k for k in range(1, 1 + classes)]
+            counts = torch.bincount(scan.label.flatten(), minlength=1 + classes)
+            present = [k for k in range(1, 1 + classes) if counts[k]]
+        elif scan.target is not None:
+            present = [k for k in range(1, 1 + classes) if bool((scan.target[k - 1] > 0.5).any())]
         else:
-            masks = [] if scan.target is None else list(scan.target > 0.5)
-        masks = [mask for mask in masks if bool(mask.any())]
-        if not masks:
-            return torch.zeros((1, *shape), dtype=torch.bool)
-        chosen = int(self._random.randint(len(masks))) if len(masks) > 1 else 0
-        return masks[chosen][None]
+            present = []
+        if not present:
+            return torch.zeros((0, 3), dtype=torch.long)
+        k = present[int(self._random.randint(len(present))) if len(present) > 1 else 0]
+        mask = scan.label == k if scan.label is not None else scan.target[k - 1] > 0.5  # type: ignore[index]
+        return mask.nonzero()
 
 
 def _transforms(plan: Plan, crop: object) -> Compose:
     augment = plan.training.augmentation
     steps: list[object] = [
-        SpatialPadd((*CARRIED, "where"), plan.data.patch),
-        crop,
+        crop,  # draws the place only; it is cut out before anything else is done
         *(RandFlipd(CARRIED, prob=augment.flip, spatial_axis=AXES.index(axis)) for axis in augment.flip_axes),
     ]
     if augment.affine_probability > 0:
@@ -174,7 +175,7 @@ def _collate(patches: Sequence[TrainingScan]) -> Batch:
 
     labeled = all(patch.label is not None for patch in patches)
     return Batch(
-        image=stack([patch.image for patch in patches]),
+        image=stack([patch.image for patch in patches if isinstance(patch.image, Tensor)]),
         label=stack([patch.label for patch in patches]) if labeled else None,
         target=stack([patch.target for patch in patches]),
         uncertainty=stack([patch.uncertainty for patch in patches]),

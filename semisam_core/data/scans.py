@@ -5,22 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import (
-    NormalizeIntensity,
-    Orientation,
-    ScaleIntensityRange,
-    ScaleIntensityRangePercentiles,
-    Spacing,
-    SpatialResample,
-)
+from monai.transforms import Orientation, ScaleIntensityRange, Spacing
+from monai.transforms.utils_pytorch_numpy_unification import percentile
+from nibabel.orientations import apply_orientation, io_orientation
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,13 +23,15 @@ from torch import Tensor
 from semisam_core.data.cases import Case
 from semisam_core.data.geometry import Geometry, axis_change, check_same_grid
 from semisam_core.data.labels import class_indices
-from semisam_core.data.nifti import NiftiVolume, by_axis, open_nifti
+from semisam_core.data.nifti import NiftiVolume, check_memory, open_nifti
+from semisam_core.data.resampling import resample_blocks
 from semisam_core.errors import CaseError
 from semisam_core.files import save_tensors
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.task import Data
 
 PREPARED_VERSION = "2"
+SLAB_ROWS = 8  # of a scan, normalised at once
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +67,48 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass(frozen=True)
+class StoredVolume:
+    """A tensor on disk, of which boxes are read.
+
+    Attributes:
+        path: the safetensors file.
+        name: the tensor's name in it.
+        shape: its shape.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
+        """Read a box.
+
+        Raises:
+            CaseError: the file is gone or damaged.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensor: Tensor = file.get_slice(self.name)[box]
+        except (OSError, SafetensorError) as error:
+            raise CaseError(f"{self.path}: the prepared scan cannot be read ({error}).") from None
+        return tensor
+
+
+def stored_image(case: Case, plan: Plan, prepared: Path, sha256: Callable[[Path], str]) -> StoredVolume | None:
+    """Return a case's image on the plan's grid as it lies on disk, unread; None if it is not prepared.
+
+    Raises:
+        CaseError: a file of the case cannot be read.
+    """
+    path = prepared / f"{prepared_key(case, plan, sha256)}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            return StoredVolume(path, "image", tuple(file.get_slice("image").get_shape()))
+    except (OSError, SafetensorError):
+        return None
+
+
 def load_scan(
     case: Case,
     plan: Plan,
@@ -98,7 +137,7 @@ def load_scan(
         return kept
     channels = [open_nifti(each, case.id, "image") for each in case.images]
     if memory_gb is not None:
-        _check_memory(case.id, [channel.geometry for channel in channels], plan.data, memory_gb)
+        check_memory(case.id, [each.geometry for each in channels], plan.data.spacing_mm, memory_gb)
     scan = _prepare(case, channels, plan)
     for note in scan.notes:
         logger.warning("%s: %s.", case.id, note)
@@ -137,57 +176,38 @@ def resample(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
     """Resample maps (K, ...) linearly from one grid to another; outside the source, its edge values continue."""
     if source.shape == target.shape and torch.allclose(source.affine, target.affine):
         return maps
-    resampler = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float32)
-    moved = resampler(
-        MetaTensor(maps.float().cpu(), affine=source.affine), dst_affine=target.affine, spatial_size=target.shape
-    )
-    tensor: Tensor = moved.as_tensor()
-    return tensor
-
-
-def planned_shape(original: Geometry, data: Data) -> tuple[int, int, int]:
-    """Return about what shape a scan has on the plan's grid (H, W, D), without reading it."""
-    along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(original)
-    x, y, z = (math.ceil(extent / step) for extent, step in zip(along_ras.extent_mm, data.spacing_mm, strict=True))
-    return x, y, z
-
-
-def _check_memory(case_id: str, channels: Sequence[Geometry], data: Data, memory_gb: float) -> None:
-    original = channels[0]
-    grid = planned_shape(original, data)
-    voxels = max(math.prod(grid), *(math.prod(each.shape) for each in channels))
-    needed_gb = len(channels) * voxels * 4 / 1e9
-    if needed_gb > memory_gb:
-        raise CaseError(
-            f"{case_id}: the image would take {needed_gb:.3g} GB of memory, storage.memory_gb allows {memory_gb:g}. It "
-            f"has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm; on the plan's grid its shape "
-            f"would be about {grid}. Correct the voxel size if it is wrong, or raise storage.memory_gb."
-        )
+    return resample_blocks(maps.float().cpu(), source, target)
 
 
 def _prepare(case: Case, channels: Sequence[NiftiVolume], plan: Plan) -> Scan:
     original = channels[0].geometry
-    stack = np.stack([_read_onto(original, channel, "channel") for channel in channels])  # (C, X, Y, Z)
+    arrays = [_read_onto(original, channel, "channel") for channel in channels]  # C of (X, Y, Z)
     notes = list(dict.fromkeys(note for channel in channels for note in channel.notes))
+    oriented, grid = _plans_grid(original, plan.data)
     indices, label = None, None
     if case.label is not None:
         volume = open_nifti(case.label, case.id, "label")
         indices, rounded = class_indices(_read_onto(original, volume, "label"), plan.task, case.id)
-        moved = _onto_grid(indices[None].float(), original.affine, plan.data, "nearest")
-        label = moved.as_tensor()[0].round().to(torch.uint8)
+        along_ras = torch.from_numpy(_along_ras(indices.numpy(), original)).float()[None]
+        label = resample_blocks(along_ras, oriented, grid, "nearest")[0].round().to(torch.uint8)
+        del along_ras
         notes += [*volume.notes, *rounded]
-    prepared = prepare_image(case.id, stack, original, plan.data, indices)
+    prepared = prepare_image(case.id, arrays, original, plan.data, indices)
     return replace(prepared, label=label, notes=(*notes, *prepared.notes))
 
 
 def prepare_image(
-    case_id: str, stack: NDArray[np.float32], original: Geometry, data: Data, label: Tensor | None = None
+    case_id: str,
+    channels: list[NDArray[np.float32]] | NDArray[np.float32],
+    original: Geometry,
+    data: Data,
+    label: Tensor | None = None,
 ) -> Scan:
     """Bring an image onto the plan's grid and normalise it, exactly as for training.
 
     Args:
         case_id: for messages, and the scan's id.
-        stack: (C, X, Y, Z), the channels; NaN in it may be set to 0.
+        channels: C of (X, Y, Z); NaN in them may be set to 0. A list is emptied on the way, to free memory.
         original: where its voxels lie.
         data: the plan's section on data.
         label: (X, Y, Z) class indices on the same grid, where NaN may not be; the scan that is returned has none.
@@ -195,11 +215,16 @@ def prepare_image(
     Raises:
         CaseError: voxels are not finite.
     """
-    notes = _make_finite(stack, label, data, case_id)
-    image = _onto_grid(torch.from_numpy(stack), original.affine, data, "bilinear")
-    grid = Geometry(_shape(image[0]), image.affine.double().cpu())
-    normalised = _normalise(image.as_tensor(), data).as_subclass(Tensor)
-    return Scan(case_id, normalised, None, grid, original, tuple(notes))
+    arrays = channels if isinstance(channels, list) else list(channels)
+    notes = _make_finite(arrays, label, data, case_id)
+    oriented, grid = _plans_grid(original, data)
+    image = torch.empty((len(arrays), *grid.shape))
+    for channel in image:
+        values = torch.from_numpy(_along_ras(arrays.pop(0), original))  # each copy replaces what it was made from
+        channel.copy_(resample_blocks(values[None], oriented, grid)[0])
+        del values
+        _normalise(channel, data)
+    return Scan(case_id, image, None, grid, original, tuple(notes))
 
 
 def _read_onto(image: Geometry, volume: NiftiVolume, what: str) -> NDArray[np.float32]:
@@ -212,45 +237,66 @@ def _read_onto(image: Geometry, volume: NiftiVolume, what: str) -> NDArray[np.fl
     return change.array(volume.voxels())
 
 
-def _make_finite(stack: NDArray[np.float32], label: Tensor | None, data: Data, case_id: str) -> list[str]:
+def _make_finite(channels: Sequence[NDArray[np.float32]], label: Tensor | None, data: Data, case_id: str) -> list[str]:
     """Set NaN to zero in place if the plan says `nan: zero`; return a note if there was any.
 
     NaN must be background, as registration or masking leaves it: it may neither fill a channel nor lie where the label
     marks a structure.
     """
-    missing = np.isnan(stack)
-    count, bad = int(missing.sum()), int((~np.isfinite(stack)).sum())
+    missing = [np.isnan(channel) for channel in channels]
+    count = sum(int(mask.sum()) for mask in missing)
+    bad = sum(channel.size - int(np.isfinite(channel).sum()) for channel in channels)
     if bad > count or (bad and data.nan == "refuse"):
         hint = "" if bad > count else " If NaN marks background only, the plan may say data.nan: zero."
         raise CaseError(f"{case_id}: the image has {bad} NaN or infinite voxels.{hint}")
-    if missing.all(axis=(1, 2, 3)).any():
+    if any(mask.all() for mask in missing):
         raise CaseError(f"{case_id}: every voxel of a channel is NaN.")
-    if label is not None and bool((missing.any(0) & (label.numpy() > 0)).any()):
+    if label is not None and any((mask & (label.numpy() > 0)).any() for mask in missing):
         raise CaseError(
             f"{case_id}: the image is NaN where the label marks a structure; data.nan: zero is for background."
         )
-    stack[missing] = 0.0
+    for channel, mask in zip(channels, missing, strict=True):
+        channel[mask] = 0.0
     return [f"{count} NaN voxels were set to 0, as the plan's data.nan says"] if count else []
 
 
-def _onto_grid(channels: Tensor, affine: Tensor, data: Data, mode: str) -> MetaTensor:
-    volume = MetaTensor(channels, affine=affine)
-    oriented = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(volume)
-    resampled: MetaTensor = Spacing(pixdim=data.spacing_mm, mode=mode, padding_mode="border", dtype=torch.float32)(
-        oriented
-    )
-    return resampled
+def _along_ras(array: NDArray[Any], original: Geometry) -> NDArray[Any]:
+    """Return an array with its axes permuted and flipped to run along R, A, S; a copy unless they do already."""
+    return np.ascontiguousarray(apply_orientation(array, io_orientation(original.affine.numpy())))
 
 
-def _normalise(image: Tensor, data: Data) -> Tensor:
-    lower, upper = data.intensity.lower, data.intensity.upper
-    if data.intensity.kind == "window":
-        scale = ScaleIntensityRange(a_min=lower, a_max=upper, b_min=0.0, b_max=1.0, clip=True)
-        return torch.as_tensor(scale(image), dtype=torch.float32)
-    clipped = torch.stack(
-        [ScaleIntensityRangePercentiles(lower, upper, b_min=0.0, b_max=1.0, clip=True)(c) for c in image]
-    )
-    return torch.as_tensor(NormalizeIntensity(channel_wise=True)(clipped), dtype=torch.float32)
+def _plans_grid(original: Geometry, data: Data) -> tuple[Geometry, Geometry]:
+    """Return the grid of the image's axes along R, A, S, and the plan's grid; MONAI computes both, without voxels."""
+    nothing = MetaTensor(torch.zeros(1).expand(1, *original.shape), affine=original.affine)
+    oriented = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")), lazy=True)(nothing)
+    grids = [_pending(oriented)]
+    grids.append(_pending(Spacing(pixdim=data.spacing_mm, padding_mode="border", lazy=True)(oriented)))
+    return grids[0], grids[1]
+
+
+def _pending(volume: MetaTensor) -> Geometry:
+    height, width, depth = (int(side) for side in volume.peek_pending_shape())
+    affine: Tensor = torch.as_tensor(volume.peek_pending_affine())
+    return Geometry((height, width, depth), affine.double().cpu())
+
+
+def _normalise(channel: Tensor, data: Data) -> None:
+    """Normalise one channel (H, W, D) in place, slab by slab."""
+    lower: Any = data.intensity.lower
+    upper: Any = data.intensity.upper
+    if data.intensity.kind == "percentiles":
+        lower, upper = percentile(channel, lower), percentile(channel, upper)
+    scale = ScaleIntensityRange(a_min=lower, a_max=upper, b_min=0.0, b_max=1.0, clip=True)
+    for slab in _slabs(channel):
+        slab.copy_(torch.as_tensor(scale(slab), dtype=torch.float32))
+    if data.intensity.kind == "percentiles":
+        mean, deviation = channel.mean().item(), channel.std(unbiased=False).item()
+        for slab in _slabs(channel):
+            slab.copy_((slab - mean) / (deviation or 1.0))
+
+
+def _slabs(channel: Tensor) -> list[Tensor]:
+    return [channel[row : row + SLAB_ROWS] for row in range(0, len(channel), SLAB_ROWS)]
 
 
 def _shape(array: NDArray[np.float32] | Tensor) -> tuple[int, int, int]:
@@ -303,7 +349,7 @@ def _read_prepared(path: Path, case_id: str, data: Data, memory_gb: float | None
             original = Geometry((x, y, z), file.get_tensor("original_affine"))
             if memory_gb is not None:
                 channels = file.get_slice("image").get_shape()[0]
-                _check_memory(case_id, [original] * channels, data, memory_gb)
+                check_memory(case_id, [original] * channels, data.spacing_mm, memory_gb)
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             notes = tuple(json.loads((file.metadata() or {}).get("notes", "[]")))
     except (OSError, SafetensorError):

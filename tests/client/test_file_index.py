@@ -60,8 +60,8 @@ def _settle() -> None:
     time.sleep(1.5 * SETTLED_NS / 1e9)
 
 
-def _site(path: Path, plan: Plan, round_number: int) -> Site:
-    return Site(load_site_config(path), plan, "run", round_number)
+def _site(path: Path, plan: Plan, round_number: int, run: str = "run") -> Site:
+    return Site(load_site_config(path), plan, run, round_number)
 
 
 def _digest(content: bytes) -> str:
@@ -181,7 +181,7 @@ def test_a_verdict_does_not_outlive_what_it_depends_on(make_site: MakeSite, chan
     path = make_site()
     _settle()
     before = _site(path, plan, 0).join().scalars
-    site = _site(make_site(**change), plan, 1)
+    site = _site(make_site(**change), plan, 1, "second")
     assert site.scans.counts() != before
-    other = _site(path, tiny_plan(*SUPERVISED, "task.classes=[{name: blob, value: 7}]"), 1)
+    other = _site(path, tiny_plan(*SUPERVISED, "task.classes=[{name: blob, value: 7}]"), 1, "third")
     assert other.scans.counts()["quarantined"] == 2 + ("storage" in change)

@@ -55,8 +55,8 @@ def test_cases_are_counted_by_role_and_checked_once(make_site: MakeSite, plan: P
 def test_scans_beyond_the_memory_limit_are_read_again_least_recently_used_first(
     make_site: MakeSite, plan: Plan, reads: list[str], fits: int, read_again: list[str]
 ) -> None:
-    size = 24 * 24 * 16 * 4  # bytes of one image, float32
-    scans = _scans(make_site(storage={"memory_gb": (fits + 0.5) * size / 1e9}), plan)
+    size = 24 * 24 * 16 * 4  # bytes of one image, float32; a label takes a quarter of it
+    scans = _scans(make_site(storage={"memory_gb": (fits + 0.75) * size / 1e9}), plan)
     cases = scans.usable(*Role)
     reads.clear()
     loaded = [scans.load(case) for case in cases]
@@ -76,7 +76,7 @@ def test_a_scan_over_the_memory_limit_is_quarantined(make_site: MakeSite, plan: 
 def test_a_recently_used_scan_outlives_one_that_was_loaded_after_it(
     make_site: MakeSite, plan: Plan, reads: list[str]
 ) -> None:
-    scans = _scans(make_site(storage={"memory_gb": 2.5 * 24 * 24 * 16 * 4 / 1e9}), plan)
+    scans = _scans(make_site(storage={"memory_gb": 2.75 * 24 * 24 * 16 * 4 / 1e9}), plan)
     zero, one, two = scans.usable(*Role)
     for case in (zero, one, zero, two):
         scans.load(case)

@@ -21,6 +21,7 @@ SMALLEST_LEVEL = 4  # voxels; an axis is not halved below
 MOST_LEVELS, FEWEST_LEVELS = 6, 3
 FIRST_FEATURES, MOST_FEATURES = 16, 320
 LARGEST_SIDE, SMALLEST_SIDE = 256, 16
+HALVINGS = 6  # of the range of patch sizes, until it is narrow enough
 ROOM = 3.0  # gates lie this far outside of the volumes that sites have
 
 Triple = tuple[int, int, int]
@@ -109,25 +110,31 @@ def _intensity(draft: Plan, sites: Sequence[SiteFingerprint], reasons: dict[tupl
 def _network(
     draft: Plan, shape: Triple, spacing: tuple[float, float, float], budget: float
 ) -> tuple[Triple, dict[str, Any]]:
-    """Return the patch and the network's arguments: the largest that the budget allows."""
-    wanted = [float(min(LARGEST_SIDE, side)) for side in shape]
-    batch = draft.training.labeled_batch + draft.training.unlabeled_batch
-    while True:
+    """Return the patch and the network's arguments: the largest of the scan's proportions that the budget allows."""
+    batch = max(1, draft.training.labeled_batch + draft.training.unlabeled_batch)
+    channels, classes = len(draft.task.channels), len(draft.task.classes)
+
+    def sized(share: float) -> tuple[Triple, dict[str, Any]]:
+        wanted = [max(float(SMALLEST_SIDE), share * min(LARGEST_SIDE, side)) for side in shape]
         arguments, divisor = _levels(wanted, spacing)
-        rounded = [
+        x, y, z = (
             max(d * 2 if d > 1 else SMALLEST_SIDE, round(w / d) * d) for w, d in zip(wanted, divisor, strict=True)
-        ]
-        patch: Triple = (int(rounded[0]), int(rounded[1]), int(rounded[2]))
-        needed = memory_estimate(
-            "dynunet", arguments, len(draft.task.channels), len(draft.task.classes), patch, max(1, batch)
         )
-        if needed <= budget or max(wanted) <= SMALLEST_SIDE:
-            return patch, arguments
-        # the axis that covers most of its scan gives way first, so that the patch keeps the scan's proportions
-        axis = max(range(3), key=lambda k: (wanted[k] / shape[k], wanted[k]))
-        wanted[axis] = max(SMALLEST_SIDE, wanted[axis] * 0.9)
-        if all(side <= SMALLEST_SIDE for side in wanted):
-            wanted = [float(SMALLEST_SIDE)] * 3
+        return (x, y, z), arguments
+
+    def fits(patch: Triple, arguments: dict[str, Any]) -> bool:
+        return memory_estimate("dynunet", arguments, channels, classes, patch, batch) <= budget
+
+    best, low, high = sized(0.0), 0.0, 1.0
+    if fits(*(whole := sized(1.0))):
+        return whole
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if fits(*(tried := sized(middle))):
+            best, low = tried, middle
+        else:
+            high = middle
+    return best
 
 
 def _levels(patch: Sequence[float], spacing: tuple[float, float, float]) -> tuple[dict[str, Any], Triple]:
@@ -174,7 +181,7 @@ def _gates(
         "times."
     )
     spread = max(math.log(h / lo) / 2.563 for lo, h in zip(lows, highs, strict=True) if lo and h)  # 80 % of a normal
-    if section["method"] == "evidence":
+    if draft.pseudo_labels is not None and draft.pseudo_labels.method == "evidence":
         tolerance = round(math.exp(spread), 2)
         section["sources"]["volume_tolerance"] = max(1.05, tolerance) if tolerance <= 2 else None
         reasons["pseudo_labels", "sources"] = (

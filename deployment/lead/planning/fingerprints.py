@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,21 +66,25 @@ def weighted_median(sites: Sequence[SiteFingerprint], name: str) -> float | None
     if not known:
         return None
     weights = np.cumsum([weight for _, weight in known])
-    return float(known[int(np.searchsorted(weights, weights[-1] / 2))][0])
+    place = int(np.searchsorted(weights, weights[-1] / 2))
+    middle = known[place][0]
+    if weights[place] == weights[-1] / 2:  # exactly half of the patients lie on either side
+        above = known[place + 1][0]
+        return math.sqrt(middle * above) if min(middle, above) > 0 else (middle + above) / 2
+    return middle
 
 
 def outliers(sites: Sequence[SiteFingerprint], task: Task) -> list[str]:
-    """Return a sentence for each number by which a site differs from all others taken together."""
+    """Return a sentence for each number by which a site differs from the median over all patients."""
     sentences = []
-    for each in sites if len(sites) > 1 else ():
-        rest = [other for other in sites if other is not each]
+    for each in sites:
         for name, what, limit in _watched(task):
-            own, usual = each.fingerprint.get(name), weighted_median(rest, name)
+            own, usual = each.fingerprint.get(name), weighted_median(sites, name)
             if own is None or usual is None:
                 continue
             unlike = abs(own - usual) > limit if "intensity" in name else not 1 / limit < _ratio(own, usual) < limit
             if unlike:
-                sentences.append(f"{each.site}: {what} is {own:g}, at the others {usual:g}.")
+                sentences.append(f"{each.site}: {what} is {own:g}, over all sites {usual:g}.")
     return sentences
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployment.site.bundle import BundleError, compare, printable, read_bundle
+from deployment.site.bundle import BundleError, compare, read_bundle
+from semisam_core.text import printable
 from tests.deployment.site.bundles import PYPROJECT, echo_fab, fab
 
 

@@ -1,0 +1,80 @@
+"""A site's fingerprint goes through the gate: logged, limited by the site's own file, and no more than agreed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.egress import EgressError
+from client.fingerprint import write_fingerprint
+from client.site_config import SiteConfig
+from semisam_core.data.fingerprint import fingerprint_scalars
+from semisam_core.files import read_json_lines
+from tests.conftest import blob, tiny_plan, write_nifti
+
+PLAN = tiny_plan("pseudo_labels.generalists=[lite-medsam]")
+
+
+def _site(folder: Path, scans: int = 6, **egress: Any) -> SiteConfig:
+    for k in range(scans):
+        image, label = blob(seed=k)
+        affine = np.diag([1.0, 1.0, 2.0, 1.0])
+        write_nifti(folder / "images" / f"secret-{k}.nii.gz", image, affine)
+        write_nifti(folder / "labels" / f"secret-{k}.nii.gz", label, affine)
+    return SiteConfig.model_validate(
+        {
+            "version": 1,
+            "site": "north",
+            "data": {"images": folder / "images", "labels": folder / "labels", "labeled": "all"},
+            "storage": {"folder": folder / "storage"},
+            "egress": egress,
+        }
+    )
+
+
+def test_what_is_written_was_logged_first_and_names_no_case(tmp_path: Path) -> None:
+    config = _site(tmp_path)
+    write_fingerprint(config, PLAN, tmp_path / "out.json", {})
+    written = json.loads((tmp_path / "out.json").read_text())
+    (line,) = read_json_lines(tmp_path / "storage" / "audit.jsonl")
+    assert line["kind"] == "fingerprint"
+    assert line["scalars"] == written["fingerprint"]
+    assert set(written["fingerprint"]) <= set(fingerprint_scalars(PLAN.task))
+    assert set(written) == {"version", "site", "task", "fingerprint"}
+    assert "secret" not in (tmp_path / "out.json").read_text()
+
+
+def test_spacing_and_volumes_are_those_of_the_scans(tmp_path: Path) -> None:
+    config = _site(tmp_path)
+    found: Any = write_fingerprint(config, PLAN, tmp_path / "out.json", {})["fingerprint"]
+    assert [found[f"spacing_mm.{axis}.median"] for axis in ("right-left", "inferior-superior")] == [1.0, 2.0]
+    volumes = [float(blob(seed=k)[1].sum()) * 2 / 1000 for k in range(6)]
+    assert found["volume_ml.blob.median"] == pytest.approx(np.median(volumes), rel=0.05)
+
+
+def test_scans_of_one_patient_count_once(tmp_path: Path) -> None:
+    config = _site(tmp_path)
+    same = {f"secret-{k}": "one" for k in range(6)}
+    assert write_fingerprint(config, PLAN, tmp_path / "out.json", same)["fingerprint"] == {"patients": 0}
+
+
+def test_a_site_may_forbid_it_or_ask_for_more_patients(tmp_path: Path) -> None:
+    config = _site(tmp_path, fingerprint=False)
+    with pytest.raises(EgressError, match="no fingerprint may leave"):
+        write_fingerprint(config, PLAN, tmp_path / "out.json", {})
+    assert not (tmp_path / "out.json").exists()
+    careful = config.model_copy(
+        update={"egress": config.egress.model_copy(update={"fingerprint": True, "minimum_patients": 7})}
+    )
+    assert write_fingerprint(careful, PLAN, tmp_path / "out.json", {})["fingerprint"] == {"patients": 0}
+
+
+def test_a_bad_scan_costs_only_itself(tmp_path: Path) -> None:
+    config = _site(tmp_path, scans=7)
+    (tmp_path / "images" / "secret-3.nii.gz").write_bytes(b"junk")
+    found: Any = write_fingerprint(config, PLAN, tmp_path / "out.json", {})["fingerprint"]
+    assert found["patients"] == 5  # of six, rounded down
