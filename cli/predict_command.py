@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from cli.errors import errors, readable_errors
 
@@ -31,6 +30,9 @@ def predict(
     layout: Annotated[str, typer.Option(help="auto, dicom, paired, nnunet, decathlon, bids or h5.")] = "auto",
     spacing: Annotated[str | None, typer.Option(help="Voxel size in mm, for h5 files: 0.625,0.625,0.625.")] = None,
     layers: Annotated[Path | None, typer.Option(help="A site's own layers, for models that lack them.")] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(help="Memory that one scan may take; by default 80 % of what is free.", min=0.1)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all by default.", min=1, max=1024)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
@@ -38,8 +40,8 @@ def predict(
     """Segment scans with a trained specialist alone; no generalist and no server is needed.
 
     Outputs lie in the geometry of their scan, and are named after it: they stay at the hospital. A DICOM SEG carries
-    the patient's attributes, as a PACS needs. What is done is kept; the same command goes on. Research software, not a
-    medical device.
+    the patient's attributes, as a PACS needs. What is done is kept; the same command goes on. A scan that fails stops
+    no other; the exit status is 1 if any failed or there was none. Research software, not a medical device.
 
     Example: semisam predict runs/atrium scans/ -o segmented
     """
@@ -49,15 +51,16 @@ def predict(
     ):
         from intake.choices import channel_patterns, spacing_of
         from release.inputs import find_inputs
+        from release.memory import free_gb
         from release.model import load_model
-        from release.predicting import Order, predict_all
+        from release.predicting import Order, as_table, predict_all
         from release.prediction import Predictor
         from release.runtime import use
 
         task = bar.add_task("loading", total=None)
         place = use(device, threads)
         predictor = Predictor([load_model(path, layers) for path in (model, *(also or []))], place)
-        order = Order(out, file_format, uncertainty, spacing_of(spacing))
+        order = Order(out, file_format, uncertainty, spacing_of(spacing), memory_gb or free_gb())
         inputs, listing = find_inputs(
             scans,
             predictor.plan,
@@ -71,24 +74,10 @@ def predict(
             order,
             lambda done, total: bar.update(task, description="segmenting", completed=done, total=total),
         )
-    left_out = [{"what": what, "reason": reason} for what, reason in listing.left_out]
     if as_json:
+        left_out = [{"what": what, "reason": reason} for what, reason in listing.left_out]
         console.print_json(json.dumps({"scans": records, "left_out": left_out}))
     else:
-        _show(records, left_out)
+        console.print(as_table(records, listing.left_out))
     if not records or any(each["state"] == "failed" for each in records):
         raise typer.Exit(1)
-
-
-def _show(records: list[dict[str, object]], left_out: list[dict[str, str]]) -> None:
-    table = Table(box=None, header_style="bold", show_edge=False)
-    for column in ("scan", "state", "ml", "files"):
-        table.add_column(column, overflow="fold")
-    for each in records:
-        volumes, outputs = each.get("volumes_ml"), each.get("outputs")
-        found = ", ".join(f"{name} {ml:g}" for name, ml in volumes.items()) if isinstance(volumes, dict) else ""
-        files = ", ".join(outputs) if isinstance(outputs, dict) else str(each.get("error", ""))
-        table.add_row(str(each["name"]), str(each["state"]), found, files)
-    for row in left_out:
-        table.add_row(row["what"], "left out", "", row["reason"])
-    console.print(table)

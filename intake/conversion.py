@@ -21,7 +21,7 @@ from intake.dicom.headers import image_slice, read_header
 from intake.dicom.labels import read_label
 from intake.dicom.series import DicomSeries, read_series
 from intake.files import read_channels, read_labels, read_volume
-from intake.guards import Request
+from intake.guards import LIMITS, Limits, Request
 from intake.h5 import read_h5
 from intake.volume import IntakeError, LabelVolume, Volume
 from semisam_core.data.geometry import CORNER_TOLERANCE_VOXELS, Geometry, axis_change, corner_distance
@@ -71,7 +71,7 @@ def convert(request: Request) -> dict[str, Any]:
     return answer
 
 
-def read_source(source: Source, spacing: tuple[float, float, float] | None) -> Volume:
+def read_source(source: Source, spacing: tuple[float, float, float] | None, limits: Limits = LIMITS) -> Volume:
     """Read one channel; `spacing` (mm) is for h5 files.
 
     Raises:
@@ -79,12 +79,12 @@ def read_source(source: Source, spacing: tuple[float, float, float] | None) -> V
     """
     path = Path(source.paths[0])
     if source.kind == "dicom":
-        return read_series(series_of(source))
+        return read_series(series_of(source), limits)
     if source.kind == "h5":
-        return read_h5(path, spacing)[0]
+        return read_h5(path, spacing, limits)[0]
     if source.channel is None:
-        return read_volume(path)
-    parts = read_channels(path)
+        return read_volume(path, limits)
+    parts = read_channels(path, limits)
     if source.channel >= len(parts):
         raise IntakeError(f"{path.name!a}: it has {len(parts)} channels; number {source.channel} is asked for.")
     return parts[source.channel]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from intake.candidates import Candidate, Listing, Wishes
 from intake.conversion import on_one_grid, read_source, series_of
 from intake.dicom.series import DicomSeries
 from intake.files import volume_suffix
+from intake.guards import LIMITS
 from intake.layouts import layout_of
 from intake.volume import IntakeError
 from semisam_core.data.geometry import Geometry
@@ -23,6 +25,9 @@ from semisam_core.plan import Plan
 from semisam_core.progress import ProgressCallback
 
 Pattern = re.Pattern[str]
+_MODALITIES = {"ct": "CT", "mr": "MR", "mri": "MR", "pet": "PT", "pt": "PT"}
+_HEADERS = (".nhdr", ".mhd")
+_HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -51,22 +56,32 @@ class Input:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content of all its image files."""
+        """Hash of the content of all its image files: of all their hashes, channel by channel, in their order."""
         digest = hashlib.sha256()
         for source in self.candidate.channels:
             for path in source.paths:
-                with Path(path).open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                for each in (Path(path), *_detached(Path(path))):
+                    with each.open("rb") as file:
+                        digest.update(hashlib.file_digest(file, "sha256").digest())
             digest.update(f"|{source.channel}".encode())
         return digest.hexdigest()
 
-    def read(self, spacing_mm: tuple[float, float, float] | None) -> tuple[np.ndarray, Geometry, list[str]]:
+    def read(
+        self, spacing_mm: tuple[float, float, float] | None, memory_gb: float | None = None
+    ) -> tuple[NDArray[np.float32], Geometry, list[str]]:
         """Return the channels (C, X, Y, Z), where they lie, and notes.
 
+        Args:
+            spacing_mm: voxel size, for h5 files.
+            memory_gb: the largest image to load, all channels; judged by the header. None for the readers' own limit.
+
         Raises:
-            IntakeError: a file cannot be read.
+            IntakeError: a file cannot be read, or is too large.
         """
-        volumes, moved = on_one_grid([read_source(each, spacing_mm) for each in self.candidate.channels])
+        sources, limits = self.candidate.channels, LIMITS
+        if memory_gb is not None:
+            limits = replace(LIMITS, voxels=min(LIMITS.voxels, int(memory_gb * 1e9 / (4 * len(sources)))))
+        volumes, moved = on_one_grid([read_source(each, spacing_mm, limits) for each in sources])
         notes = list(dict.fromkeys(note for each in volumes for note in each.notes))
         return np.stack([each.voxels for each in volumes]), volumes[0].geometry, [*notes, *moved]
 
@@ -92,18 +107,47 @@ def find_inputs(
         raise IntakeError(f"the model has the channels {', '.join(names)}; name each by --channel <name>=<pattern>.")
     asked = {name: channels.get(name) for name in names} if len(names) > 1 or channels else {}
     listing = found.find(source, Wishes(channels=asked), progress)
+    if not channels:
+        listing = _of_the_modality(listing, names[0])
     return [
         Input(name, each) for name, each in zip(_names(listing.candidates), listing.candidates, strict=True)
     ], listing
 
 
-def prepared(stack: np.ndarray, grid: Geometry, name: str, plan: Plan) -> Scan:
-    """Return a scan as a model of this plan sees it.
+def prepared(stack: NDArray[np.float32], grid: Geometry, name: str, plan: Plan) -> Scan:
+    """Return a scan as a model of this plan sees it; NaN in `stack` may be set to 0.
 
     Raises:
         CaseError: it has voxels that are not finite.
     """
-    return prepare_image(name, stack.copy(), grid, plan.data)
+    return prepare_image(name, stack, grid, plan.data)
+
+
+def _of_the_modality(listing: Listing, channel: str) -> Listing:
+    """Leave out DICOM series of another modality than the model's channel has in its name, such as `lge-mr`."""
+    expected = {_MODALITIES[part] for part in re.split(r"[^a-z]+", channel.lower()) if part in _MODALITIES}
+    if len(expected) != 1:
+        return listing
+    fitting, left_out = [], []
+    for each in listing.candidates:
+        first = each.channels[0]
+        if first.kind == "dicom" and first.modality and first.modality not in expected:
+            reason = (
+                f"it is {first.modality}; the model's channel is {channel} (--channel {channel}=<pattern> takes it)"
+            )
+            left_out.append((series_of(first).description or first.series, reason))
+        else:
+            fitting.append(each)
+    return Listing(tuple(fitting), (*listing.left_out, *left_out))
+
+
+def _detached(path: Path) -> list[Path]:
+    """Return the files beside a header (.nhdr, .mhd) whose names stand in it: one of them has the voxels."""
+    if not path.name.lower().endswith(_HEADERS):
+        return []
+    with path.open("rb") as file:
+        head = file.read(_HEADER_BYTES)
+    return sorted(each for each in path.parent.iterdir() if each != path and each.name.encode() in head)
 
 
 def _names(candidates: Sequence[Candidate]) -> list[str]:
@@ -112,10 +156,11 @@ def _names(candidates: Sequence[Candidate]) -> list[str]:
     for each in candidates:
         first = each.channels[0]
         text = Path(first.paths[0]).parent.name if first.kind == "dicom" else each.scan
-        plain.append(re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")[:80] or "scan")
+        plain.append(re.sub(r"[^\w.-]+", "-", text).strip(".-")[:80] or "scan")
+    keys = [name.casefold().removesuffix("_uncertainty") for name in plain]  # of their files, on any file system
     return [
         name
-        if plain.count(name) == 1
+        if keys.count(key) == 1
         else f"{name}-{hashlib.sha256(f'{each.patient}|{each.scan}'.encode()).hexdigest()[:8]}"
-        for name, each in zip(plain, candidates, strict=True)
+        for name, key, each in zip(plain, keys, candidates, strict=True)
     ]

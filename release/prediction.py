@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from release.inputs import prepared
+from release.memory import check_memory
 from release.model import ModelError, TrainedModel
 from semisam_core.data.geometry import Geometry
-from semisam_core.data.scans import resample
-from semisam_core.inference import only_connected, predict, segment_original
-
-SLAB_BYTES = 1 << 29  # of probabilities on the scan's own grid at a time
+from semisam_core.data.nifti import check_sizes
+from semisam_core.data.resampling import Block, GridChange
+from semisam_core.data.scans import Scan
+from semisam_core.inference import only_connected, segment_original
+from semisam_core.sliding_window import SlidingProbabilities
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +27,14 @@ class Segmentation:
     """What models found in one scan.
 
     Attributes:
-        labels: (X, Y, Z) on the scan's own grid, with the values that the plan gives its classes.
+        labels: (X, Y, Z) on the scan's own grid, with the values that the plan gives its classes: of a class that is
+            the union of several, the first.
         uncertainty: (X, Y, Z) float32, the entropy of the mean probability over classes, from 0 (certain) to 1 (all
             classes are equally likely); None if it was not asked for.
         volumes_ml: class name -> volume.
     """
 
-    labels: NDArray[np.uint16]
+    labels: NDArray[np.uint8]
     uncertainty: NDArray[np.float32] | None
     volumes_ml: dict[str, float]
 
@@ -40,7 +43,8 @@ class Predictor:
     """Segments scans.
 
     Args:
-        models: one or several with the same classes and channels; their probabilities are averaged.
+        models: one or several with the same classes and channels; their probabilities are averaged. Each may have a
+            grid of its own: they are averaged on the scan's.
         device: where to compute.
 
     Raises:
@@ -55,61 +59,93 @@ class Predictor:
             if (task.classes, task.channels) != (first.classes, first.channels):
                 raise ModelError(f"{model.path}: its classes or channels are not those of {models[0].path}.")
         for model in models:
-            model.specialist.to(device)
+            model.specialist.to(device).eval()
         self.plan = models[0].plan
 
-    def segment(self, stack: NDArray[np.float32], grid: Geometry, name: str, uncertainty: bool = False) -> Segmentation:
-        """Segment one scan.
+    def segment(
+        self,
+        stack: NDArray[np.float32],
+        grid: Geometry,
+        name: str,
+        uncertainty: bool = False,
+        memory_gb: float | None = None,
+    ) -> Segmentation:
+        """Segment one scan: with one model, voxel by voxel what a site's evaluation scores.
 
         Args:
-            stack: (C, X, Y, Z) channels in the plan's order.
+            stack: (C, X, Y, Z) channels in the plan's order; NaN in it may be set to 0.
             grid: where its voxels lie.
             name: for messages.
             uncertainty: whether to return a map of it.
+            memory_gb: memory that this may take, judged by the sizes of the grids; None for no limit.
 
         Raises:
-            CaseError: the scan has voxels that are not finite.
+            CaseError: the scan has voxels that are not finite or a size that no patient has, or would take too much
+                memory.
         """
+        check_sizes(grid, name, "image")
+        if memory_gb is not None:
+            check_memory(grid, [each.plan for each in self.models], uncertainty, name, memory_gb)
+        scans = self._prepare(stack, grid, name)
+        if len(scans) == 1 and not uncertainty:
+            model = self.models[0]
+            indices, unsure = segment_original(model.specialist, scans[0], model.plan, self.device), None
+        else:
+            indices, unsure = self._mean_of_all(scans, uncertainty)
         classes = self.plan.task.classes
-        if len(self.models) == 1 and not uncertainty:
-            scan = prepared(stack, grid, name, self.plan)
-            indices = segment_original(self.models[0].specialist, scan, self.plan, self.device)
-            return self._result(indices, None, grid)
-        found = []
-        for model in self.models:
-            scan = prepared(stack, grid, name, model.plan)
-            found.append((predict(model.specialist, scan.image, model.plan, self.device), scan.grid))
-        indices = torch.empty(grid.shape, dtype=torch.int64)
-        unsure = np.empty(grid.shape, dtype=np.float32) if uncertainty else None
-        for part, slab in _slabs(grid, 1 + len(classes)):
-            probability = _mean([resample(each, own, slab) for each, own in found])
-            indices[:, :, part] = probability.argmax(0)
-            if unsure is not None:
-                unsure[:, :, part] = _entropy(probability).numpy()
-        return self._result(only_connected(indices, self.plan), unsure, grid)
-
-    def _result(self, indices: Tensor, unsure: NDArray[np.float32] | None, grid: Geometry) -> Segmentation:
-        classes = self.plan.task.classes
-        values = np.array([0, *(each.label_values[0] for each in classes)], dtype=np.uint16)
+        values = np.array([0, *(each.label_values[0] for each in classes)], dtype=np.uint8)
         voxel_ml = abs(float(np.linalg.det(grid.affine.numpy()[:3, :3]))) / 1000
-        counts = torch.bincount(indices.flatten().long(), minlength=1 + len(classes)).tolist()
-        volumes = {each.name: round(count * voxel_ml, 4) for each, count in zip(classes, counts[1:], strict=True)}
+        counts = [int((indices == k).sum()) for k in range(1, 1 + len(classes))]
+        volumes = {each.name: round(count * voxel_ml, 4) for each, count in zip(classes, counts, strict=True)}
         return Segmentation(values[indices.numpy()], unsure, volumes)
 
+    def _prepare(self, stack: NDArray[np.float32], grid: Geometry, name: str) -> list[Scan]:
+        """Return the scan as each model sees it; models of equal settings share one."""
+        by_settings: dict[str, Scan] = {}
+        keys = [each.plan.data.model_dump_json(include={"spacing_mm", "intensity", "nan"}) for each in self.models]
+        for key, model in zip(keys, self.models, strict=True):
+            if key not in by_settings:
+                own = stack if len(set(keys)) == 1 else stack.copy()  # preparing may set NaN to zero
+                by_settings[key] = prepared(own, grid, name, model.plan)
+        return [by_settings[key] for key in keys]
 
-def _slabs(grid: Geometry, channels: int) -> Iterator[tuple[slice, Geometry]]:
-    """Cut a grid along its last axis, so that the probabilities on a slab take a bounded amount of memory."""
-    x, y, z = grid.shape
-    thick = max(1, SLAB_BYTES // (4 * channels * x * y))
-    for start in range(0, z, thick):
-        end = min(z, start + thick)
-        affine = grid.affine.clone()
-        affine[:3, 3] += start * affine[:3, 2]
-        yield slice(start, end), Geometry((x, y, end - start), affine)
+    @torch.inference_mode()
+    def _mean_of_all(self, scans: Sequence[Scan], uncertainty: bool) -> tuple[Tensor, NDArray[np.float32] | None]:
+        """Return class indices by the mean probability, and its entropy, block by block of the scan's own grid."""
+        shape, channels = scans[0].original.shape, 1 + len(self.plan.task.classes)
+        found = torch.zeros(shape, dtype=torch.uint8)
+        unsure = torch.zeros(shape) if uncertainty else None
+        for block, probability in self._blocks(scans, channels):
+            block.of(found).copy_(probability.argmax(0))
+            if unsure is not None:
+                block.of(unsure).copy_(_entropy(probability))
+        return only_connected(found, self.plan), None if unsure is None else unsure.numpy()
 
-
-def _mean(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(0)
+    def _blocks(self, scans: Sequence[Scan], channels: int) -> Iterator[tuple[Block, Tensor]]:
+        """Yield the blocks of the scan's own grid, each with the mean probability there: (channels, x, y, z)."""
+        changes = [GridChange(each.grid, each.original) for each in scans]
+        rolling = [
+            SlidingProbabilities(
+                model.specialist,
+                scan.image,
+                channels,
+                model.plan.data.patch,
+                model.plan.evaluation.overlap,
+                self.device,
+            )
+            for model, scan in zip(self.models, scans, strict=True)
+        ]
+        axis, bytes_per_voxel = changes[0].axis_of_rows, 4 * channels * (1 + len(scans))
+        blocks = sorted(changes[0].blocks(axis, bytes_per_voxel), key=lambda each: changes[0].source_rows(each))
+        for number, block in enumerate(blocks):
+            mean: Tensor | None = None
+            for change, volume in zip(changes, rolling, strict=True):
+                volume.advance(change.source_rows(block)[1])
+                there = block.of(volume.volume) if change.unchanged else change.sample(volume.volume, block)
+                mean = there if mean is None else mean + there
+                volume.release(min((change.source_rows(each)[0] for each in blocks[number + 1 :]), default=0))
+            if mean is not None:
+                yield block, mean / len(scans) if len(scans) > 1 else mean
 
 
 def _entropy(probability: Tensor) -> Tensor:

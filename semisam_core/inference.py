@@ -137,7 +137,7 @@ def only_connected(indices: Tensor, plan: Plan) -> Tensor:
     """Set everything but the largest component of each `connected` class to background, in place.
 
     Args:
-        indices: (H, W, D) int64 of class indices, on the CPU.
+        indices: (H, W, D) whole numbers, class indices, on the CPU.
         plan: which classes are connected.
     """
     boxes = ndimage.find_objects(indices.numpy(), max_label=len(plan.task.classes))

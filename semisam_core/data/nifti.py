@@ -95,7 +95,7 @@ def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise CaseError(f"{case_id}: the {what} has no usable affine (voxel size and direction).")
     geometry = Geometry(shape, torch.from_numpy(affine))
-    _check_physical_size(geometry, case_id, what)
+    check_sizes(geometry, case_id, what)
     return NiftiVolume(case_id, what, file, geometry, notes)
 
 
@@ -122,12 +122,9 @@ def check_memory(
     voxels = max(math.prod(each.shape) for each in channels)
     onto_grid = ""
     if spacing_mm is not None:
-        along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(
-            original
-        )
-        grid = [math.ceil(extent / step) for extent, step in zip(along_ras.extent_mm, spacing_mm, strict=True)]
+        grid = planned_shape(original, spacing_mm)
         voxels = max(voxels, math.prod(grid))
-        onto_grid = f"; on the plan's grid its shape would be about {tuple(grid)}"
+        onto_grid = f"; on the plan's grid its shape would be about {grid}"
     needed_gb = len(channels) * voxels * 4 / 1e9
     if needed_gb > memory_gb:
         raise CaseError(
@@ -135,6 +132,13 @@ def check_memory(
             f"{memory_gb:g}. It has shape {original.shape} and voxels of {by_axis(original.spacing_mm)} mm{onto_grid}. "
             "Correct the voxel size if it is wrong, or raise storage.memory_gb."
         )
+
+
+def planned_shape(original: Geometry, spacing_mm: Sequence[float]) -> tuple[int, int, int]:
+    """Return about what shape a scan has on a plan's grid (H, W, D), whose voxels have these sides along R, A, S."""
+    along_ras = axis_change(original, Geometry(original.shape, torch.eye(4, dtype=torch.float64))).geometry(original)
+    x, y, z = (math.ceil(extent / step) for extent, step in zip(along_ras.extent_mm, spacing_mm, strict=True))
+    return x, y, z
 
 
 def by_axis(lengths: Sequence[float]) -> str:
@@ -164,15 +168,20 @@ def _spatial_shape(shape: tuple[int, ...], case_id: str, what: str) -> tuple[int
         raise CaseError(
             f"{case_id}: the {what} is {len(sides)}D with shape {shape}; a 3D volume is expected, one file per channel."
         )
-    if min(sides) < SMALLEST_SIDE:
-        raise CaseError(
-            f"{case_id}: the {what} has shape {tuple(sides)}; at least {SMALLEST_SIDE} voxels per side are needed. "
-            "Is it a localizer or a single slice of the series?"
-        )
     return sides[0], sides[1], sides[2]
 
 
-def _check_physical_size(geometry: Geometry, case_id: str, what: str) -> None:
+def check_sizes(geometry: Geometry, case_id: str, what: str) -> None:
+    """Check that a volume has enough voxels along each axis, and a size that a patient may have.
+
+    Raises:
+        CaseError: it has not.
+    """
+    if min(geometry.shape) < SMALLEST_SIDE:
+        raise CaseError(
+            f"{case_id}: the {what} has shape {geometry.shape}; at least {SMALLEST_SIDE} voxels per side are needed. "
+            "Is it a localizer or a single slice of the series?"
+        )
     longest, voxel = max(geometry.extent_mm), max(geometry.spacing_mm)
     if SHORTEST_EXTENT_MM <= longest <= LONGEST_EXTENT_MM and voxel <= LARGEST_VOXEL_MM:
         return
