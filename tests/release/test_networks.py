@@ -49,7 +49,7 @@ def test_every_specialist_on_offer_is_tried() -> None:
     "name", [pytest.param(each, marks=pytest.mark.slow if each == "swinunetr" else ()) for each in sorted(NETWORKS)]
 )
 def test_torchscript_and_onnx_answer_as_the_specialist(tmp_path: Path, name: str) -> None:
-    arguments, patch, channels = NETWORKS[name]
+    _, patch, channels = NETWORKS[name]
     specialist = _network(name)
     at_once = write_script(specialist, tmp_path / "model.ts", channels, patch)
     write_onnx(specialist, tmp_path / "model.onnx", channels, patch)
@@ -117,13 +117,13 @@ def test_a_network_that_onnx_cannot_hold_is_refused_with_a_way_out(tmp_path: Pat
         def forward(self, x: Tensor) -> Tensor:
             return x * 2 if float(x.sum()) > 0 else x
 
-    with pytest.raises(ModelError, match="cannot be written as ONNX .* --without-onnx leaves it out"):
+    with pytest.raises(ModelError, match=r"cannot be written as ONNX .* --without-onnx leaves it out"):
         write_onnx(Branching(), tmp_path / "model.onnx", 1, (8, 8, 8))
     assert not (tmp_path / "model.onnx").exists()
 
 
 def _network(name: str) -> nn.Module:
-    """Return a network whose answers differ from voxel to voxel and whose running statistics are not the initial ones."""
+    """Return a network whose answers differ from voxel to voxel, with running statistics that were learned."""
     arguments, patch, channels = NETWORKS[name]
     network = build_specialist(name, arguments, channels, CLASSES, 3)
     with torch.no_grad():
