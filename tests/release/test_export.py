@@ -97,6 +97,14 @@ def test_a_package_is_a_model_that_predict_accepts(made: Path) -> None:
     assert (model.sha256, model.plan.hash, model.round) == (original.sha256, original.plan.hash, 2)
 
 
+def test_an_altered_package_is_not_predicted_with(package: Path) -> None:
+    with (package / "extra/plan.yaml").open("a", encoding="utf-8") as plan:
+        plan.write("\n")
+
+    with pytest.raises(ModelError, match=r"extra/plan.yaml was altered"):
+        load_model(package)
+
+
 def test_programs_of_an_unknown_signer_are_run_only_if_asked_for(package: Path) -> None:
     (package / "models/model.ts").write_bytes(b"a hostile program")
     seal(package, *_named(package), Ed25519PrivateKey.generate())
@@ -105,7 +113,7 @@ def test_programs_of_an_unknown_signer_are_run_only_if_asked_for(package: Path) 
     assert (found["expected"], set(found["differences"])) == (False, {PACKAGED_WEIGHTS})
     with pytest.raises(ModelError, match=r"model.ts: it cannot be loaded"):
         verify(package, None, parity=True)
-    with pytest.raises(ModelError, match="it was signed by .*, not by"):
+    with pytest.raises(ModelError, match=r"it was signed by .*, not by"):
         verify(package, WHO)
 
 
