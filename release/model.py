@@ -55,9 +55,9 @@ def load_model(path: Path, layers: Path | None = None) -> TrainedModel:
             is not as it was exported.
         ConfigError: the plan beside it is invalid.
     """
-    if (path / PACKAGED_PLAN).is_file():
-        from release.package import check  # which needs this file's ModelError
+    from release.package import MANIFEST, check  # which needs this file's ModelError
 
+    if (path / MANIFEST).exists():
         check(path)
     weights_path, plan_path = _files(path)
     plan = load_plan(plan_path)
