@@ -47,23 +47,32 @@ def export(
 
 def verify(
     package: Annotated[Path, typer.Argument(help="The package's folder.")],
-    signer: Annotated[str | None, typer.Option(help="Fingerprint of the lead's key, as the lead told you.")] = None,
+    signer: Annotated[
+        str | None, typer.Option(help="Fingerprint of the lead's key, or its file, as the lead gave it to you.")
+    ] = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Run the copies of the network although no --signer is named.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Check a package: every file, the signature, and that all copies of the network answer alike.
+
+    TorchScript and ONNX are programs, so they are run only if --signer made the package, or with --parity.
 
     Example: semisam verify atrium-model --signer 3f0c...
     """
     with readable_errors(), errors.status("checking ..."):
         from release.export import verify as check
 
-        found = check(package, signer)
+        found = check(package, signer, parity)
     if as_json:
         console.print_json(json.dumps(found))
         return
     console.print(f"{package}: {found['files']} files are as listed.", highlight=False, markup=False, soft_wrap=True)
     for name, apart in found["differences"].items():
         console.print(f"{name}: probabilities within {apart:.1g} of the specialist's", highlight=False)
+    if not (found["expected"] or parity):
+        console.print("TorchScript and ONNX were not run; --signer or --parity compares them too.")
     if found["signer"] is None:
         console.print("It is not signed: anybody may have made it.")
     elif signer is None:

@@ -25,6 +25,7 @@ LIMITS = (
     "sites the intervals are too narrow.",
     "It always gives an answer, also for scans that show no such structure. A person must look at every segmentation.",
 )
+CHOSEN = "The round was chosen by these same scores, so they are a little too good."
 
 
 def facts(run: Path, model: TrainedModel) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def facts(run: Path, model: TrainedModel) -> dict[str, Any]:
         "scores": _scores(lines, plan.class_names, model.round),
         "generalists": [_generalist(name) for name in generalists],
         "lacks": lacking(plan),
-        "limits": list(LIMITS),
+        "limits": [*LIMITS, *([] if plan.selection == "last" else [CHOSEN])],
         "intended_use": "Research on segmentation, and proposals that an expert reviews. Not a medical device.",
         "software": {
             "fedsemisam": importlib.metadata.version("fedsemisam"),

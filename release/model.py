@@ -51,9 +51,14 @@ def load_model(path: Path, layers: Path | None = None) -> TrainedModel:
             (`layers-*.safetensors` in its storage), which the study's model lacks.
 
     Raises:
-        ModelError: there is no model, it does not fit its plan, or lacks layers that stayed at the sites.
+        ModelError: there is no model, it does not fit its plan, or lacks layers that stayed at the sites; or a package
+            is not as it was exported.
         ConfigError: the plan beside it is invalid.
     """
+    from release.package import MANIFEST, check  # which needs this file's ModelError
+
+    if (path / MANIFEST).exists():
+        check(path)
     weights_path, plan_path = _files(path)
     plan = load_plan(plan_path)
     tensors, metadata = read_tensors(weights_path)

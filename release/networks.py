@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from release.model import ModelError
@@ -21,6 +24,7 @@ from semisam_core.files import save_tensors, write_atomically
 OPSET = 18
 TOLERANCE = 1e-4  # of probabilities
 PROOF_BATCH = 2
+PROOF_VALUES = 1 << 20
 
 Answer = Callable[[Tensor], Tensor]
 
@@ -28,23 +32,36 @@ Answer = Callable[[Tensor], Tensor]
 def write_script(specialist: nn.Module, path: Path, channels: int, patch: tuple[int, int, int]) -> int:
     """Write TorchScript, and return how many patches it takes at a time: 2, or 1 if the network fixes it.
 
+    A network is compiled where TorchScript can (all but Swin UNETR): a traced one keeps the device of tensors that it
+    makes itself.
+
     Raises:
-        ModelError: the network cannot be traced to one that answers alike.
+        ModelError: the network can neither be compiled nor traced to one that answers alike.
     """
-    for batch in (PROOF_BATCH, 1):
-        example = _patches(batch, channels, patch)
+    for batch, make in ((PROOF_BATCH, _compiled), (PROOF_BATCH, _traced), (1, _traced)):
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracing notes constants, and that it is deprecated; the proof decides
-            traced = torch.jit.trace(specialist, example, check_trace=False)  # type: ignore[no-untyped-call]
-            same = all(_fits(traced, specialist, _patches(each, channels, patch, 7)) for each in range(1, batch + 1))
-        if same:
+            script = make(specialist, _patches(batch, channels, patch))
+            if script is None or not all(
+                _fits(script, specialist, _patches(each, channels, patch, 7)) for each in range(1, batch + 1)
+            ):
+                continue
             buffer = io.BytesIO()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                torch.jit.save(traced, buffer)
-            write_atomically(path, buffer.getvalue())
-            return batch
+            torch.jit.save(script, buffer)
+        write_atomically(path, buffer.getvalue())
+        return batch
     raise ModelError("the network cannot be written as TorchScript: its copy answers differently.")
+
+
+def _compiled(specialist: nn.Module, _: Tensor) -> Any:
+    try:
+        return torch.jit.script(specialist)
+    except Exception:  # noqa: BLE001 - the compiler has many kinds, and tracing is next
+        return None
+
+
+def _traced(specialist: nn.Module, example: Tensor) -> Any:
+    return torch.jit.trace(specialist, example, check_trace=False)  # type: ignore[no-untyped-call]
 
 
 def write_onnx(specialist: nn.Module, path: Path, channels: int, patch: tuple[int, int, int]) -> None:
@@ -76,9 +93,19 @@ def write_onnx(specialist: nn.Module, path: Path, channels: int, patch: tuple[in
 
 
 def write_proof(specialist: nn.Module, path: Path, channels: int, patch: tuple[int, int, int]) -> None:
-    """Write patches and the specialist's probabilities for them, for `differences` to compare with."""
+    """Write two patches and the specialist's probabilities for them, for `differences` to compare with.
+
+    One patch is noise, the other is smooth. Of the probabilities of large patches every second, third ... voxel along
+    each axis is kept, so that the file stays at a few megabytes.
+    """
     patches = _patches(PROOF_BATCH, channels, patch, 11)
-    save_tensors(path, {"image": patches, "probability": _probability(specialist, patches)})
+    smooth = gaussian_filter(patches[1].numpy(), (0, 3, 3, 3))
+    patches[1] = torch.from_numpy(smooth / max(float(smooth.std()), 1e-6))
+    patches = patches.half()
+    probability = _probability(specialist, patches.float())
+    step = max(1, math.ceil((probability.numel() / PROOF_VALUES) ** (1 / 3)))
+    kept = probability[:, :, ::step, ::step, ::step].contiguous()
+    save_tensors(path, {"image": patches, "probability": kept, "step": torch.tensor(step)})
 
 
 def differences(proof: Path, networks: dict[str, Answer]) -> dict[str, float]:
@@ -87,14 +114,25 @@ def differences(proof: Path, networks: dict[str, Answer]) -> dict[str, float]:
     Raises:
         ModelError: one is above `TOLERANCE`, or another class is the most probable somewhere it is not a tie.
     """
-    known = load_file(proof)
+    try:
+        known = load_file(proof)
+        image, expected, step = known["image"].float(), known["probability"], int(known["step"])
+        if expected.ndim != 5 or step < 1:
+            raise ValueError
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{proof}: it cannot be read ({type(error).__name__}).") from None
     found = {}
     for name, network in networks.items():
-        probability = _probability(network, known["image"])
-        found[name] = float((probability - known["probability"]).abs().max())
-        top = known["probability"].topk(2, 1).values
+        try:
+            probability = _probability(network, image)[:, :, ::step, ::step, ::step]
+        except Exception as error:  # noqa: BLE001 - each runtime has its own kinds
+            raise ModelError(f"{name} cannot answer ({type(error).__name__}).") from None
+        if probability.shape != expected.shape:
+            raise ModelError(f"{name} answers in the shape {tuple(probability.shape)}, not {tuple(expected.shape)}.")
+        found[name] = float((probability - expected).abs().max())
+        top = expected.topk(2, 1).values
         clear = (top[:, 0] - top[:, 1]) > TOLERANCE
-        same = probability.argmax(1) == known["probability"].argmax(1)
+        same = probability.argmax(1) == expected.argmax(1)
         if not found[name] <= TOLERANCE or not bool(same[clear].all()):
             raise ModelError(f"{name} answers differently from the trained specialist (by {found[name]:.2g}).")
     return found
@@ -104,7 +142,10 @@ def onnx_answer(path: Path) -> Answer:
     """Return a function that asks an ONNX file on the CPU."""
     options: Any = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - the runtime has its own kinds
+        raise ModelError(f"{path}: it cannot be loaded ({type(error).__name__}).") from None
     return lambda patches: torch.from_numpy(session.run(None, {"image": patches.numpy()})[0])
 
 
@@ -112,7 +153,10 @@ def script_answer(path: Path, at_once: int = 1) -> Answer:
     """Return a function that asks a TorchScript file on the CPU, so many patches at a time."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI bundles hold TorchScript, which torch calls deprecated
-        network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+        try:
+            network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"{path}: it cannot be loaded ({type(error).__name__}).") from None
     return lambda patches: torch.cat([network(part) for part in torch.split(patches, at_once)])
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -21,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from pydantic import AfterValidator, Field, ValidationError
 
-from intake.guards import read_json
+from intake.guards import Limits, check_file
 from intake.volume import IntakeError
 from release.model import ModelError
 from semisam_core.configuration import StrictModel
@@ -29,6 +30,8 @@ from semisam_core.files import write_atomically
 
 MANIFEST, SIGNATURE, SIGNER = "MANIFEST.json", "MANIFEST.sig", "signer.pem"
 UNLISTED = (MANIFEST, SIGNATURE, SIGNER)
+FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+MANIFEST_LIMITS = Limits(file_bytes=1_000_000)
 
 
 def _relative(value: str) -> str:
@@ -93,6 +96,26 @@ def read_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
+def expected_signer(text: str) -> str:
+    """Return the fingerprint that is meant: the text itself, or that of the public key in the file that it names.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    plain = text.strip().lower()
+    if FINGERPRINT.fullmatch(plain):
+        return plain
+    try:
+        key = load_pem_public_key(Path(text).read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, Ed25519PublicKey):
+        raise ModelError(
+            f"{text}: it is neither a fingerprint (64 hexadecimal digits) nor a file with an Ed25519 public key."
+        )
+    return fingerprint(key)
+
+
 def fingerprint(key: Ed25519PublicKey) -> str:
     """Return the SHA-256 of a public key."""
     return hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()
@@ -102,12 +125,11 @@ def seal(folder: Path, weights_sha256: str, plan_hash: str, key: Ed25519PrivateK
     """List every file of a package with its hash, and sign the list."""
     files = {str(path.relative_to(folder).as_posix()): _recorded(path) for path in _files(folder)}
     manifest = PackageManifest(weights_sha256=weights_sha256, plan_hash=plan_hash, files=files)
-    content = (json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+    content = _canonical(manifest)
     write_atomically(folder / MANIFEST, content)
     if key is not None:
         write_atomically(folder / SIGNATURE, key.sign(content).hex().encode())
-        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        write_atomically(folder / SIGNER, public)
+        write_atomically(folder / SIGNER, _pem(key.public_key()))
     return manifest
 
 
@@ -118,13 +140,11 @@ def check(folder: Path) -> tuple[PackageManifest, Signed]:
         ModelError: a file is missing, altered, a link or not listed, or the signature does not fit; every such file is
             named.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise ModelError(f"{folder}: no exported package is here ({MANIFEST} is missing).")
-    try:
-        manifest = PackageManifest.model_validate(read_json(path))
-    except (IntakeError, ValidationError):
-        raise ModelError(f"{path}: the manifest is damaged.") from None
+    if links := [name for name in UNLISTED if (folder / name).is_symlink()]:
+        raise ModelError(f"{folder}: {', '.join(links)} is a link. Do not use this package.")
+    manifest, content = _read_manifest(folder / MANIFEST)
     faults = []
     for name, expected in manifest.files.items():
         file = folder / name
@@ -138,7 +158,28 @@ def check(folder: Path) -> tuple[PackageManifest, Signed]:
     faults += [f"{name!a} is not listed" for name in sorted(found - set(manifest.files))]
     if faults:
         raise ModelError(f"{folder}: {'; '.join(faults)}. Do not use this package.")
-    return manifest, _signed(folder, path.read_bytes())
+    return manifest, _signed(folder, content)
+
+
+def _read_manifest(path: Path) -> tuple[PackageManifest, bytes]:
+    """Return the manifest and the bytes that were read, which are those that the signature must fit."""
+    try:
+        check_file(path, MANIFEST_LIMITS)
+        content = path.read_bytes()
+        manifest = PackageManifest.model_validate_json(content)
+    except (IntakeError, OSError, ValidationError):
+        raise ModelError(f"{path}: the manifest is damaged.") from None
+    if content != _canonical(manifest):  # so that one manifest has one form, and every changed byte is found
+        raise ModelError(f"{path}: the manifest is damaged: it is not as it was written.")
+    return manifest, content
+
+
+def _canonical(manifest: PackageManifest) -> bytes:
+    return (json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+
+
+def _pem(key: Ed25519PublicKey) -> bytes:
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _signed(folder: Path, content: bytes) -> Signed:
@@ -146,18 +187,19 @@ def _signed(folder: Path, content: bytes) -> Signed:
     if not signature.exists() and not signer.exists():
         return Signed(None)
     try:
-        key = load_pem_public_key(signer.read_bytes())
-        if not isinstance(key, Ed25519PublicKey):
+        pem, signed = signer.read_bytes(), signature.read_text(encoding="ascii")
+        key = load_pem_public_key(pem)
+        if not isinstance(key, Ed25519PublicKey) or pem != _pem(key) or signed != bytes.fromhex(signed).hex():
             raise ValueError
-        key.verify(bytes.fromhex(signature.read_text(encoding="ascii").strip()), content)
-    except (OSError, ValueError, InvalidSignature):
+        key.verify(bytes.fromhex(signed), content)
+    except (OSError, ValueError, UnsupportedAlgorithm, InvalidSignature):
         raise ModelError(f"{folder}: the signature does not fit the manifest. Do not use this package.") from None
     return Signed(fingerprint(key))
 
 
 def _files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
-        if (path.is_file() or path.is_symlink()) and str(path.relative_to(folder)) not in UNLISTED:
+        if (path.is_symlink() or not path.is_dir()) and str(path.relative_to(folder)) not in UNLISTED:
             yield path
 
 
