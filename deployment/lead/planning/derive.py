@@ -141,7 +141,7 @@ def _network(
 
     def sized(share: float) -> tuple[Triple, dict[str, Any]]:
         wanted = [max(float(SMALLEST_SIDE), share * min(LARGEST_SIDE, side)) for side in shape]
-        arguments, divisor = _levels(wanted, spacing)
+        arguments, divisor = network_levels(wanted, spacing)
         x, y, z = (
             max(d * 2 if d > 1 else SMALLEST_SIDE, round(w / d) * d) for w, d in zip(wanted, divisor, strict=True)
         )
@@ -168,7 +168,7 @@ def _network(
     return best
 
 
-def _levels(patch: Sequence[float], spacing: Sequence[float]) -> tuple[dict[str, Any], Triple]:
+def network_levels(patch: Sequence[float], spacing: Sequence[float]) -> tuple[dict[str, Any], Triple]:
     """Return the network's arguments for a patch, and what its sides must be divisible by.
 
     Axes that are long enough are halved together if their voxels differ by less than a factor of 2. A kernel is 1 along

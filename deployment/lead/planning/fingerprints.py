@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from semisam_core.configuration import StrictModel, is_name, parse, read_yaml
+from semisam_core.configuration import StrictModel, is_name, parse
 from semisam_core.data.fingerprint import AXES, BUCKETS, INTENSITIES, fingerprint_scalars
 from semisam_core.data.nifti import LARGEST_VOXEL_MM, LONGEST_EXTENT_MM
 from semisam_core.errors import ConfigError
@@ -43,9 +45,7 @@ def read_fingerprints(paths: Sequence[Path], task: Task) -> list[SiteFingerprint
     """
     found: dict[str, SiteFingerprint] = {}
     for path in paths:
-        if path.is_file() and path.stat().st_size > LARGEST_FILE:
-            raise ConfigError(f"{path}: the file is larger than {LARGEST_FILE >> 20} MB, which no fingerprint is.")
-        each = parse(SiteFingerprint, read_yaml(path), str(path))
+        each = parse(SiteFingerprint, _read_json(path), str(path))
         if each.version != 1 or not is_name(each.site):
             raise ConfigError(f"{path}: no fingerprint of version 1 of a site.")
         if each.site in found:
@@ -59,6 +59,28 @@ def read_fingerprints(paths: Sequence[Path], task: Task) -> list[SiteFingerprint
     if not usable:
         raise ConfigError("no fingerprint says anything: every site has fewer patients than it lets be counted.")
     return sorted(usable, key=lambda each: each.site)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file. It is not read as YAML, to which 1e-05 is a word.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, too large, not JSON, or not a mapping.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: the file cannot be read ({error.strerror}).") from None
+    if len(text) > LARGEST_FILE:
+        raise ConfigError(f"{path}: the file is larger than {LARGEST_FILE >> 20} MB, which no fingerprint is.")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: this is not what `semisam site fingerprint` writes, which is JSON.")
+    return content
 
 
 def _mistake(scalars: Mapping[str, float], task: Task) -> str | None:
