@@ -126,7 +126,7 @@ def test_axes_are_the_patients_however_the_voxels_are_stored(tmp_path: Path) -> 
 
 
 def test_a_scan_larger_than_the_sites_memory_is_left_out(tmp_path: Path) -> None:
-    config = _site(tmp_path, scans=6)
+    config = _site(tmp_path, scans=6, data={"labeled": [f"secret-{k}" for k in range(5)]})
     write_nifti(tmp_path / "images" / "secret-5.nii.gz", np.zeros((64, 64, 64), np.float32), np.eye(4))
     small = config.storage.model_copy(update={"memory_gb": 64**3 * 4 / 1e9 / 2})
     config = config.model_copy(update={"storage": small})
