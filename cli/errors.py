@@ -40,4 +40,6 @@ def readable_errors(when_interrupted: str = "") -> Iterator[None]:
 
 
 def _say(text: str) -> None:
+    """Print a message; what it quotes from a file may not steer the terminal."""
+    text = "".join(each if each.isprintable() or each == "\n" else f"\\x{ord(each):02x}" for each in text)
     errors.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -34,12 +34,20 @@ def fingerprint(
 
         task = bar.add_task("reading scans", total=None)
         config = load_site_config(site)
-        patients = read_patients(config.data.images) or {}
+        patients = read_patients(config.data.images)
+        if patients is None:
+            errors.print(
+                f"{config.data.images}: no manifest of `semisam import` lies beside it, so every scan counts as a "
+                "patient of its own. If patients have several scans, raise egress.minimum_patients.",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
 
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        content = write_fingerprint(config, load_plan(plan), out, patients, show)
+        content = write_fingerprint(config, load_plan(plan), out, patients or {}, show)
     console.print_json(json.dumps(content["fingerprint"]))
     console.print(f"{out}: this is all that it says.", highlight=False, markup=False, soft_wrap=True)
 
@@ -62,7 +70,8 @@ def derive_plan(
 
         read = load_plan(draft)
         sites = read_fingerprints(fingerprints, read.task)
-        proposal, unlike = derive(read, sites, memory_gb), outliers(sites, read.task)
+        with errors.status("measuring networks"):
+            proposal, unlike = derive(read, sites, memory_gb), outliers(sites, read.task)
         write_proposal(out, proposal, unlike)
     for keys, reason in proposal.reasons.items():
         console.print(f"{'.'.join(keys)}: {reason}", highlight=False, markup=False, soft_wrap=True)

@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from client.egress import EgressError, EgressGate
 from client.site_config import SiteConfig, annotated_classes, inventory
 from semisam_core.contract import METRICS_RECORD
-from semisam_core.data.cases import Case
+from semisam_core.data.cases import Case, Role
 from semisam_core.data.fingerprint import CaseFacts, fingerprint, fingerprint_scalars
 from semisam_core.data.geometry import Geometry, axis_change
-from semisam_core.data.nifti import open_nifti
-from semisam_core.data.scans import load_original_label
+from semisam_core.data.nifti import check_memory, open_nifti
+from semisam_core.data.scans import load_original_label, read_onto
 from semisam_core.errors import CaseError
 from semisam_core.files import write_json
 from semisam_core.plan import Plan
@@ -25,12 +27,15 @@ from semisam_core.progress import ProgressCallback
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+PERCENTILES = (0.5, 50, 99.5)
 
 
 def write_fingerprint(
     config: SiteConfig, plan: Plan, out: Path, patients: Mapping[str, str], progress: ProgressCallback | None = None
 ) -> dict[str, object]:
     """Write the file that the hospital hands to the lead, and return its content.
+
+    Scans for validation are not looked at: what they score must not have shaped the plan.
 
     Args:
         config: the site's YAML.
@@ -46,7 +51,7 @@ def write_fingerprint(
     """
     if not config.egress.fingerprint:
         raise EgressError(f"site {config.site}: egress.fingerprint is false; no fingerprint may leave.")
-    cases = inventory(config, plan).cases
+    cases = [case for case in inventory(config, plan).cases if case.role is not Role.VALIDATION]
     facts = []
     for done, case in enumerate(cases):
         if progress:
@@ -59,7 +64,7 @@ def write_fingerprint(
         progress(len(cases), len(cases))
     scalars = fingerprint(facts, plan.task, config.egress.minimum_patients)
     gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl")
-    reply = gate.reply("fingerprint", "", 0, "", scalars, fingerprint_scalars(plan.task))
+    reply = gate.reply("fingerprint", "", 0, plan.hash, scalars, fingerprint_scalars(plan.task))
     content = {
         "version": VERSION,
         "site": config.site,
@@ -74,35 +79,32 @@ def _facts(case: Case, plan: Plan, config: SiteConfig, patient: str) -> CaseFact
     """Read one scan, a channel at a time.
 
     Raises:
-        CaseError: it cannot be read.
+        CaseError: it cannot be read, takes more memory than the site allows, or its files do not lie on one grid.
     """
-    label, geometry = None, None
+    channels = [open_nifti(path, case.id, "image") for path in case.images]
+    geometry = channels[0].geometry
+    check_memory(case.id, [each.geometry for each in channels], None, config.storage.memory_gb)
+    labeled: NDArray[np.bool_] | None = None
+    volumes: dict[str, float] = {}
     if case.label is not None:
-        label, geometry = load_original_label(case, plan)
-    intensities = []
-    for path in case.images:
-        volume = open_nifti(path, case.id, "image")
-        geometry = geometry or volume.geometry
-        voxels = volume.voxels()
-        inside = voxels[label.numpy() > 0] if label is not None and voxels.shape == tuple(label.shape) else voxels
-        finite = inside[np.isfinite(inside)]
-        if not finite.size:
-            finite = voxels[np.isfinite(voxels)]
-        if not finite.size:
-            raise CaseError(f"{case.id}: the image has no finite voxel.")
-        intensities.append(np.percentile(finite, [0.5, 50, 99.5]))
-    assert geometry is not None
-    upright = _along_ras(geometry)
-    volumes = {}
-    if label is not None:
+        label = load_original_label(case, plan)[0].numpy()
+        classes = annotated_classes(config, plan)
         voxel_ml = float(np.prod(geometry.spacing_mm)) / 1000
-        volumes = {
-            plan.class_names[k - 1]: float((label == k).sum()) * voxel_ml for k in annotated_classes(config, plan)
-        }
-    return CaseFacts(patient, upright.spacing_mm, upright.extent_mm, np.array(intensities), volumes)
+        volumes = {plan.class_names[k - 1]: float((label == k).sum()) * voxel_ml for k in classes}
+        labeled = np.isin(label, classes)
+    whole, inside = [], []
+    for channel in channels:
+        voxels = read_onto(geometry, channel, "channel")
+        finite = np.isfinite(voxels)
+        if not finite.any():
+            raise CaseError(f"{case.id}: the image has no finite voxel.")
+        whole.append(np.percentile(voxels[finite], PERCENTILES))
+        if labeled is not None and (finite & labeled).any():
+            inside.append(np.percentile(voxels[finite & labeled], PERCENTILES))
+    upright = _along_ras(geometry)
+    foreground = np.array(inside) if len(inside) == len(channels) else None
+    return CaseFacts(patient, upright.spacing_mm, upright.extent_mm, np.array(whole), volumes, foreground)
 
 
 def _along_ras(geometry: Geometry) -> Geometry:
-    import torch
-
     return axis_change(geometry, Geometry(geometry.shape, torch.eye(4, dtype=torch.float64))).geometry(geometry)

@@ -5,7 +5,8 @@ The quantities are those from which nnU-Net derives its settings (Isensee et al.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from semisam_core.plan_sections.task import Task
 
 AXES = ("right-left", "posterior-anterior", "inferior-superior")
-BUCKETS = (0, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+BUCKETS = (0, 1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 INTENSITIES = ("p0_5", "median", "p99_5")
 SPACING_STEP_MM, EXTENT_STEP_MM = 0.05, 5.0
 DIGITS = 2
@@ -28,8 +29,9 @@ class CaseFacts:
         patient: whose scan it is.
         spacing_mm: along the axes right-left, posterior-anterior, inferior-superior.
         extent_mm: likewise.
-        intensities: (C, 3) percentiles 0.5, 50, 99.5 of each channel, inside the labels where there are any.
+        intensities: (C, 3) percentiles 0.5, 50, 99.5 of each channel over the whole scan.
         volumes_ml: class name -> volume, of labeled scans only.
+        foreground: (C, 3) the same percentiles inside the labels, of scans on which something is labeled.
     """
 
     patient: str
@@ -37,6 +39,7 @@ class CaseFacts:
     extent_mm: tuple[float, float, float]
     intensities: NDArray[np.float64]
     volumes_ml: Mapping[str, float]
+    foreground: NDArray[np.float64] | None = None
 
 
 def fingerprint_scalars(task: Task) -> tuple[str, ...]:
@@ -45,7 +48,8 @@ def fingerprint_scalars(task: Task) -> tuple[str, ...]:
     for axis in AXES:
         names += [f"spacing_mm.{axis}.{which}" for which in ("p10", "median", "p90")]
         names += [f"extent_mm.{axis}.{which}" for which in ("median", "p90")]
-    names += [f"intensity.{channel}.{which}" for channel in task.channels for which in INTENSITIES]
+    for where in ("intensity", "foreground"):
+        names += [f"{where}.{channel}.{which}" for channel in task.channels for which in INTENSITIES]
     names += [f"volume_ml.{each.name}.{which}" for each in task.classes for which in ("p10", "median", "p90")]
     return tuple(names)
 
@@ -53,8 +57,9 @@ def fingerprint_scalars(task: Task) -> tuple[str, ...]:
 def fingerprint(cases: Sequence[CaseFacts], task: Task, minimum_patients: int) -> dict[str, float | int]:
     """Return the rounded aggregates over patients, each patient's scans averaged first.
 
-    With fewer patients than the minimum nothing but `patients: 0` is returned, and of classes with fewer labeled
-    patients nothing. Numbers of patients are rounded down to one of `BUCKETS`.
+    With fewer patients than the minimum nothing but `patients: 0` is returned; of a class and of the foreground nothing
+    with fewer labeled patients. Numbers of patients are rounded down to one of `BUCKETS`. The order of the scans
+    changes no bit.
 
     Args:
         cases: the site's scans.
@@ -69,27 +74,44 @@ def fingerprint(cases: Sequence[CaseFacts], task: Task, minimum_patients: int) -
         return {"patients": 0}
     found: dict[str, float | int] = {"patients": _bucket(len(patients))}
     for k, axis in enumerate(AXES):
-        spacing = [float(np.mean([case.spacing_mm[k] for case in own])) for own in patients]
+        spacing = [_mean(case.spacing_mm[k] for case in own) for own in patients]
         for which, share in (("p10", 10), ("median", 50), ("p90", 90)):
             found[f"spacing_mm.{axis}.{which}"] = _to_step(np.percentile(spacing, share), SPACING_STEP_MM)
-        extent = [float(np.mean([case.extent_mm[k] for case in own])) for own in patients]
+        extent = [_mean(case.extent_mm[k] for case in own) for own in patients]
         for which, share in (("median", 50), ("p90", 90)):
             found[f"extent_mm.{axis}.{which}"] = _to_step(np.percentile(extent, share), EXTENT_STEP_MM)
-    for c, channel in enumerate(task.channels):
-        for k, which in enumerate(INTENSITIES):
-            values = [float(np.mean([case.intensities[c, k] for case in own])) for own in patients]
-            found[f"intensity.{channel}.{which}"] = _to_digits(np.median(values))
+    found |= _intensities("intensity", [[case.intensities for case in own] for own in patients], task)
+    labeled = [inside for own in patients if (inside := [c.foreground for c in own if c.foreground is not None])]
+    if len(labeled) >= max(1, minimum_patients):
+        found |= _intensities("foreground", labeled, task)
     for target in task.classes:
         known = [[c.volumes_ml[target.name] for c in own if target.name in c.volumes_ml] for own in patients]
-        volumes = [float(np.mean(own)) for own in known if own]
+        volumes = [_mean(own) for own in known if own]
         if len(volumes) >= max(1, minimum_patients):
             for which, share in (("p10", 10), ("median", 50), ("p90", 90)):
                 found[f"volume_ml.{target.name}.{which}"] = _to_digits(np.percentile(volumes, share))
     return found
 
 
+def _intensities(where: str, patients: Sequence[Sequence[NDArray[np.float64]]], task: Task) -> dict[str, float]:
+    """Return the medians over patients of each channel's percentiles."""
+    return {
+        f"{where}.{channel}.{which}": _to_digits(
+            np.median([_mean(float(each[c, k]) for each in own) for own in patients])
+        )
+        for c, channel in enumerate(task.channels)
+        for k, which in enumerate(INTENSITIES)
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Return the mean; exactly summed, so that it does not depend on the order."""
+    known = list(values)
+    return math.fsum(known) / len(known)
+
+
 def _bucket(count: int) -> int:
-    return max(each for each in BUCKETS if each <= max(count, 0)) or count
+    return max(each for each in BUCKETS if each <= max(count, 0))
 
 
 def _to_step(value: float, step: float) -> float:

@@ -158,7 +158,7 @@ def load_original_label(case: Case, plan: Plan) -> tuple[Tensor, Geometry]:
     if case.label is None:
         raise CaseError(f"{case.id}: an {case.role.value} case has no label to read.")
     image = open_nifti(case.images[0], case.id, "image").geometry
-    array = _read_onto(image, open_nifti(case.label, case.id, "label"), "label")
+    array = read_onto(image, open_nifti(case.label, case.id, "label"), "label")
     return class_indices(array, plan.task, case.id)[0], image
 
 
@@ -181,13 +181,13 @@ def resample(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
 
 def _prepare(case: Case, channels: Sequence[NiftiVolume], plan: Plan) -> Scan:
     original = channels[0].geometry
-    arrays = [_read_onto(original, channel, "channel") for channel in channels]  # C of (X, Y, Z)
+    arrays = [read_onto(original, channel, "channel") for channel in channels]  # C of (X, Y, Z)
     notes = list(dict.fromkeys(note for channel in channels for note in channel.notes))
     oriented, grid = _plans_grid(original, plan.data)
     indices, label = None, None
     if case.label is not None:
         volume = open_nifti(case.label, case.id, "label")
-        indices, rounded = class_indices(_read_onto(original, volume, "label"), plan.task, case.id)
+        indices, rounded = class_indices(read_onto(original, volume, "label"), plan.task, case.id)
         along_ras = torch.from_numpy(_along_ras(indices.numpy(), original)).float()[None]
         label = resample_blocks(along_ras, oriented, grid, "nearest")[0].round().to(torch.uint8)
         del along_ras
@@ -227,10 +227,13 @@ def prepare_image(
     return Scan(case_id, image, None, grid, original, tuple(notes))
 
 
-def _read_onto(image: Geometry, volume: NiftiVolume, what: str) -> NDArray[np.float32]:
+def read_onto(image: Geometry, volume: NiftiVolume, what: str) -> NDArray[np.float32]:
     """Read a volume and permute and flip its axes into the image's order, without interpolation: (X, Y, Z).
 
     The grids are compared before any voxel is read.
+
+    Raises:
+        CaseError: it does not lie on the image, or its voxels cannot be read.
     """
     change = axis_change(volume.geometry, image)
     check_same_grid(volume.case_id, what, image, change.geometry(volume.geometry))

@@ -12,14 +12,14 @@ import pytest
 from client.egress import EgressError
 from client.fingerprint import write_fingerprint
 from client.site_config import SiteConfig
-from semisam_core.data.fingerprint import fingerprint_scalars
+from semisam_core.data.fingerprint import AXES, fingerprint_scalars
 from semisam_core.files import read_json_lines
 from tests.conftest import blob, tiny_plan, write_nifti
 
 PLAN = tiny_plan("pseudo_labels.generalists=[lite-medsam]")
 
 
-def _site(folder: Path, scans: int = 6, **egress: Any) -> SiteConfig:
+def _site(folder: Path, scans: int = 6, data: dict[str, Any] | None = None, **egress: Any) -> SiteConfig:
     for k in range(scans):
         image, label = blob(seed=k)
         affine = np.diag([1.0, 1.0, 2.0, 1.0])
@@ -29,7 +29,7 @@ def _site(folder: Path, scans: int = 6, **egress: Any) -> SiteConfig:
         {
             "version": 1,
             "site": "north",
-            "data": {"images": folder / "images", "labels": folder / "labels", "labeled": "all"},
+            "data": {"images": folder / "images", "labels": folder / "labels", "labeled": "all"} | (data or {}),
             "storage": {"folder": folder / "storage"},
             "egress": egress,
         }
@@ -43,6 +43,7 @@ def test_what_is_written_was_logged_first_and_names_no_case(tmp_path: Path) -> N
     (line,) = read_json_lines(tmp_path / "storage" / "audit.jsonl")
     assert line["kind"] == "fingerprint"
     assert line["scalars"] == written["fingerprint"]
+    assert line["plan"] == PLAN.hash
     assert set(written["fingerprint"]) <= set(fingerprint_scalars(PLAN.task))
     assert set(written) == {"version", "site", "task", "fingerprint"}
     assert "secret" not in (tmp_path / "out.json").read_text()
@@ -78,3 +79,56 @@ def test_a_bad_scan_costs_only_itself(tmp_path: Path) -> None:
     (tmp_path / "images" / "secret-3.nii.gz").write_bytes(b"junk")
     found: Any = write_fingerprint(config, PLAN, tmp_path / "out.json", {})["fingerprint"]
     assert found["patients"] == 5  # of six, rounded down
+
+
+def test_without_its_audit_log_nothing_is_written(tmp_path: Path) -> None:
+    config = _site(tmp_path)
+    (tmp_path / "storage" / "audit.jsonl").mkdir(parents=True)  # cannot be appended to
+    with pytest.raises(OSError, match="audit"):
+        write_fingerprint(config, PLAN, tmp_path / "out.json", {})
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_scans_for_validation_do_not_shape_the_plan(tmp_path: Path) -> None:
+    held_out = [f"secret-{k}" for k in range(5)]
+    config = _site(tmp_path, scans=10, data={"validation": held_out})
+    for name in held_out:
+        image, label = blob(seed=0)
+        write_nifti(tmp_path / "images" / f"{name}.nii.gz", image, np.diag([5.0, 5.0, 5.0, 1.0]))
+        write_nifti(tmp_path / "labels" / f"{name}.nii.gz", label, np.diag([5.0, 5.0, 5.0, 1.0]))
+    found: Any = write_fingerprint(config, PLAN, tmp_path / "out.json", {})["fingerprint"]
+    assert found["patients"] == 5
+    assert found["spacing_mm.right-left.p90"] == 1.0
+
+
+def test_only_labels_that_are_used_are_read(tmp_path: Path) -> None:
+    """Five of eight scans are labeled; the other label files are not NIfTI, which nothing notices."""
+    config = _site(tmp_path, scans=8, data={"labeled": [f"secret-{k}" for k in range(5)]})
+    for k in range(5, 8):
+        (tmp_path / "labels" / f"secret-{k}.nii.gz").write_bytes(b"junk")
+    found: Any = write_fingerprint(config, PLAN, tmp_path / "out.json", {})["fingerprint"]
+    assert found["patients"] == 5
+    assert "volume_ml.blob.median" in found
+    channel = PLAN.task.channels[0]
+    inside = [np.median(image[label > 0]) for image, label in (blob(seed=k) for k in range(5))]
+    assert found[f"foreground.{channel}.median"] == pytest.approx(np.median(inside), rel=0.05)
+
+
+def test_axes_are_the_patients_however_the_voxels_are_stored(tmp_path: Path) -> None:
+    config = _site(tmp_path)
+    for k in range(6):
+        image, label = blob(seed=k)
+        turned = np.array([[0, 0, 2.0, 0], [-1.0, 0, 0, 0], [0, 1.5, 0, 0], [0, 0, 0, 1]])  # P, S, R
+        write_nifti(tmp_path / "images" / f"secret-{k}.nii.gz", image, turned)
+        write_nifti(tmp_path / "labels" / f"secret-{k}.nii.gz", label, turned)
+    found: Any = write_fingerprint(config, PLAN, tmp_path / "out.json", {})["fingerprint"]
+    assert [found[f"spacing_mm.{axis}.median"] for axis in AXES] == [2.0, 1.0, 1.5]
+
+
+def test_a_scan_larger_than_the_sites_memory_is_left_out(tmp_path: Path) -> None:
+    config = _site(tmp_path, scans=6)
+    write_nifti(tmp_path / "images" / "secret-5.nii.gz", np.zeros((64, 64, 64), np.float32), np.eye(4))
+    small = config.storage.model_copy(update={"memory_gb": 64**3 * 4 / 1e9 / 2})
+    config = config.model_copy(update={"storage": small})
+    found: Any = write_fingerprint(config, PLAN, tmp_path / "out.json", {})["fingerprint"]
+    assert found["extent_mm.right-left.p90"] == pytest.approx(blob(seed=0)[0].shape[0], abs=3)
