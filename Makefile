@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/semisam simulate --plan site_configs/phantom/plan.yaml --sites site_configs/phantom/sites --out $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -102,8 +102,10 @@ def _facts(case: Case, plan: Plan, config: SiteConfig, patient: str) -> CaseFact
         if labeled is not None and (finite & labeled).any():
             inside.append(np.percentile(voxels[finite & labeled], PERCENTILES))
     upright = _along_ras(geometry)
-    foreground = np.array(inside, np.float64) if len(inside) == len(channels) else None
-    return CaseFacts(patient, upright.spacing_mm, upright.extent_mm, np.array(whole, np.float64), volumes, foreground)
+    foreground = np.array(inside, dtype=np.float64) if len(inside) == len(channels) else None
+    return CaseFacts(
+        patient, upright.spacing_mm, upright.extent_mm, np.array(whole, dtype=np.float64), volumes, foreground
+    )
 
 
 def _along_ras(geometry: Geometry) -> Geometry:
