@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -47,8 +47,14 @@ def fingerprint(
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        content = write_fingerprint(config, load_plan(plan), out, patients or {}, show)
+        content: Any = write_fingerprint(config, load_plan(plan), out, patients or {}, show)
     console.print_json(json.dumps(content["fingerprint"]))
+    if not content["fingerprint"]["patients"]:
+        console.print(
+            f"Fewer than {config.egress.minimum_patients} patients (egress.minimum_patients) could be read, apart from "
+            "those for validation; so nothing is said about them.",
+            soft_wrap=True,
+        )
     console.print(f"{out}: this is all that it says.", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from cli.main import app
 from client.egress import EgressError
 from client.fingerprint import write_fingerprint
 from client.site_config import SiteConfig
@@ -132,3 +135,14 @@ def test_a_scan_larger_than_the_sites_memory_is_left_out(tmp_path: Path) -> None
     config = config.model_copy(update={"storage": small})
     found: Any = write_fingerprint(config, PLAN, tmp_path / "out.json", {})["fingerprint"]
     assert found["extent_mm.right-left.p90"] == pytest.approx(blob(seed=0)[0].shape[0], abs=3)
+
+
+def test_the_command_says_why_nothing_is_said(tmp_path: Path) -> None:
+    config = _site(tmp_path, minimum_patients=7)
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (tmp_path / "draft.yaml").write_text(yaml.safe_dump(PLAN.model_dump(mode="json")))
+    options = ["--plan", str(tmp_path / "draft.yaml"), "-o", str(tmp_path / "out.json")]
+    done = CliRunner().invoke(app, ["site", "fingerprint", str(tmp_path / "site.yaml"), *options])
+    assert done.exit_code == 0, done.output
+    assert "Fewer than 7 patients" in done.output
+    assert json.loads((tmp_path / "out.json").read_text())["fingerprint"] == {"patients": 0}
