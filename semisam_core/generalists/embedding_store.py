@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +20,16 @@ from torch import Tensor
 
 from semisam_core.files import write_atomically
 from semisam_core.generalists.base import Generalist, VolumeGrid
+from semisam_core.generalists.embedding_codec import Coded, decoded, encoded
 from semisam_core.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
 
 _SUFFIX = ".safetensors"
-_FORMAT = "2"
+_FORMAT = "3"
 _ABANDONED_SECONDS = 3600  # a temporary file of this age was left by a process that was killed
+_UNUSED_SECONDS = 14 * 24 * 3600  # an entry that nobody has asked for that long is of a study that has ended
 
 
 def scan_key(volume: Tensor) -> str:
@@ -37,10 +40,14 @@ def scan_key(volume: Tensor) -> str:
 
 
 class EmbeddingStore:
-    """A bounded cache of embeddings, one file each, in half precision.
+    """A bounded cache of embeddings, one file each, coded to about a third of half precision.
 
-    Losing a file costs only time. A damaged file is deleted and counts as absent, the least recently used files are
-    evicted first, and a failed write is reported once and otherwise ignored. Several processes may share the folder.
+    Losing a file costs only time. A damaged file is deleted and counts as absent, and a failed write is reported once
+    and otherwise ignored. Several processes may share the folder.
+
+    A study passes over its scans again and again. When they exceed the limit, evicting the least recently used would
+    always remove what is needed next. So entries that were not used for two weeks are evicted first, then those whose
+    names, which are hashes, come last: every pass finds the same ones, about limit / size of all.
 
     Attributes:
         hits: embeddings that were read.
@@ -76,7 +83,7 @@ class EmbeddingStore:
     ) -> dict[int, Tensor]:
         """Return the embeddings of a scan's units; only those not yet stored are encoded.
 
-        Values are rounded to half precision whether an embedding was stored or has just been computed.
+        Values are as they would be read (`embedding_codec`), whether an embedding was stored or has just been computed.
 
         Args:
             generalist: the model that encodes.
@@ -99,17 +106,18 @@ class EmbeddingStore:
         self.misses += len(absent)
         if progress:
             progress(len(found), len(names))
+        room = _Room(self._folder, self._limit)
         for start in range(0, len(absent), self._chunk):
             made = generalist.embed(volume, grid, absent[start : start + self._chunk])
-            halves = {unit: embedding.half() for unit, embedding in made.items()}
-            keepable = {names[unit]: half for unit, half in halves.items() if torch.isfinite(half).all()}
-            self._keep(keepable)
-            for unit, half in halves.items():
-                found[unit] = half.float() if names[unit] in keepable else made[unit].float()
+            for unit, embedding in made.items():
+                coded = encoded(embedding)
+                found[unit] = embedding.float() if coded is None else decoded(coded)
+                if coded is not None:
+                    self._keep(names[unit], _serialised(names[unit], coded), room)
             if progress:
                 progress(len(found), len(names))
         if absent:
-            self._make_room(0)  # another process may have written meanwhile
+            _Room(self._folder, self._limit).make(0)  # another process may have written meanwhile
         return {unit: found[unit] for unit in names}
 
     def _read(self, name: str) -> Tensor | None:
@@ -117,10 +125,10 @@ class EmbeddingStore:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                half = file.get_tensor("embedding")
-            if half.dtype != torch.float16 or metadata.get("checksum") != _checksum(name, half):
+                coded = Coded(file.get_tensor("codes"), file.get_tensor("steps"), file.get_tensor("shape"))
+            if metadata.get("checksum") != _checksum(name, coded):
                 raise ValueError("the file was altered")
-            embedding: Tensor = half.float()
+            embedding = decoded(coded)
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, ValueError):
@@ -131,15 +139,14 @@ class EmbeddingStore:
             os.utime(path)  # marks the file as recently used
         return embedding
 
-    def _keep(self, halves: Mapping[str, Tensor]) -> None:
-        content = {name: _serialised(name, half) for name, half in halves.items()}
-        content = {name: each for name, each in content.items() if len(each) <= self._limit}
-        for name, each in content.items():
-            try:
-                self._make_room(len(each))
-                write_atomically(self._folder / f"{name}{_SUFFIX}", each)
-            except OSError as error:
-                self._note_failure(error)
+    def _keep(self, name: str, content: bytes, room: _Room) -> None:
+        path = self._folder / f"{name}{_SUFFIX}"
+        try:
+            if room.make(len(content)):
+                write_atomically(path, content)
+                room.taken(path, len(content))
+        except OSError as error:
+            self._note_failure(error)
 
     def _note_failure(self, error: OSError) -> None:
         self.write_failures += 1
@@ -150,16 +157,41 @@ class EmbeddingStore:
                 error.strerror or type(error).__name__,
             )
 
-    def _make_room(self, incoming: int) -> None:
-        files = list(_files(self._folder))
-        excess = sum(file.size for file in files) + incoming - self._limit
-        now = time.time()
-        for file in sorted(files, key=lambda file: (file.used_ns, file.path.name)):
-            abandoned = file.temporary and now - file.used_ns / 1e9 > _ABANDONED_SECONDS
-            if abandoned or (excess > 0 and not file.temporary):
-                with contextlib.suppress(OSError):
-                    file.path.unlink()
-                    excess -= file.size
+
+class _Room:
+    """The store's files as they were when it was made, and what has changed through it since."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._limit, self._now = limit, time.time()
+        files = list(_files(folder))
+        self._used = sum(file.size for file in files)
+        for file in files:
+            if file.temporary and self._now - file.used_s > _ABANDONED_SECONDS:
+                self._remove(file)
+        entries = [file for file in files if not file.temporary]
+        # In the order in which they are kept: the last one is evicted first.
+        self._kept = sorted(entries, key=self._rank)
+
+    def make(self, incoming: int) -> bool:
+        """Evict until so many bytes fit; False if they cannot."""
+        if incoming > self._limit:
+            return False
+        while self._used + incoming > self._limit and self._kept:
+            self._remove(self._kept.pop())
+        return self._used + incoming <= self._limit
+
+    def taken(self, path: Path, size: int) -> None:
+        """Count a file that was written."""
+        self._used += size
+        bisect.insort(self._kept, _File(path, size, self._now, False), key=self._rank)
+
+    def _rank(self, file: _File) -> tuple[bool, str]:
+        return self._now - file.used_s > _UNUSED_SECONDS, file.path.name
+
+    def _remove(self, file: _File) -> None:
+        with contextlib.suppress(OSError):
+            file.path.unlink()
+            self._used -= file.size
 
 
 def entry_name(generalist: Generalist, scan_key: str, grid: VolumeGrid, unit: int) -> str:
@@ -174,7 +206,7 @@ def entry_name(generalist: Generalist, scan_key: str, grid: VolumeGrid, unit: in
 class _File:
     path: Path
     size: int
-    used_ns: int
+    used_s: float
     temporary: bool
 
 
@@ -189,18 +221,19 @@ def _files(folder: Path) -> Iterable[_File]:
             continue
         with contextlib.suppress(OSError):  # another process removed it
             status = entry.stat(follow_symlinks=False)
-            yield _File(Path(entry.path), status.st_size, status.st_mtime_ns, temporary)
+            yield _File(Path(entry.path), status.st_size, status.st_mtime, temporary)
 
 
-def _serialised(name: str, half: Tensor) -> bytes:
-    contiguous = half.cpu().contiguous()
-    return save({"embedding": contiguous}, {"checksum": _checksum(name, contiguous)})
+def _serialised(name: str, coded: Coded) -> bytes:
+    tensors = {"codes": coded.codes, "steps": coded.steps, "shape": coded.shape}
+    return save(tensors, {"checksum": _checksum(name, coded)})
 
 
-def _checksum(name: str, half: Tensor) -> str:
+def _checksum(name: str, coded: Coded) -> str:
     """Return a checksum that binds an embedding's values and shape to its name."""
-    digest = hashlib.sha256(json.dumps([name, list(half.shape), str(half.dtype)]).encode())
-    digest.update(_bytes_of(half))
+    digest = hashlib.sha256(json.dumps([name, coded.shape.tolist()]).encode())
+    digest.update(_bytes_of(coded.steps))
+    digest.update(_bytes_of(coded.codes))
     return digest.hexdigest()
 
 

@@ -107,7 +107,7 @@ def test_a_sites_audit_log_is_the_same_as_in_one_process(deployed: Deployment, f
 
 
 def _booked(line: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of an audit log without the run's name, durations and the split's hash, keyed by a site's secret."""
+    """Return a line of an audit log without the run's name, durations, and the split's hash, keyed by a secret."""
     scalars = {name: value for name, value in line["scalars"].items() if name != "seconds"}
     return {key: value for key, value in line.items() if key not in ("time", "run", "split")} | {"scalars": scalars}
 

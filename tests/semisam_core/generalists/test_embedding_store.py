@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semisam_core.generalists.base import VolumeGrid
+from semisam_core.generalists.embedding_codec import decoded, encoded
 from semisam_core.generalists.embedding_store import EmbeddingStore, entry_name, scan_key
 from tests.semisam_core.generalists.fake import FakeGeneralist
 
@@ -28,6 +30,12 @@ def _volume(seed: int = 0) -> torch.Tensor:
 def _fetch(store: EmbeddingStore, model: FakeGeneralist, *units: int, seed: int = 0) -> dict[int, torch.Tensor]:
     volume = _volume(seed)
     return store.fetch(model, scan_key(volume), volume, GRID, units)
+
+
+def _as_coded(embedding: torch.Tensor) -> torch.Tensor:
+    coded = encoded(embedding)
+    assert coded is not None
+    return decoded(coded)
 
 
 def test_a_scan_is_encoded_once_across_processes(tmp_path: Path) -> None:
@@ -47,9 +55,11 @@ def test_only_missing_units_are_encoded(tmp_path: Path) -> None:
     assert model.embedded == [1, 2, 3]
 
 
-def test_embeddings_are_kept_in_half_precision(tmp_path: Path) -> None:
-    kept = _fetch(EmbeddingStore(tmp_path, ROOMY), FakeGeneralist(), 4)[4]
-    assert torch.equal(kept, _volume()[:, :, 4].half().float())
+def test_values_are_as_coded_when_computed_and_when_read(tmp_path: Path) -> None:
+    as_coded = _as_coded(_volume()[:, :, 4])
+    assert torch.equal(_fetch(EmbeddingStore(tmp_path, ROOMY), FakeGeneralist(), 4)[4], as_coded)
+    assert torch.equal(_fetch(EmbeddingStore(tmp_path, ROOMY), FakeGeneralist(), 4)[4], as_coded)
+    assert torch.equal(_fetch(EmbeddingStore(tmp_path, 0), FakeGeneralist(), 4)[4], as_coded)
 
 
 def test_scan_voxel_size_preprocessing_weights_and_unit_each_make_another_entry() -> None:
@@ -80,18 +90,39 @@ def test_a_damaged_entry_is_computed_again(tmp_path: Path, damage: str) -> None:
     assert all(torch.equal(good[unit], again[unit]) for unit in (1, 2))
 
 
-def test_the_limit_holds_and_the_least_recently_used_entries_are_evicted(tmp_path: Path) -> None:
-    model = FakeGeneralist()
-    _fetch(EmbeddingStore(tmp_path, ROOMY), model, 0, 1, 2)
-    for age, path in enumerate(tmp_path.iterdir()):
-        os.utime(path, (1_000_000 + age, 1_000_000 + age))
-    _fetch(EmbeddingStore(tmp_path, ROOMY), model, 1)  # used just now
-    limit = sum(path.stat().st_size for path in tmp_path.iterdir())
-    _fetch(EmbeddingStore(tmp_path, limit), model, 5)
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
-    before = len(model.embedded)
-    _fetch(EmbeddingStore(tmp_path, limit), model, 1)
-    assert len(model.embedded) == before
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_passes_over_more_scans_than_fit_find_limit_over_size_of_them(tmp_path: Path, share: float) -> None:
+    scans, model = range(12), FakeGeneralist()
+    for seed in scans:
+        _fetch(EmbeddingStore(tmp_path / "all", ROOMY), model, *range(10), seed=seed)
+    limit = int(share * _size(tmp_path / "all"))
+    for turn in range(3):
+        store = EmbeddingStore(tmp_path / "some", limit)
+        for seed in scans:
+            _fetch(store, model, *range(10), seed=seed)
+            assert _size(tmp_path / "some") <= limit
+        rate = store.hits / (store.hits + store.misses)
+        assert rate > share - 0.02 if turn else rate == 0
+        assert rate < share + 0.02
+
+
+def test_entries_of_a_study_that_ended_make_room_first(tmp_path: Path) -> None:
+    model, first, last = FakeGeneralist(), range(10), range(5)
+    _fetch(EmbeddingStore(tmp_path, ROOMY), model, *first)
+    long_ago = time.time() - 15 * 24 * 3600
+    for path in tmp_path.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    limit = _size(tmp_path)
+    _fetch(EmbeddingStore(tmp_path, limit), model, 0, 1)  # still of use
+    _fetch(EmbeddingStore(tmp_path, limit), model, *last, seed=1)
+    store = EmbeddingStore(tmp_path, limit)
+    _fetch(store, model, 0, 1)
+    _fetch(store, model, *last, seed=1)
+    assert (store.hits, store.misses) == (7, 0)
 
 
 def test_a_limit_of_zero_keeps_nothing(tmp_path: Path) -> None:
@@ -145,10 +176,10 @@ def test_values_do_not_depend_on_which_units_are_fetched_in_what_order(
 ) -> None:
     got = _fetch(EmbeddingStore(tmp_path_factory.mktemp("store"), ROOMY, chunk=3), FakeGeneralist(), *units)
     assert list(got) == units
-    assert all(torch.equal(got[unit], _volume()[:, :, unit].half().float()) for unit in units)
+    assert all(torch.equal(got[unit], _as_coded(_volume()[:, :, unit])) for unit in units)
 
 
 def test_an_unusable_folder_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "store").touch()
     got = _fetch(EmbeddingStore(tmp_path / "store", ROOMY), FakeGeneralist(), 1, 2)
-    assert torch.equal(got[2], _volume()[:, :, 2].half().float())
+    assert torch.equal(got[2], _as_coded(_volume()[:, :, 2]))

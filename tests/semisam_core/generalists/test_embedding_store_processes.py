@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from semisam_core.generalists.base import VolumeGrid
+from semisam_core.generalists.embedding_codec import decoded, encoded
 from semisam_core.generalists.embedding_store import EmbeddingStore, scan_key
 from tests.semisam_core.generalists.fake import FakeGeneralist
 
@@ -36,6 +37,12 @@ def _volume(seed: int) -> torch.Tensor:
     return torch.randn(GRID.shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _as_coded(embedding: torch.Tensor) -> torch.Tensor:
+    coded = encoded(embedding)
+    assert coded is not None
+    return decoded(coded)
+
+
 def work(folder: str, limit: int, rounds: int) -> str:
     """Fetch scans repeatedly; return as JSON how many embeddings were wrong and how many writes failed."""
     wrong = failures = 0
@@ -45,7 +52,7 @@ def work(folder: str, limit: int, rounds: int) -> str:
         store = EmbeddingStore(Path(folder), limit, chunk=2)
         volume = volumes[turn % len(volumes)]
         got = store.fetch(FakeGeneralist(), scan_key(volume), volume, GRID, UNITS)
-        wrong += sum(not torch.equal(got[unit], volume[:, :, unit].half().float()) for unit in UNITS)
+        wrong += sum(not torch.equal(got[unit], _as_coded(volume[:, :, unit])) for unit in UNITS)
         failures += store.write_failures
     return json.dumps({"wrong": wrong, "failures": failures})
 
@@ -79,7 +86,7 @@ def test_a_process_killed_at_any_moment_leaves_no_wrong_embedding(tmp_path: Path
 
 
 def test_processes_sharing_a_small_store_evict_each_others_entries_and_read_no_wrong_one(tmp_path: Path) -> None:
-    limit = 200_000  # about ten embeddings: far fewer than one scan of either process
+    limit = 80_000  # about ten embeddings: far fewer than one scan of either process
     together = [_start(tmp_path, limit, 30) for _ in range(2)]
     assert [_end(process) for process in together] == [{"wrong": 0, "failures": 0}] * 2
     # Both may have written at the same time; the next fetch brings the folder within its limit.
