@@ -21,9 +21,8 @@ import torch
 from client.site_config import inventory, load_site_folder
 from engines.run_state import run_name, run_state
 from semisam_core.data.cases import Role
-from semisam_core.data.scans import load_scan
+from semisam_core.data.scans import load_scan, prepared_key
 from semisam_core.evaluation import dice_of
-from semisam_core.generalists import scan_key
 from semisam_core.plan import load_plan
 from semisam_core.pseudo_labels.store import PseudoLabelStore
 
@@ -63,7 +62,7 @@ def _scored(comparison: Path, folder: Path) -> Iterator[tuple[float, float]]:
         storage = config.storage.folder
         store = PseudoLabelStore(storage / "runs" / run_name(folder) / "pseudo_labels")
         for case in inventory(config, plan).of(Role.UNLABELED):
-            pseudo_label = store.load(scan_key(load_scan(case, plan, storage / "prepared").image))
+            pseudo_label = store.load(prepared_key(case, plan))
             if pseudo_label is None:
                 continue
             known = replace(case, label=config.data.labels / case.images[0].name, role=Role.LABELED)

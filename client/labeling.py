@@ -18,14 +18,14 @@ from client.site_config import SiteConfig, annotated_classes, usable_generalists
 from semisam_core.data.scans import resample
 from semisam_core.errors import WeightsError
 from semisam_core.files import append_json_line
-from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist, scan_key
+from semisam_core.generalists import EmbeddingStore, Generalist, load_generalist
 from semisam_core.inference import predict
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.calibration import Calibration, LabeledExample, calibrate
 from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes, background_only, cold_start_of
 from semisam_core.pseudo_labels.fusion import PseudoLabel, make_pseudo_label
 from semisam_core.pseudo_labels.policy import policy_of
-from semisam_core.pseudo_labels.store import PseudoLabelStore
+from semisam_core.pseudo_labels.store import PseudoLabelStore, StoredPseudoLabel
 from semisam_core.sources.feature_head import FeatureHeadSource, FeatureReader, train_head
 from semisam_core.sources.head_network import FeatureHead
 from semisam_core.sources.labeling import LabelRecord
@@ -35,6 +35,7 @@ CALIBRATION_SCANS = 8
 
 
 Scans = Iterable[tuple[str, Callable[[], ScanPair | None]]]
+KeyedScans = Iterable[tuple[str, str | None, Callable[[], ScanPair | None]]]
 Predict = Callable[[ScanPair], Tensor]
 Make = Callable[[str, ScanPair], PseudoLabel]
 
@@ -95,19 +96,20 @@ class Labeler:
         self,
         round_number: int,
         teacher: nn.Module,
-        unlabeled: Scans,
+        unlabeled: KeyedScans,
         labeled: Scans,
         head: FeatureHead | None = None,
-    ) -> dict[str, PseudoLabel]:
+    ) -> dict[str, StoredPseudoLabel]:
         """Return each unlabeled case's pseudo-label: a fresh one in a refresh round, otherwise the stored one.
 
         At a site without labeled scans a cold start has no effect: before `first_round` every class of every scan is
-        refused as empty; from then on the teacher prompts.
+        refused as empty; from then on the teacher prompts. A scan whose pseudo-label is stored is not read.
 
         Args:
             round_number: counts from 1.
             teacher: its predictions become prompts, except in a cold start, where prototypes do.
-            unlabeled: (case, loader) of the scans to label. A loader returns None if the case became unusable.
+            unlabeled: (case, key of its content, loader) of the scans to label. A loader returns None if the case
+                became unusable.
             labeled: (case, loader) of the scans that generalists and volumes are calibrated on.
             head: the global feature head, if the plan has one.
         """
@@ -128,28 +130,27 @@ class Labeler:
 
     def _label(
         self,
-        unlabeled: Scans,
+        unlabeled: KeyedScans,
         labeled: Scans,
         predict_by: Predict,
         store: PseudoLabelStore,
         refresh: bool,
         head: FeatureHead | None = None,
-    ) -> dict[str, PseudoLabel]:
+    ) -> dict[str, StoredPseudoLabel]:
         make: Make | None = None
-        found: dict[str, PseudoLabel] = {}
+        found: dict[str, StoredPseudoLabel] = {}
         cases = list(unlabeled)
-        for done, (case, load) in enumerate(cases):
+        for done, (case, key, load) in enumerate(cases):
             self._progress("pseudo-label", done, len(cases), "scans")
-            pair = load()
-            if pair is None:
-                continue
-            key = scan_key(pair.scan.image)
-            label = None if refresh else store.load(key)
+            label = None if refresh or key is None else store.open(key)
             if label is None:
+                pair = load()
+                if pair is None or key is None:
+                    continue
                 if make is None:
                     make = self._maker(predict_by, labeled, head)
                 store.save(key, make(case, pair))
-                label = _stored(store, key)  # as later rounds read it: half precision
+                label = _stored(store, key)
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")
         return found
@@ -335,13 +336,13 @@ def _on_the_specialists_grid(label: PseudoLabel, pair: ScanPair) -> PseudoLabel:
     return label.moved(lambda maps: resample(maps, pair.for_generalists.grid, pair.scan.grid))
 
 
-def _stored(store: PseudoLabelStore, key: str) -> PseudoLabel:
+def _stored(store: PseudoLabelStore, key: str) -> StoredPseudoLabel:
     """Return a pseudo-label that was just saved.
 
     Raises:
         OSError: it cannot be read back.
     """
-    label = store.load(key)
+    label = store.open(key)
     if label is None:
         raise OSError(f"the pseudo-label {key} was saved but cannot be read back; check the disk of the site's storage")
     return label

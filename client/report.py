@@ -12,7 +12,7 @@ from torch import Tensor
 from semisam_core.evaluation import ClassScore, summarise
 from semisam_core.files import append_json_line
 from semisam_core.prompting import Refusal
-from semisam_core.pseudo_labels.fusion import PseudoLabel
+from semisam_core.pseudo_labels.store import StoredPseudoLabel
 from semisam_core.training import TrainingResult
 
 Scalars = dict[str, float | int]
@@ -27,7 +27,7 @@ class SiteReport:
 
 
 def training_scalars(
-    counts: Mapping[str, float | int], labels: Mapping[str, PseudoLabel], result: TrainingResult, seconds: float
+    counts: Mapping[str, float | int], labels: Mapping[str, StoredPseudoLabel], result: TrainingResult, seconds: float
 ) -> Scalars:
     """Return the scalars of a training round.
 
@@ -37,7 +37,7 @@ def training_scalars(
         result: steps taken, mean losses and gradients.
         seconds: duration of the round.
     """
-    confidences = [confidence for label in labels.values() for confidence in label.confidences()]
+    confidences = [confidence for label in labels.values() for confidence in label.confidences]
     scalars: Scalars = {name: counts[name] for name in ("labeled", "unlabeled")}
     scalars |= count_gates(label.refusals for label in labels.values())
     scalars |= {
@@ -86,7 +86,7 @@ def mean_scores(scores: Sequence[Sequence[ClassScore | None]], names: Sequence[s
     return scalars
 
 
-def log_gates(path: Path, round_number: int, labels: Mapping[str, PseudoLabel], names: Sequence[str]) -> None:
+def log_gates(path: Path, round_number: int, labels: Mapping[str, StoredPseudoLabel], names: Sequence[str]) -> None:
     """Append, per class, how many scans' pseudo-labels were accepted and gated. The file stays at the site."""
     for k, name in enumerate(names if labels else ()):
         counts = count_gates(label.refusals[k : k + 1] for label in labels.values())

@@ -21,7 +21,7 @@ from semisam_core.data.patients import read_patients
 from semisam_core.data.scans import Scan, StoredVolume, keep_classes, load_scan, prepared_key, stored_image
 from semisam_core.errors import CaseError
 from semisam_core.plan import Plan
-from semisam_core.pseudo_labels.fusion import PseudoLabel
+from semisam_core.pseudo_labels.store import StoredPseudoLabel
 
 logger = logging.getLogger(__name__)
 
@@ -142,22 +142,28 @@ class SiteScans:
         """Return (case id, loader of the scan pair) for every usable case in a role."""
         return [(case.id, partial(self.load_pair, case)) for case in self.usable(role)]
 
-    def training_loader(self, case: Case, label: PseudoLabel | None = None) -> Callable[[], TrainingScan]:
+    def keyed_pair_loaders(self, role: Role) -> list[tuple[str, str | None, Callable[[], ScanPair | None]]]:
+        """Return (case id, key, loader of the scan pair) for every usable case in a role.
+
+        The key is that of the scan's content on the plan's grid; None if a file of the case cannot be read.
+        """
+        return [(case.id, self._content_key(case), partial(self.load_pair, case)) for case in self.usable(role)]
+
+    def training_loader(self, case: Case, label: StoredPseudoLabel | None = None) -> Callable[[], TrainingScan]:
         """Return a loader of a training scan, with the given pseudo-label or else the case's own label, if it has one.
 
         The loader raises CaseError if the case has become unusable during the round.
         """
 
         def load() -> TrainingScan:
-            if case.label is None and (image := self._stored(case)) is not None:
-                pseudo = (None, None, None) if label is None else (label.target, label.uncertainty, label.valid)
-                return TrainingScan(image, None, *pseudo)
-            scan = self.load(case)
-            if scan is None:
+            image = self._stored(case) if case.label is None or label is not None else None
+            scan = self.load(case) if image is None else None
+            seen = image if scan is None else scan.image
+            if seen is None:
                 raise CaseError(f"{case.id}: the case became unusable during the round.")
             if label is None:
-                return TrainingScan(scan.image, scan.label)
-            return TrainingScan(scan.image, None, label.target, label.uncertainty, label.valid)
+                return TrainingScan(seen, None if scan is None else scan.label)
+            return TrainingScan(seen, None, label.target, label.uncertainty, label.valid, label)
 
         return load
 
@@ -192,12 +198,17 @@ class SiteScans:
 
     def _verdict_key(self, case: Case) -> str | None:
         """Return a hash of what the verdict on a case depends on; None if a file cannot be read."""
-        try:
-            content = prepared_key(case, self._plan, self._index.sha256)
-        except CaseError:
+        content = self._content_key(case)
+        if content is None:
             return None
         code, limit = semisam_core.__version__, self._config.storage.memory_gb
         return hashlib.sha256(f"{content}|{case.id}|{limit}|{code}".encode()).hexdigest()
+
+    def _content_key(self, case: Case) -> str | None:
+        try:
+            return prepared_key(case, self._plan, self._index.sha256)
+        except CaseError:
+            return None
 
 
 def _bytes(scan: Scan) -> int:

@@ -26,7 +26,7 @@ from semisam_core.files import write_json
 from semisam_core.inference import predict, segment_original, segmentation
 from semisam_core.optimizers import moments
 from semisam_core.plan import Plan
-from semisam_core.pseudo_labels.fusion import PseudoLabel
+from semisam_core.pseudo_labels.store import StoredPseudoLabel
 from semisam_core.regularizers import teaches
 from semisam_core.reporting.overview import Panel, draw_overview
 from semisam_core.sources.head_network import FeatureHead
@@ -96,7 +96,7 @@ class Site:
         regularizer = self._start.regularizer()
         optimizer = self._start.optimizer(specialist)
         known = self.scans.pair_loaders(Role.LABELED)
-        labels = self._labeler.labels(self.round, teacher, self.scans.pair_loaders(Role.UNLABELED), known, head)
+        labels = self._labeler.labels(self.round, teacher, self.scans.keyed_pair_loaders(Role.UNLABELED), known, head)
         seed = derive_seed(self.plan.seed, self.config.site, self.round)
         head_steps = self._labeler.train_head(head, known, self.round, seed) if head is not None else 0
         labeled, unlabeled = self._loaders(labels)
@@ -160,7 +160,7 @@ class Site:
     def _labeler(self) -> Labeler:
         return Labeler(self.config, self.plan, self.state.folder, self.device, self.progress)
 
-    def _loaders(self, labels: Mapping[str, PseudoLabel]) -> tuple[list[Loader], list[Loader]]:
+    def _loaders(self, labels: Mapping[str, StoredPseudoLabel]) -> tuple[list[Loader], list[Loader]]:
         """Return loaders of labeled and of unlabeled scans, the latter with their pseudo-labels.
 
         A scan without an accepted pseudo-label is left out if the regularizer does not learn from it either.
@@ -221,7 +221,7 @@ def derive_seed(seed: int, site: str, round_number: int) -> int:
     return int.from_bytes(digest[:4]) >> 1
 
 
-def _accepted(label: PseudoLabel | None) -> bool:
+def _accepted(label: StoredPseudoLabel | None) -> bool:
     return label is not None and bool(label.valid.any())
 
 

@@ -8,7 +8,7 @@ pseudo-label, and the final specialist.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from client.site_config import SiteConfig
 from semisam_core.contract import split_update
 from semisam_core.data.cases import Case, Role, find_cases
-from semisam_core.data.scans import Scan, load_scan
+from semisam_core.data.scans import Scan, load_scan, prepared_key
 from semisam_core.errors import CaseError, ConfigError
 from semisam_core.evaluation import dice_of
-from semisam_core.generalists import scan_key
 from semisam_core.inference import new_specialist, predict, segmentation
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.store import PseudoLabelStore
@@ -80,9 +79,10 @@ def score_unlabeled(
         progress(done, len(cases))
         try:
             scan = load_scan(case, plan, config.storage.folder / "prepared", config.storage.memory_gb)
+            key = prepared_key(replace(case, label=None, role=Role.UNLABELED), plan)  # as the site sees it
         except CaseError:
             continue  # quarantined at the site too
-        scores += _score(plan, config, run, scan, prompting, final)
+        scores += _score(plan, config, run, scan, key, prompting, final)
     progress(len(cases), len(cases))
     return scores
 
@@ -148,13 +148,13 @@ def _hidden(config: SiteConfig, plan: Plan) -> Iterator[Case]:
 
 
 def _score(
-    plan: Plan, config: SiteConfig, run: str, scan: Scan, prompting: nn.Module | None, final: nn.Module
+    plan: Plan, config: SiteConfig, run: str, scan: Scan, key: str, prompting: nn.Module | None, final: nn.Module
 ) -> Iterator[UnlabeledScore]:
     if scan.label is None:
         return
     device = config.torch_device()
     store = PseudoLabelStore(config.storage.folder / "runs" / run / "pseudo_labels")
-    label = store.load(scan_key(scan.image))
+    label = store.load(key)
 
     def found(network: nn.Module | None) -> Tensor | None:
         if network is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +30,17 @@ from semisam_core.plan_sections.training import AXES
 CARRIED = ("image", "label", "target", "uncertainty")
 
 
+class ForegroundVoxels(Protocol):
+    """Where a target's foreground lies, without the target in memory."""
+
+    @property
+    def foreground(self) -> tuple[int, ...]:
+        """How many voxels of each class are foreground."""
+
+    def voxels(self, k: int) -> Tensor:
+        """Return the foreground voxels (N, 3) of the k-th class, from 1, in array order."""
+
+
 @dataclass(frozen=True)
 class TrainingScan:
     """One scan, as training uses it.
@@ -36,16 +48,18 @@ class TrainingScan:
     Attributes:
         image: (C, H, W, D) float32; a stored one is read patch by patch.
         label: (H, W, D) uint8 of class indices; labeled scans only.
-        target: pseudo-label y (K, H, W, D) in [0, 1]; None if none was accepted.
+        target: pseudo-label y (K, H, W, D) in [0, 1]; None if none was accepted. A stored one is read patch by patch.
         uncertainty: U (K, H, W, D), together with `target`.
         valid: (K,) bool, which classes of `target` were accepted.
+        where: the foreground of a stored target.
     """
 
     image: Tensor | StoredVolume
     label: Tensor | None = None
-    target: Tensor | None = None
-    uncertainty: Tensor | None = None
+    target: Tensor | StoredVolume | None = None
+    uncertainty: Tensor | StoredVolume | None = None
     valid: Tensor | None = None
+    where: ForegroundVoxels | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +125,8 @@ class PatchStream:
         sample: dict[str, Tensor] = {
             "image": place.cut(scan.image),
             "label": torch.zeros((1, *patch)) if label is None else label.float(),
-            "target": blank if scan.target is None else place.cut(scan.target),
-            "uncertainty": blank.clone() if scan.uncertainty is None else place.cut(scan.uncertainty),
+            "target": blank if scan.target is None else place.cut(scan.target).float(),
+            "uncertainty": blank.clone() if scan.uncertainty is None else place.cut(scan.uncertainty).float(),
         }
         found = transforms({name: MetaTensor(value) for name, value in sample.items()}, start=1)
         plain = {name: found[name].as_tensor() for name in CARRIED}
@@ -129,15 +143,20 @@ class PatchStream:
         if scan.label is not None:
             counts = torch.bincount(scan.label.flatten(), minlength=1 + classes)
             present = [k for k in range(1, 1 + classes) if counts[k]]
-        elif scan.target is not None:
+        elif scan.where is not None:
+            present = [k for k, count in enumerate(scan.where.foreground, start=1) if count]
+        elif isinstance(scan.target, Tensor):
             present = [k for k in range(1, 1 + classes) if bool((scan.target[k - 1] > 0.5).any())]
         else:
             present = []
         if not present:
             return torch.zeros((0, 3), dtype=torch.long)
         k = present[int(self._random.randint(len(present))) if len(present) > 1 else 0]
-        mask = scan.label == k if scan.label is not None else scan.target[k - 1] > 0.5  # type: ignore[index]
-        return mask.nonzero()
+        if scan.label is not None:
+            return (scan.label == k).nonzero()
+        if scan.where is not None:
+            return scan.where.voxels(k)
+        return torch.empty((0, 3)) if not isinstance(scan.target, Tensor) else (scan.target[k - 1] > 0.5).nonzero()
 
 
 def _transforms(plan: Plan, crop: object) -> Compose:
@@ -170,12 +189,12 @@ def _transforms(plan: Plan, crop: object) -> Compose:
 
 
 def _collate(patches: Sequence[TrainingScan]) -> Batch:
-    def stack(values: Sequence[Tensor | None]) -> Tensor:
-        return torch.stack([value for value in values if value is not None])
+    def stack(values: Sequence[Tensor | StoredVolume | None]) -> Tensor:
+        return torch.stack([value for value in values if isinstance(value, Tensor)])
 
     labeled = all(patch.label is not None for patch in patches)
     return Batch(
-        image=stack([patch.image for patch in patches if isinstance(patch.image, Tensor)]),
+        image=stack([patch.image for patch in patches]),
         label=stack([patch.label for patch in patches]) if labeled else None,
         target=stack([patch.target for patch in patches]),
         uncertainty=stack([patch.uncertainty for patch in patches]),

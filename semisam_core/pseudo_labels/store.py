@@ -1,19 +1,54 @@
-"""Pseudo-labels of one run on the site's disk."""
+"""Pseudo-labels of one run on the site's disk; training reads them patch by patch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from semisam_core.data.scans import StoredVolume
+from semisam_core.errors import CaseError
 from semisam_core.files import save_tensors
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.fusion import PseudoLabel
 
 # exp(-U) is 0 long before; beyond 65,504 half precision has infinity, which resamples to NaN.
 MAXIMUM_UNCERTAINTY = 1e4
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPseudoLabel:
+    """A pseudo-label on disk: what was decided about it, and its maps, which are read patch by patch.
+
+    Attributes:
+        target: y of each class (K, H, W, D), half precision, unread.
+        uncertainty: U, likewise.
+        valid: (K,) bool, the classes that were accepted.
+        refusals: for each class, why it was refused, or None.
+        confidences: the confidence in each accepted class.
+        foreground: how many voxels of each class are foreground.
+    """
+
+    target: StoredVolume
+    uncertainty: StoredVolume
+    valid: Tensor
+    refusals: tuple[Refusal | None, ...]
+    confidences: tuple[float, ...]
+    foreground: tuple[int, ...]
+
+    def voxels(self, k: int) -> Tensor:
+        """Return the foreground voxels (N, 3) of the k-th class, from 1, in array order.
+
+        Raises:
+            CaseError: the file is gone or damaged.
+        """
+        numbers = StoredVolume(self.target.path, f"foreground.{k}", (self.foreground[k - 1],))[(slice(None),)]
+        return torch.stack(torch.unravel_index(numbers.long(), self.target.shape[1:]), 1)
 
 
 class PseudoLabelStore:
@@ -23,36 +58,67 @@ class PseudoLabelStore:
         """Use a folder, created on the first write."""
         self._folder = folder
 
-    def save(self, scan_key: str, label: PseudoLabel) -> None:
+    def save(self, key: str, label: PseudoLabel) -> None:
         """Write a pseudo-label in half precision.
+
+        Args:
+            key: the scan's, such as `prepared_key`.
+            label: the pseudo-label.
 
         Raises:
             OSError: the disk is full.
         """
+        target, uncertainty = label.target.half(), label.uncertainty.clamp_max(MAXIMUM_UNCERTAINTY).half()
         tensors = {
-            "target": label.target.half(),
-            "uncertainty": label.uncertainty.clamp_max(MAXIMUM_UNCERTAINTY).half(),
+            "target": target,
+            "uncertainty": uncertainty,
             "generalist": label.generalist.half(),
             "valid": label.valid,
         }
-        refusals = ",".join(r.value if r else "" for r in label.refusals)
-        save_tensors(self._path(scan_key), tensors, {"refusals": refusals})
+        numbers = torch.int32 if target[0].numel() < 2**31 else torch.int64
+        for k, each in enumerate(target, start=1):
+            tensors[f"foreground.{k}"] = (each > 0.5).flatten().nonzero()[:, 0].to(numbers)
+        as_stored = PseudoLabel(target.float(), uncertainty.float(), label.valid, label.refusals, label.generalist)
+        about = {
+            "refusals": [refusal and refusal.value for refusal in label.refusals],
+            "confidences": as_stored.confidences(),
+        }
+        save_tensors(self._path(key), tensors, {"about": json.dumps(about)})
 
-    def load(self, scan_key: str) -> PseudoLabel | None:
-        """Return a scan's pseudo-label, or None if there is none or its file cannot be read."""
+    def open(self, key: str) -> StoredPseudoLabel | None:
+        """Return a scan's pseudo-label without its maps, or None if there is none or its file cannot be read."""
+        path = self._path(key)
         try:
-            with safe_open(self._path(scan_key), framework="pt") as file:
-                tensors: Mapping[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                refusals = (file.metadata() or {}).get("refusals", "").split(",")
-        except (OSError, SafetensorError):
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["about"])
+                maps = [
+                    StoredVolume(path, name, tuple(file.get_slice(name).get_shape()))
+                    for name in ("target", "uncertainty")
+                ]
+                valid = file.get_tensor("valid")
+                foreground = [int(file.get_slice(f"foreground.{k}").get_shape()[0]) for k in range(1, 1 + len(valid))]
+                refusals = [None if word is None else Refusal(word) for word in about["refusals"]]
+                confidences = [float(value) for value in about["confidences"]]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
-        return PseudoLabel(
-            target=tensors["target"].float(),
-            uncertainty=tensors["uncertainty"].float(),
-            valid=tensors["valid"],
-            refusals=tuple(Refusal(r) if r else None for r in refusals),
-            generalist=tensors["generalist"].float(),
-        )
+        return StoredPseudoLabel(maps[0], maps[1], valid, tuple(refusals), tuple(confidences), tuple(foreground))
 
-    def _path(self, scan_key: str) -> Path:
-        return self._folder / f"{scan_key}.safetensors"
+    def load(self, key: str) -> PseudoLabel | None:
+        """Return a scan's pseudo-label with all its maps, or None if there is none or its file cannot be read."""
+        stored = self.open(key)
+        if stored is None:
+            return None
+        everything = (slice(None),)
+        generalist = StoredVolume(stored.target.path, "generalist", stored.target.shape)
+        try:
+            maps: Mapping[str, Tensor] = {
+                "target": stored.target[everything].float(),
+                "uncertainty": stored.uncertainty[everything].float(),
+                "generalist": generalist[everything].float(),
+            }
+        except CaseError:
+            return None
+        return PseudoLabel(valid=stored.valid, refusals=stored.refusals, **maps)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.safetensors"

@@ -19,6 +19,7 @@ from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.fusion import PseudoLabel
+from semisam_core.pseudo_labels.store import PseudoLabelStore
 from tests.conftest import tiny_plan
 
 MakeSite = Callable[..., Path]
@@ -36,8 +37,12 @@ def _plan(*changes: str) -> Plan:
 def _labels(path: Path, plan: Plan, number: int = 1, run: str = "run") -> tuple[Site, dict[str, PseudoLabel]]:
     """Return a site's pseudo-labels, made with a specialist that has learned nothing and calls all background."""
     site = Site(load_site_config(path), plan, run, number)
-    unlabeled, labeled = site.scans.pair_loaders(Role.UNLABELED), site.scans.pair_loaders(Role.LABELED)
-    return site, site._labeler.labels(number, _Background(), unlabeled, labeled)
+    unlabeled, labeled = site.scans.keyed_pair_loaders(Role.UNLABELED), site.scans.pair_loaders(Role.LABELED)
+    found = site._labeler.labels(number, _Background(), unlabeled, labeled)
+    store = PseudoLabelStore(site.state.folder / "pseudo_labels")
+    loaded = {case: label for case, key, _ in unlabeled if key is not None and (label := store.load(key)) is not None}
+    assert loaded.keys() == found.keys()
+    return site, loaded
 
 
 class _Background(torch.nn.Module):

@@ -58,23 +58,39 @@ def test_labeled_scans_are_read_in_refresh_rounds_only(make_site: MakeSite, tmp_
         labeler = Labeler(
             config, plan, tmp_path / "run", torch.device("cpu"), ProgressLog(tmp_path / "p", round_number)
         )
-        unlabeled = [(case, load) for case, load in _cases(site)]
-        return dict(labeler.labels(round_number, teacher, unlabeled, [("case-0", lambda: looked.append(round_number))]))
+        return dict(
+            labeler.labels(round_number, teacher, _cases(site), [("case-0", lambda: looked.append(round_number))])
+        )
 
     assert set(labels(1)) == set(labels(2)) == set(labels(3)) == {"case-1"}
     assert looked == [1, 3]
 
 
-def _cases(site: Site) -> list[tuple[str, Callable[[], object]]]:
+def test_a_scan_whose_pseudo_label_is_stored_is_not_read(make_site: MakeSite) -> None:
+    plan = tiny_plan("training.rounds=4", "pseudo_labels.refresh_every=2", *EAGER)
+    site = Site(load_site_config(make_site()), plan, "run", 1)
+    teacher, read = new_teacher(new_specialist(plan)), []
+    [(case, key, load)] = _cases(site)
+
+    def reading() -> object:
+        read.append(case)
+        return load()
+
+    for number in (1, 2, 3):
+        assert set(site._labeler.labels(number, teacher, [(case, key, reading)], [])) == {case}
+    assert read == [case, case]  # in rounds 1 and 3, which refresh it
+
+
+def _cases(site: Site) -> list[tuple[str, str | None, Callable[[], object]]]:
     from semisam_core.data.cases import Role
 
-    return site.scans.pair_loaders(Role.UNLABELED)
+    return site.scans.keyed_pair_loaders(Role.UNLABELED)
 
 
 def test_generalists_and_specialist_each_use_their_own_grid(make_site: MakeSite) -> None:
     plan = tiny_plan("data.spacing_mm=[4, 4, 4]", "data.patch=[8, 8, 8]", "pseudo_labels.spacing_mm=[2, 2, 2]", *EAGER)
     site = Site(load_site_config(make_site()), plan, "run", 1)
-    [(_, load)] = _cases(site)
+    [(_, _, load)] = _cases(site)
     pair = load()
     assert isinstance(pair, ScanPair)
     assert pair.scan.image.shape[1:] == (12, 12, 8)
@@ -90,7 +106,7 @@ def test_generalists_and_specialist_each_use_their_own_grid(make_site: MakeSite)
 def test_a_pseudo_label_keeps_its_place_between_grids(make_site: MakeSite) -> None:
     plan = tiny_plan("data.spacing_mm=[4, 4, 4]", "data.patch=[8, 8, 8]", "pseudo_labels.spacing_mm=[2, 2, 2]")
     site = Site(load_site_config(make_site()), plan, "run", 1)
-    [(_, load)] = _cases(site)
+    [(_, _, load)] = _cases(site)
     pair = load()
     assert isinstance(pair, ScanPair)
     label = site._labeler.ask("case-1", pair, _BrightVoxels(), [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,28 @@ from semisam_core.evaluation import ClassScore, score_case
 from semisam_core.files import read_json_lines
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.fusion import PseudoLabel
+from semisam_core.pseudo_labels.store import PseudoLabelStore, StoredPseudoLabel
 from semisam_core.training import TrainingResult
 
 NAMES = ("organ", "lesion")
 COUNTS = {"labeled": 1, "unlabeled": 2, "validation": 3, "quarantined": 4}
+
+
+Make = Callable[[float, float, tuple[Refusal | None, ...]], StoredPseudoLabel]
+
+
+@pytest.fixture
+def label(tmp_path: Path) -> Make:
+    """Return what stores a pseudo-label of a target and an uncertainty, and reads it back as a round does."""
+    store = PseudoLabelStore(tmp_path / "pseudo_labels")
+
+    def make(target: float, uncertainty: float, refusals: tuple[Refusal | None, ...]) -> StoredPseudoLabel:
+        store.save("scan", _label(target, uncertainty, refusals))
+        stored = store.open("scan")
+        assert stored is not None
+        return stored
+
+    return make
 
 
 def _label(target: float, uncertainty: float, refusals: tuple[Refusal | None, ...]) -> PseudoLabel:
@@ -40,8 +59,8 @@ def test_gates_are_counted_by_scan_class_and_reason() -> None:
     assert count_gates([]) == {"accepted": 0, "gated": 0}
 
 
-def test_a_rounds_scalars_are_agreed_ones_and_leave_out_losses_that_did_not_apply() -> None:
-    labels = {"x": _label(1.0, 0.0, (None, Refusal.EMPTY)), "y": _label(1.0, 1.0, (None, None))}
+def test_a_rounds_scalars_are_agreed_ones_and_leave_out_losses_that_did_not_apply(label: Make) -> None:
+    labels = {"x": label(1.0, 0.0, (None, Refusal.EMPTY)), "y": label(1.0, 1.0, (None, None))}
     result = TrainingResult(7, {"consistency": 0.5, "generalist": 0.25}, {"consistency": 2.0, "generalist": 0.1})
     scalars = training_scalars(COUNTS, labels, result, 3.5)
     assert {name: scalars[name] for name in ("labeled", "unlabeled", "accepted", "gated", "gated.empty", "steps")} == {
@@ -59,12 +78,12 @@ def test_a_rounds_scalars_are_agreed_ones_and_leave_out_losses_that_did_not_appl
     assert [scalar_mistake(name, value) for name, value in scalars.items()] == [None] * len(scalars)
 
 
-def test_confidence_is_the_mean_over_accepted_pairs() -> None:
-    sure, unsure = _label(1.0, 0.0, (None, Refusal.EMPTY)), _label(1.0, 1.0, (None, None))
+def test_confidence_is_the_mean_over_accepted_pairs(label: Make) -> None:
+    sure, unsure = label(1.0, 0.0, (None, Refusal.EMPTY)), label(1.0, 1.0, (None, None))
     result = TrainingResult(0, {}, {})
     confidence = training_scalars(COUNTS, {"x": sure, "y": unsure}, result, 0.0)["confidence"]
     assert confidence == pytest.approx((1 + 2 * torch.tensor(-1.0).exp().item()) / 3)
-    refused = _label(1.0, 0.0, (Refusal.EMPTY, Refusal.EMPTY))
+    refused = label(1.0, 0.0, (Refusal.EMPTY, Refusal.EMPTY))
     assert training_scalars(COUNTS, {"x": refused}, result, 0.0)["confidence"] == 0
     assert training_scalars(COUNTS, {}, result, 0.0)["confidence"] == 0
 
@@ -81,8 +100,8 @@ def test_only_allowed_scores_of_scored_classes_are_averaged() -> None:
     assert mean_scores([], NAMES, ("dice",)) == {}
 
 
-def test_gates_and_scores_are_logged_per_class_at_the_site(tmp_path: Path) -> None:
-    log_gates(tmp_path / "gates.jsonl", 4, {"x": _label(1.0, 0.0, (None, Refusal.TOO_LARGE))}, NAMES)
+def test_gates_and_scores_are_logged_per_class_at_the_site(tmp_path: Path, label: Make) -> None:
+    log_gates(tmp_path / "gates.jsonl", 4, {"x": label(1.0, 0.0, (None, Refusal.TOO_LARGE))}, NAMES)
     assert read_json_lines(tmp_path / "gates.jsonl") == [
         {"round": 4, "class": "organ", "accepted": 1, "gated": 0},
         {"round": 4, "class": "lesion", "accepted": 0, "gated": 1, "gated.too-large": 1},

@@ -13,11 +13,12 @@ from client.progress import ProgressLog
 from client.scans import SiteScans
 from client.site_config import load_site_config
 from semisam_core.data.cases import Case, Role
-from semisam_core.data.scans import Scan
+from semisam_core.data.scans import Scan, StoredVolume
 from semisam_core.errors import CaseError
 from semisam_core.files import read_json_lines
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.fusion import PseudoLabel
+from semisam_core.pseudo_labels.store import PseudoLabelStore
 from tests.conftest import tiny_plan, write_balls, write_site
 
 MakeSite = Callable[..., Path]
@@ -116,20 +117,26 @@ def test_labels_keep_annotated_classes_only(tmp_path: Path) -> None:
             assert set(scan.label.unique().tolist()) == values
 
 
-def test_a_training_scan_has_its_own_label_or_the_pseudo_label_and_never_both(make_site: MakeSite, plan: Plan) -> None:
+def test_a_training_scan_has_its_own_label_or_the_pseudo_label_and_never_both(
+    make_site: MakeSite, plan: Plan, tmp_path: Path
+) -> None:
     scans = _scans(make_site(), plan)
     (labeled,), (unlabeled,) = scans.usable(Role.LABELED), scans.usable(Role.UNLABELED)
     scan = scans.training_loader(labeled)()
     assert scan.label is not None
     assert scan.target is None
     maps = torch.full((1, *scan.image.shape[1:]), 0.25)
-    pseudo_label = PseudoLabel(maps, 2 * maps, torch.tensor([False]), (None,), maps)
+    store = PseudoLabelStore(tmp_path)
+    store.save("key", PseudoLabel(maps, 2 * maps, torch.tensor([False]), (None,), maps))
+    pseudo_label = store.open("key")
+    assert pseudo_label is not None
     for case in (labeled, unlabeled):
         scan = scans.training_loader(case, pseudo_label)()
         assert scan.label is None
-        assert scan.target is maps
-        assert scan.uncertainty is not None
-        assert torch.equal(scan.uncertainty, 2 * maps)
+        assert isinstance(scan.target, StoredVolume)
+        assert isinstance(scan.uncertainty, StoredVolume)
+        assert torch.equal(scan.target[(slice(None),)].float(), maps)
+        assert torch.equal(scan.uncertainty[(slice(None),)].float(), 2 * maps)
         assert scan.valid is pseudo_label.valid
     scan = scans.training_loader(unlabeled)()
     assert (scan.label, scan.target, scan.uncertainty, scan.valid) == (None, None, None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,8 @@ from engines.results import SiteResult, results_table
 from engines.run_state import run_name
 from experiments.unlabeled import UnlabeledScore, mean_scores, score_unlabeled
 from semisam_core.data.cases import Role, find_cases
-from semisam_core.data.scans import load_scan
+from semisam_core.data.scans import load_scan, prepared_key
 from semisam_core.evaluation import dice_of
-from semisam_core.generalists import scan_key
 from semisam_core.inference import new_specialist, predict, segmentation
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.store import PseudoLabelStore
@@ -54,11 +54,13 @@ def test_scores_are_those_of_the_stored_pseudo_label_and_of_the_specialists_befo
     assert (score.site, score.case, score.target) == ("alpha", "case-1", "blob")
     assert config.data.labels is not None
     cases = find_cases(config.data.images, config.data.labels, 1, None, ())
-    scan = load_scan(next(case for case in cases.of(Role.LABELED) if case.id == "case-1"), plan)
+    case = next(case for case in cases.of(Role.LABELED) if case.id == "case-1")
+    scan = load_scan(case, plan)
+    key = prepared_key(replace(case, label=None, role=Role.UNLABELED), plan)
     assert scan.label is not None
     truth = scan.label == 1
     stored = PseudoLabelStore(config.storage.folder / "runs" / run_name(folder) / "pseudo_labels")
-    label = stored.load(scan_key(scan.image))
+    label = stored.load(key)
     assert label is not None
     assert score.pseudo_label == dice_of(label.target[0] > 0.5, truth)
     assert score.pseudo_label > 0.7
