@@ -39,7 +39,7 @@ SHARES = (0.25, 0.5, 0.75)
 def _load(path: Path, spacing: float, mode: str) -> Tensor:
     read = Compose(
         [
-            LoadImage(image_only=True),
+            LoadImage("NibabelReader", image_only=True),
             EnsureChannelFirst(),
             Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
             Spacing((spacing,) * 3, mode=mode, padding_mode="border"),

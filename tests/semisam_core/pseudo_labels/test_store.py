@@ -78,7 +78,7 @@ def test_an_uncertainty_beyond_half_precision_stays_finite_and_says_as_little(
 
 
 def test_patches_of_a_stored_pseudo_label_are_those_of_one_in_memory(tmp_path: Path, label: PseudoLabel) -> None:
-    second = 0.9 * cuboid(SECOND)[None]
+    second = 0.3 + 0.6 * cuboid(SECOND)[None]
     label = replace(label, target=torch.cat([label.target[:1], second]), valid=torch.tensor([True, True]))
     store = PseudoLabelStore(tmp_path / "kept")
     store.save("scan", label)
