@@ -17,7 +17,9 @@ console = Console()
 
 def predict(
     model: Annotated[Path, typer.Argument(help="A run folder, a checkpoint in it, or an exported package.")],
-    scans: Annotated[Path, typer.Argument(help="A volume file, a DICOM folder, a folder of scans, or a dataset.")],
+    scans: Annotated[
+        Path, typer.Argument(help="A file (volume or multi-frame DICOM), a DICOM folder, a folder of scans, a dataset.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the outputs.")],
     also: Annotated[list[Path] | None, typer.Option(help="Another model: the mean of all is used. Repeatable.")] = None,
     file_format: Annotated[

@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from release.dicom_seg import check_referable, write_dicom_seg
 from release.inputs import Input
 from release.outputs import default_format, write_nifti
 from release.prediction import Predictor, Segmentation
+from release.reading import ScanReader
 from semisam_core import __version__
 from semisam_core.data.geometry import Geometry
 from semisam_core.errors import ConfigError, SemiSAMError
@@ -61,7 +63,11 @@ class Order:
 
 
 def predict_all(
-    predictor: Predictor, inputs: Sequence[Input], order: Order, progress: ProgressCallback | None = None
+    predictor: Predictor,
+    inputs: Sequence[Input],
+    order: Order,
+    progress: ProgressCallback | None = None,
+    reader: ScanReader | None = None,
 ) -> list[dict[str, Any]]:
     """Segment every scan and write its outputs, and beside them `<name>.json`, which says how they were made.
 
@@ -73,6 +79,7 @@ def predict_all(
         inputs: the scans.
         order: what to write.
         progress: called with (scans done, scans).
+        reader: one that is running already; by default one with the order's limits is started and ended.
 
     Returns:
         For each scan its record: name, state (done, kept or failed), volumes_ml, seconds, outputs, notes; or the error.
@@ -86,18 +93,12 @@ def predict_all(
     if not os.access(order.out, os.W_OK):
         raise ConfigError(f"{order.out}: this folder cannot be written to; choose another one.")
     records = []
-    for done, scan in enumerate(inputs):
-        if progress:
-            progress(done, len(inputs))
-        try:
-            records.append(_one(predictor, scan, order))
-        except SemiSAMError as error:
-            records.append({"name": scan.name, "state": "failed", "error": str(error)})
-        except Exception as error:  # decoders and networks raise many kinds; the other scans go on
-            if isinstance(error, OSError) and error.errno in _DISK:
-                raise
-            reason = f"{scan.name}: {type(error).__name__}: {shown(error)}"
-            records.append({"name": scan.name, "state": "failed", "error": reason})
+    own = nullcontext(reader) if reader else ScanReader(order.spacing_mm, order.memory_gb)
+    with own as reading:
+        for done, scan in enumerate(inputs):
+            if progress:
+                progress(done, len(inputs))
+            records.append(_tried(predictor, scan, order, reading))
     if progress:
         progress(len(inputs), len(inputs))
     return records
@@ -128,7 +129,20 @@ def _check_places(inputs: Sequence[Input], out: Path) -> None:
         raise ConfigError(f"{out}: two scans would have outputs of the same name, {twice[0]!a}; rename one of them.")
 
 
-def _one(predictor: Predictor, scan: Input, order: Order) -> dict[str, Any]:
+def _tried(predictor: Predictor, scan: Input, order: Order, reader: ScanReader) -> dict[str, Any]:
+    """Return a scan's record, or why there is none."""
+    try:
+        return _one(predictor, scan, order, reader)
+    except SemiSAMError as error:
+        reason = str(error)
+    except Exception as error:  # networks and writers raise many kinds; the other scans go on
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
+        reason = f"{scan.name}: {type(error).__name__}: {shown(error)}"
+    return {"name": scan.name, "state": "failed", "error": reason}
+
+
+def _one(predictor: Predictor, scan: Input, order: Order, reader: ScanReader) -> dict[str, Any]:
     began = time.monotonic()
     formats = {"auto": (default_format(scan),), "both": ("nifti", "dicom-seg")}.get(order.format, (order.format,))
     if "dicom-seg" in formats:
@@ -147,7 +161,7 @@ def _one(predictor: Predictor, scan: Input, order: Order) -> dict[str, Any]:
     record_path = order.out / f"{scan.name}.json"
     if (kept := _kept(record_path, made_from)) is not None:
         return {**kept, "state": "kept"}
-    stack, grid, notes = scan.read(order.spacing_mm, order.memory_gb)
+    stack, grid, notes = reader.read(scan)
     found = predictor.segment(stack, grid, scan.name, order.uncertainty, order.memory_gb)
     outputs = _write(predictor, scan, order.out, formats, grid, found)
     record = {

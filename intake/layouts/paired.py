@@ -20,7 +20,9 @@ _IMAGES, _LABELS = ("images", "imagesTr"), ("labels", "labelsTr")
 
 def recognises(source: Path) -> bool:
     """Return whether it is a volume file, or a folder of some, or has a folder `images` of some."""
-    return source.is_file() or bool(_volumes(_images_folder(source)))
+    if source.is_file():
+        return _stem(source) is not None
+    return bool(_volumes(_images_folder(source)))
 
 
 def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | None = None) -> Listing:
