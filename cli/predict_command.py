@@ -25,7 +25,7 @@ def predict(
     file_format: Annotated[
         str, typer.Option("--format", help="auto (as the input), nifti, dicom-seg or both.")
     ] = "auto",
-    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write a map of it, from 0 to 1.")] = False,
+    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write maps of it, from 0 to 1.")] = False,
     channel: Annotated[
         list[str] | None, typer.Option(help="A channel and what its series is called: flair=FLAIR. Repeatable.")
     ] = None,

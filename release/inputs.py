@@ -26,6 +26,7 @@ from semisam_core.progress import ProgressCallback
 Pattern = re.Pattern[str]
 _MODALITIES = {"ct": "CT", "mr": "MR", "mri": "MR", "pet": "PT", "pt": "PT"}
 _HEADERS = (".nhdr", ".mhd")
+MAPS = ("uncertainty", "disagreement")  # of a scan, in files of its name and `_<map>`
 _HEADER_BYTES = 1 << 16
 
 
@@ -64,6 +65,11 @@ class Input:
                         digest.update(hashlib.file_digest(file, "sha256").digest())
             digest.update(f"|{source.channel}".encode())
         return digest.hexdigest()
+
+
+def maps_of(models: int) -> tuple[str, ...]:
+    """Return the maps of uncertainty that so many models give."""
+    return MAPS if models > 1 else MAPS[:1]
 
 
 def find_inputs(
@@ -141,7 +147,7 @@ def _names(candidates: Sequence[Candidate], alone: bool) -> list[str]:
         file = re.sub(r"\.dcm$", "", path.name, flags=re.IGNORECASE)
         text = each.scan if first.kind != "dicom" else file if alone else path.parent.name
         plain.append(re.sub(r"[^\w.-]+", "-", text).strip(".-")[:80] or "scan")
-    keys = [name.casefold().removesuffix("_uncertainty") for name in plain]  # of their files, on any file system
+    keys = [re.sub(rf"_({'|'.join(MAPS)})$", "", name.casefold()) for name in plain]  # on any file system
     return [
         name
         if keys.count(key) == 1

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from intake.guards import shown
 from release.dicom_seg import check_referable, write_dicom_seg
-from release.inputs import Input
+from release.inputs import MAPS, Input, maps_of
 from release.outputs import default_format, write_nifti
 from release.prediction import Predictor, Segmentation
 from release.reading import ScanReader
@@ -30,7 +30,6 @@ from semisam_core.files import write_json
 from semisam_core.progress import ProgressCallback
 
 FORMATS = ("auto", "nifti", "dicom-seg", "both")
-UNCERTAINTY = "_uncertainty"
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -41,7 +40,7 @@ class Order:
     Attributes:
         out: folder of the outputs.
         format: nifti, dicom-seg, both; auto gives DICOM SEG for DICOM and NIfTI for everything else.
-        uncertainty: whether to write a map of it too (always NIfTI).
+        uncertainty: whether to write maps of it too (always NIfTI).
         spacing_mm: voxel size, for h5 files.
         memory_gb: memory that one scan may take; None for no limit.
     """
@@ -124,7 +123,9 @@ def _check_places(inputs: Sequence[Input], out: Path) -> None:
     }
     if out.resolve() in folders:
         raise ConfigError(f"{out}: the scans lie in this folder, and outputs have their names; choose another one.")
-    names = Counter(name.casefold() for scan in inputs for name in (scan.name, scan.name + UNCERTAINTY))
+    names = Counter(
+        name.casefold() for scan in inputs for name in (scan.name, *(f"{scan.name}_{each}" for each in MAPS))
+    )
     if twice := sorted(name for name, count in names.items() if count > 1):
         raise ConfigError(f"{out}: two scans would have outputs of the same name, {twice[0]!a}; rename one of them.")
 
@@ -154,7 +155,7 @@ def _one(predictor: Predictor, scan: Input, order: Order, reader: ScanReader) ->
         "plans": [each.plan.hash for each in predictor.models],
         "input": scan.sha256,
         "formats": list(formats),
-        "uncertainty": order.uncertainty,
+        "maps": list(maps_of(len(predictor.models))) if order.uncertainty else [],
         "spacing_mm": order.spacing_mm,
         "version": __version__,
     }
@@ -190,9 +191,9 @@ def _write(
             written.append(out / f"{scan.name}.dcm")
             models = [each.sha256 for each in predictor.models]
             write_dicom_seg(written[-1], found.labels, grid, scan.series, predictor.plan.task, models)
-    if found.uncertainty is not None:
-        written.append(out / f"{scan.name}{UNCERTAINTY}.nii.gz")
-        write_nifti(written[-1], found.uncertainty, grid, scan.nifti)
+    for name, each in found.maps.items():
+        written.append(out / f"{scan.name}_{name}.nii.gz")
+        write_nifti(written[-1], each, grid, scan.nifti)
     return {path.name: _sha256(path) for path in written}
 
 

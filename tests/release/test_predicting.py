@@ -181,13 +181,13 @@ def test_outputs_never_lie_among_the_scans(reader: ScanReader, tmp_path: Path) -
 
 def test_scans_whose_outputs_would_have_one_name_get_names_of_their_own(reader: ScanReader, tmp_path: Path) -> None:
     predictor, scans = _predictor(tmp_path / "run"), tmp_path / "scans"
-    for k, name in enumerate(("x", "X", "y", "y_uncertainty", "a b", "a-b")):
+    for k, name in enumerate(("x", "X", "y", "y_uncertainty", "y_disagreement", "a b", "a-b")):
         write_nifti(scans / f"{name}.nii.gz", blob(seed=k)[0])
     records = predict_all(
         predictor, _inputs(scans, predictor.plan), Order(tmp_path / "out", uncertainty=True), reader=reader
     )
     outputs = [name.casefold() for each in records for name in each["outputs"]]
-    assert len(outputs) == len(set(outputs)) == 12
+    assert len(outputs) == len(set(outputs)) == 14
     assert {each["state"] for each in records} == {"done"}
 
 
