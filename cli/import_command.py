@@ -37,12 +37,13 @@ def import_scans(
     """Import scans and labels: one layout, pseudonyms, no identifying headers. The source is never changed.
 
     Reads DICOM (with SEG and RTSTRUCT), NIfTI, NRRD, MetaImage and h5, also as nnU-Net, Decathlon and BIDS arrange
-    them.
+    them. The folder also gets a site.yaml, the site's settings, unless it has one.
     It can be stopped and started again. What the folder's `private` says must stay at the hospital.
 
     Example: semisam import /export/atrium -o atrium-scans --plan plan.yaml --dry-run
     """
     with readable_errors("What was imported is kept; the same command goes on."):
+        from deployment.site_template import write_for_import
         from intake.choices import Choices
         from intake.importing import Import
 
@@ -51,11 +52,13 @@ def import_scans(
             task = bar.add_task("looking", total=None)
             listing = choices.find(source, layout, lambda done, total: bar.update(task, completed=done, total=total))
             if dry_run:
-                outcomes = None
+                outcomes, site = None, None
             else:
                 bar.update(task, description="importing", completed=0, total=len(listing.candidates))
                 work = Import(out, choices.settings)
                 outcomes = work.run(listing, lambda done, total: bar.update(task, completed=done, total=total))
+                done = [each.labeled for each in outcomes if each.state != "failed"]
+                site = write_for_import(out, any(done)) if done else None
     from intake.report import as_table, content, next_step
 
     if as_json:
@@ -63,5 +66,8 @@ def import_scans(
     else:
         console.print(as_table(listing, outcomes))
         console.print(next_step(listing, outcomes, out), highlight=False, markup=False, soft_wrap=True)
+        if site is not None:
+            kept = "" if site[1] else ", which was there and is left as it is"
+            console.print(f"The site's settings: {site[0]}{kept}.", highlight=False, markup=False, soft_wrap=True)
     if not listing.candidates or (outcomes and all(each.state == "failed" for each in outcomes)):
         raise typer.Exit(1)

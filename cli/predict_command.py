@@ -17,13 +17,15 @@ console = Console()
 
 def predict(
     model: Annotated[Path, typer.Argument(help="A run folder, a checkpoint in it, or an exported package.")],
-    scans: Annotated[Path, typer.Argument(help="A volume file, a DICOM folder, a folder of scans, or a dataset.")],
+    scans: Annotated[
+        Path, typer.Argument(help="A file (volume or multi-frame DICOM), a DICOM folder, a folder of scans, a dataset.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the outputs.")],
     also: Annotated[list[Path] | None, typer.Option(help="Another model: the mean of all is used. Repeatable.")] = None,
     file_format: Annotated[
         str, typer.Option("--format", help="auto (as the input), nifti, dicom-seg or both.")
     ] = "auto",
-    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write a map of it, from 0 to 1.")] = False,
+    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write maps of it, from 0 to 1.")] = False,
     channel: Annotated[
         list[str] | None, typer.Option(help="A channel and what its series is called: flair=FLAIR. Repeatable.")
     ] = None,

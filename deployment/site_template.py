@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+from semisam_core.configuration import flow_yaml, is_name
+from semisam_core.files import write_atomically
+
 TEMPLATE = """\
 # One hospital of a study. This file stays at the site; nothing in it is ever sent but the site's name.
 version: 1
@@ -22,7 +28,7 @@ data:
   # a number of patients or `all`. All scans of a patient fall on one side, by the manifest.json that `semisam import`
   # writes beside images/ (without one, each case is its own patient). Patients added later move nobody. A run keeps to
   # the split and to the cases that it began with. null: the lists.
-  split: null
+  split: {split}
   # Cases never to touch.
   excluded: [{excluded}]
   # Classes of the plan that the label files mark: all, or a list of names. A voxel without a label may then be any
@@ -58,3 +64,32 @@ egress:
   fingerprint: true
   minimum_patients: 5
 """
+
+
+def write_for_import(folder: Path, labels: bool) -> tuple[Path, bool]:
+    """Write `site.yaml` into a folder that `semisam import` has filled, unless there is one.
+
+    Args:
+        folder: with `images`, and if there are any `labels`.
+        labels: whether any scan has a label; patients are then divided, a fifth for validation.
+
+    Returns:
+        The file, and whether it was written.
+    """
+    path = folder / "site.yaml"
+    if path.exists():
+        return path, False
+    name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
+    content = TEMPLATE.format(
+        site=flow_yaml(name if is_name(name) else "site"),
+        images="images",
+        labels="labels" if labels else "null",
+        labeled="",
+        validation="",
+        excluded="",
+        split="{validation_share: 0.2, labeled_patients: all, seed: 0}" if labels else "null",
+        generalists="{lite-medsam: {weights: packaged}}",
+        storage="storage",
+    )
+    write_atomically(path, content.encode())
+    return path, True

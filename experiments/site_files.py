@@ -55,6 +55,7 @@ def write_site_files(
             site=flow_yaml(site),
             images=flow_yaml(str(images)),
             labels=flow_yaml(str(labels)),
+            split="null",
             generalists=flow_yaml({name: {"weights": "packaged"} for name in generalists}),
             storage=flow_yaml(str(storage / site)),
             **_case_lists(rows, site, counts[site], everything),

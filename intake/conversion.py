@@ -1,4 +1,4 @@
-"""Read one scan from its sources and write it as NIfTI, without anything that tells who the patient is.
+"""Read one scan from its sources and write it as NIfTI, or hand it over; nothing then tells who the patient is.
 
 Runs in a child process (`guards.Worker`), so requests and answers are JSON.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,31 @@ def convert(request: Request) -> dict[str, Any]:
         record = _write(Path(request["label_file"]), label.volume.voxels, volumes[0].geometry)
         answer["label"] = {"sha256": record["sha256"], "classes": {str(k): v for k, v in label.names.items()}}
     return answer
+
+
+def hand_over(request: Request) -> dict[str, Any]:
+    """Read a scan's channels onto the first one's grid, and write their voxels as plain numbers for the parent.
+
+    Args:
+        request: `channels` (as `Source`), `spacing_mm` (for h5, or null), `voxels` (the most that a channel may have),
+            and `into`, the file to write to: float32, channel by channel, the last axis fastest.
+
+    Returns:
+        `shape` and `affine` of every channel, and `notes`.
+
+    Raises:
+        IntakeError: a channel cannot be read.
+    """
+    spacing = tuple(request["spacing_mm"]) if request["spacing_mm"] else None
+    limits = replace(LIMITS, voxels=request["voxels"])
+    read = [read_source(Source.model_validate(each), spacing, limits) for each in request["channels"]]
+    notes = list(dict.fromkeys(note for each in read for note in each.notes))
+    volumes, moved = on_one_grid(read)
+    with open(request["into"], "wb") as file:
+        for each in volumes:
+            np.ascontiguousarray(each.voxels, dtype=np.float32).tofile(file)
+    grid = volumes[0].geometry
+    return {"shape": list(grid.shape), "affine": grid.affine.tolist(), "notes": [*notes, *moved]}
 
 
 def read_source(source: Source, spacing: tuple[float, float, float] | None, limits: Limits = LIMITS) -> Volume:

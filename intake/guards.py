@@ -137,6 +137,29 @@ def inflated_prefix(path: Path, count: int) -> bytes:
     return out
 
 
+def check_deflated(path: Path, start: int, most: int) -> None:
+    """Check how much a raw deflate stream (no header) holds, without keeping any of it.
+
+    Args:
+        path: the file.
+        start: where in it the stream begins.
+        most: bytes that are accepted.
+
+    Raises:
+        IntakeError: it holds more, or is damaged.
+    """
+    stream, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            while not stream.eof and (chunk := stream.unconsumed_tail or file.read(_CHUNK)):
+                count += len(stream.decompress(chunk, _CHUNK))
+                if count > most:
+                    raise IntakeError(f"{shown(path)}: inflated it has more than {most / _GIB:.1f} GiB.")
+    except (OSError, zlib.error):
+        raise IntakeError(f"{shown(path)}: what is deflated in it is damaged.") from None
+
+
 def read_json(path: Path, most: int = JSON_BYTES) -> Any:
     """Read a JSON file whose size and depth are bounded.
 

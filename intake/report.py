@@ -48,7 +48,7 @@ def as_table(listing: Listing, outcomes: Sequence[Outcome] | None) -> Table:
 
 
 def next_step(listing: Listing, outcomes: Sequence[Outcome] | None, out: Path) -> str:
-    """Return what to do now."""
+    """Return what has been done, in sentences."""
     if not listing.candidates:
         return "\nNothing here can be taken."
     if outcomes is None:
@@ -56,11 +56,9 @@ def next_step(listing: Listing, outcomes: Sequence[Outcome] | None, out: Path) -
         return f"\n{count} scans would be taken. Nothing was written; leave out --dry-run to import them."
     done = [each for each in outcomes if each.state != "failed"]
     folder, labeled = out.resolve(), sum(each.labeled for each in done)
-    labels = f"\n  labels: {folder / 'labels'}" if labeled else ""
     return (
         f"\n{len(done)} scans are in {folder}, {labeled} of them with a label; "
-        f"{len(outcomes) - len(done)} failed. {folder / 'private'} says whose they are and must stay here.\n"
-        f"In the site's YAML:\n\ndata:\n  images: {folder / 'images'}{labels}"
+        f"{len(outcomes) - len(done)} failed. {folder / 'private'} says whose they are and must stay here."
     )
 
 

@@ -28,6 +28,7 @@ from semisam_core.plan_sections.task import Task
 MAKER = "FedSemiSAM"
 SERIES_NUMBER = 1000
 MOST_FRAMES = 4000  # with empty ones; 4000 frames of 512 x 512 take 1 GB while they are written
+_LARGE_ELEMENT = 1 << 20  # bytes of an element beyond which it is read only if it is asked for
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _MAY_BE_EMPTY = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
@@ -129,7 +130,7 @@ def _referable(path: Path) -> Any:
     Raises:
         IntakeError: it lacks the identifiers of its study or of itself.
     """
-    dataset = pydicom.dcmread(path, stop_before_pixels=True)
+    dataset = pydicom.dcmread(path, stop_before_pixels=True, defer_size=_LARGE_ELEMENT)
     for keyword, instead in (
         ("SOPClassUID", "MediaStorageSOPClassUID"),
         ("SOPInstanceUID", "MediaStorageSOPInstanceUID"),

@@ -1,11 +1,11 @@
-"""The scans that a model is asked about: found by the layouts of the intake, read into memory one at a time."""
+"""The scans that a model is asked about: found by the layouts of the intake, by names and headers alone."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intake.candidates import Candidate, Listing, Wishes
-from intake.conversion import on_one_grid, read_source, series_of
+from intake.conversion import series_of
 from intake.dicom.series import DicomSeries
 from intake.files import volume_suffix
-from intake.guards import LIMITS
 from intake.layouts import layout_of
 from intake.volume import IntakeError
 from semisam_core.data.geometry import Geometry
@@ -27,6 +26,7 @@ from semisam_core.progress import ProgressCallback
 Pattern = re.Pattern[str]
 _MODALITIES = {"ct": "CT", "mr": "MR", "mri": "MR", "pet": "PT", "pt": "PT"}
 _HEADERS = (".nhdr", ".mhd")
+MAPS = ("uncertainty", "disagreement")  # of a scan, in files of its name and `_<map>`
 _HEADER_BYTES = 1 << 16
 
 
@@ -66,24 +66,10 @@ class Input:
             digest.update(f"|{source.channel}".encode())
         return digest.hexdigest()
 
-    def read(
-        self, spacing_mm: tuple[float, float, float] | None, memory_gb: float | None = None
-    ) -> tuple[NDArray[np.float32], Geometry, list[str]]:
-        """Return the channels (C, X, Y, Z), where they lie, and notes.
 
-        Args:
-            spacing_mm: voxel size, for h5 files.
-            memory_gb: the largest image to load, all channels; judged by the header. None for the readers' own limit.
-
-        Raises:
-            IntakeError: a file cannot be read, or is too large.
-        """
-        sources, limits = self.candidate.channels, LIMITS
-        if memory_gb is not None:
-            limits = replace(LIMITS, voxels=min(LIMITS.voxels, int(memory_gb * 1e9 / (4 * len(sources)))))
-        volumes, moved = on_one_grid([read_source(each, spacing_mm, limits) for each in sources])
-        notes = list(dict.fromkeys(note for each in volumes for note in each.notes))
-        return np.stack([each.voxels for each in volumes]), volumes[0].geometry, [*notes, *moved]
+def maps_of(models: int) -> tuple[str, ...]:
+    """Return the maps of uncertainty that so many models give."""
+    return MAPS if models > 1 else MAPS[:1]
 
 
 def find_inputs(
@@ -92,7 +78,7 @@ def find_inputs(
     """Return the scans of a file or folder that the plan's models can be asked about.
 
     Args:
-        source: a volume file, a DICOM folder, a folder of scans, or a dataset.
+        source: a volume file, a multi-frame DICOM file, a DICOM folder, a folder of scans, or a dataset.
         plan: how many channels a scan has.
         layout: as for `semisam import`.
         channels: channel name -> pattern of its series' description or file name.
@@ -109,9 +95,8 @@ def find_inputs(
     listing = found.find(source, Wishes(channels=asked), progress)
     if not channels:
         listing = _of_the_modality(listing, names[0])
-    return [
-        Input(name, each) for name, each in zip(_names(listing.candidates), listing.candidates, strict=True)
-    ], listing
+    names_of = _names(listing.candidates, alone=source.is_file())
+    return [Input(name, each) for name, each in zip(names_of, listing.candidates, strict=True)], listing
 
 
 def prepared(stack: NDArray[np.float32], grid: Geometry, name: str, plan: Plan) -> Scan:
@@ -150,14 +135,19 @@ def _detached(path: Path) -> list[Path]:
     return sorted(each for each in path.parent.iterdir() if each != path and each.name.encode() in head)
 
 
-def _names(candidates: Sequence[Candidate]) -> list[str]:
-    """Return a file name for each, without suffix; equal ones get a part of the hash of what they stand for."""
+def _names(candidates: Sequence[Candidate], alone: bool) -> list[str]:
+    """Return a file name for each, without suffix; equal ones get a part of the hash of what they stand for.
+
+    A DICOM series is called like its folder, or like its file if that was named `alone`.
+    """
     plain = []
     for each in candidates:
         first = each.channels[0]
-        text = Path(first.paths[0]).parent.name if first.kind == "dicom" else each.scan
+        path = Path(first.paths[0])
+        file = re.sub(r"\.dcm$", "", path.name, flags=re.IGNORECASE)
+        text = each.scan if first.kind != "dicom" else file if alone else path.parent.name
         plain.append(re.sub(r"[^\w.-]+", "-", text).strip(".-")[:80] or "scan")
-    keys = [name.casefold().removesuffix("_uncertainty") for name in plain]  # of their files, on any file system
+    keys = [re.sub(rf"_({'|'.join(MAPS)})$", "", name.casefold()) for name in plain]  # on any file system
     return [
         name
         if keys.count(key) == 1

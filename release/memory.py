@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import psutil
 
+from release.inputs import maps_of
 from semisam_core.data.geometry import Geometry
 from semisam_core.data.nifti import by_axis, planned_shape
 from semisam_core.errors import CaseError
@@ -31,10 +32,11 @@ def needed_gb(grid: Geometry, plans: Sequence[Plan], uncertainty: bool) -> float
     Args:
         grid: the scan's own.
         plans: of the models.
-        uncertainty: whether a map of it is made.
+        uncertainty: whether maps of it are made.
     """
     channels, classes = len(plans[0].task.channels), 1 + len(plans[0].task.classes)
-    needed = math.prod(grid.shape) * (16 * channels + 8 + (8 if uncertainty else 0))
+    maps = len(maps_of(len(plans))) if uncertainty else 0
+    needed = math.prod(grid.shape) * (16 * channels + 8 + 8 * maps)
     for plan in plans:
         height, width, depth = planned_shape(grid, plan.data.spacing_mm)
         rows = min(height, 2 * plan.data.patch[0])

@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from rich.table import Table
 
 from intake.guards import shown
 from release.dicom_seg import check_referable, write_dicom_seg
-from release.inputs import Input
+from release.inputs import MAPS, Input, maps_of
 from release.outputs import default_format, write_nifti
 from release.prediction import Predictor, Segmentation
+from release.reading import ScanReader
 from semisam_core import __version__
 from semisam_core.data.geometry import Geometry
 from semisam_core.errors import ConfigError, SemiSAMError
@@ -28,7 +30,6 @@ from semisam_core.files import write_json
 from semisam_core.progress import ProgressCallback
 
 FORMATS = ("auto", "nifti", "dicom-seg", "both")
-UNCERTAINTY = "_uncertainty"
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -39,7 +40,7 @@ class Order:
     Attributes:
         out: folder of the outputs.
         format: nifti, dicom-seg, both; auto gives DICOM SEG for DICOM and NIfTI for everything else.
-        uncertainty: whether to write a map of it too (always NIfTI).
+        uncertainty: whether to write maps of it too (always NIfTI).
         spacing_mm: voxel size, for h5 files.
         memory_gb: memory that one scan may take; None for no limit.
     """
@@ -61,7 +62,11 @@ class Order:
 
 
 def predict_all(
-    predictor: Predictor, inputs: Sequence[Input], order: Order, progress: ProgressCallback | None = None
+    predictor: Predictor,
+    inputs: Sequence[Input],
+    order: Order,
+    progress: ProgressCallback | None = None,
+    reader: ScanReader | None = None,
 ) -> list[dict[str, Any]]:
     """Segment every scan and write its outputs, and beside them `<name>.json`, which says how they were made.
 
@@ -73,6 +78,7 @@ def predict_all(
         inputs: the scans.
         order: what to write.
         progress: called with (scans done, scans).
+        reader: one that is running already; by default one with the order's limits is started and ended.
 
     Returns:
         For each scan its record: name, state (done, kept or failed), volumes_ml, seconds, outputs, notes; or the error.
@@ -86,18 +92,12 @@ def predict_all(
     if not os.access(order.out, os.W_OK):
         raise ConfigError(f"{order.out}: this folder cannot be written to; choose another one.")
     records = []
-    for done, scan in enumerate(inputs):
-        if progress:
-            progress(done, len(inputs))
-        try:
-            records.append(_one(predictor, scan, order))
-        except SemiSAMError as error:
-            records.append({"name": scan.name, "state": "failed", "error": str(error)})
-        except Exception as error:  # decoders and networks raise many kinds; the other scans go on
-            if isinstance(error, OSError) and error.errno in _DISK:
-                raise
-            reason = f"{scan.name}: {type(error).__name__}: {shown(error)}"
-            records.append({"name": scan.name, "state": "failed", "error": reason})
+    own = nullcontext(reader) if reader else ScanReader(order.spacing_mm, order.memory_gb)
+    with own as reading:
+        for done, scan in enumerate(inputs):
+            if progress:
+                progress(done, len(inputs))
+            records.append(_tried(predictor, scan, order, reading))
     if progress:
         progress(len(inputs), len(inputs))
     return records
@@ -123,12 +123,27 @@ def _check_places(inputs: Sequence[Input], out: Path) -> None:
     }
     if out.resolve() in folders:
         raise ConfigError(f"{out}: the scans lie in this folder, and outputs have their names; choose another one.")
-    names = Counter(name.casefold() for scan in inputs for name in (scan.name, scan.name + UNCERTAINTY))
+    names = Counter(
+        name.casefold() for scan in inputs for name in (scan.name, *(f"{scan.name}_{each}" for each in MAPS))
+    )
     if twice := sorted(name for name, count in names.items() if count > 1):
         raise ConfigError(f"{out}: two scans would have outputs of the same name, {twice[0]!a}; rename one of them.")
 
 
-def _one(predictor: Predictor, scan: Input, order: Order) -> dict[str, Any]:
+def _tried(predictor: Predictor, scan: Input, order: Order, reader: ScanReader) -> dict[str, Any]:
+    """Return a scan's record, or why there is none."""
+    try:
+        return _one(predictor, scan, order, reader)
+    except SemiSAMError as error:
+        reason = str(error)
+    except Exception as error:  # networks and writers raise many kinds; the other scans go on
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
+        reason = f"{scan.name}: {type(error).__name__}: {shown(error)}"
+    return {"name": scan.name, "state": "failed", "error": reason}
+
+
+def _one(predictor: Predictor, scan: Input, order: Order, reader: ScanReader) -> dict[str, Any]:
     began = time.monotonic()
     formats = {"auto": (default_format(scan),), "both": ("nifti", "dicom-seg")}.get(order.format, (order.format,))
     if "dicom-seg" in formats:
@@ -140,14 +155,14 @@ def _one(predictor: Predictor, scan: Input, order: Order) -> dict[str, Any]:
         "plans": [each.plan.hash for each in predictor.models],
         "input": scan.sha256,
         "formats": list(formats),
-        "uncertainty": order.uncertainty,
+        "maps": list(maps_of(len(predictor.models))) if order.uncertainty else [],
         "spacing_mm": order.spacing_mm,
         "version": __version__,
     }
     record_path = order.out / f"{scan.name}.json"
     if (kept := _kept(record_path, made_from)) is not None:
         return {**kept, "state": "kept"}
-    stack, grid, notes = scan.read(order.spacing_mm, order.memory_gb)
+    stack, grid, notes = reader.read(scan)
     found = predictor.segment(stack, grid, scan.name, order.uncertainty, order.memory_gb)
     outputs = _write(predictor, scan, order.out, formats, grid, found)
     record = {
@@ -176,9 +191,9 @@ def _write(
             written.append(out / f"{scan.name}.dcm")
             models = [each.sha256 for each in predictor.models]
             write_dicom_seg(written[-1], found.labels, grid, scan.series, predictor.plan.task, models)
-    if found.uncertainty is not None:
-        written.append(out / f"{scan.name}{UNCERTAINTY}.nii.gz")
-        write_nifti(written[-1], found.uncertainty, grid, scan.nifti)
+    for name, each in found.maps.items():
+        written.append(out / f"{scan.name}_{name}.nii.gz")
+        write_nifti(written[-1], each, grid, scan.nifti)
     return {path.name: _sha256(path) for path in written}
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from release.inputs import prepared
+from release.inputs import maps_of, prepared
 from release.memory import check_memory
 from release.model import ModelError, TrainedModel
 from semisam_core.data.geometry import Geometry
@@ -29,13 +29,16 @@ class Segmentation:
     Attributes:
         labels: (X, Y, Z) on the scan's own grid, with the values that the plan gives its classes: of a class that is
             the union of several, the first.
-        uncertainty: (X, Y, Z) float32, the entropy of the mean probability over classes, from 0 (certain) to 1 (all
-            classes are equally likely); None if it was not asked for.
+        maps: name -> (X, Y, Z) float32 from 0 to 1, if they were asked for. `uncertainty` is the entropy over classes
+            of the mean probability, from 0 (certain) to 1 (all classes are equally likely). `disagreement`, of several
+            models only, is the part of it that each model by itself does not have: the entropy of the mean less the
+            mean of the entropies (the mutual information between model and class, Gal et al., ICML 2017), from 0 (all
+            give the same probabilities) to 1 (each is certain, and they are as divided as they can be).
         volumes_ml: class name -> volume.
     """
 
     labels: NDArray[np.uint8]
-    uncertainty: NDArray[np.float32] | None
+    maps: dict[str, NDArray[np.float32]]
     volumes_ml: dict[str, float]
 
 
@@ -76,7 +79,7 @@ class Predictor:
             stack: (C, X, Y, Z) channels in the plan's order; NaN in it may be set to 0.
             grid: where its voxels lie.
             name: for messages.
-            uncertainty: whether to return a map of it.
+            uncertainty: whether to return maps of it.
             memory_gb: memory that this may take, judged by the sizes of the grids; None for no limit.
 
         Raises:
@@ -88,16 +91,16 @@ class Predictor:
             check_memory(grid, [each.plan for each in self.models], uncertainty, name, memory_gb)
         scans = self._prepare(stack, grid, name)
         if len(scans) == 1 and not uncertainty:
-            model = self.models[0]
-            indices, unsure = segment_original(model.specialist, scans[0], model.plan, self.device), None
+            model, maps = self.models[0], dict[str, Tensor]()
+            indices = segment_original(model.specialist, scans[0], model.plan, self.device)
         else:
-            indices, unsure = self._mean_of_all(scans, uncertainty)
+            indices, maps = self._mean_of_all(scans, uncertainty)
         classes = self.plan.task.classes
         values = np.array([0, *(each.label_values[0] for each in classes)], dtype=np.uint8)
         voxel_ml = abs(float(np.linalg.det(grid.affine.numpy()[:3, :3]))) / 1000
         counts = [int((indices == k).sum()) for k in range(1, 1 + len(classes))]
         volumes = {each.name: round(count * voxel_ml, 4) for each, count in zip(classes, counts, strict=True)}
-        return Segmentation(values[indices.numpy()], unsure, volumes)
+        return Segmentation(values[indices.numpy()], {name: each.numpy() for name, each in maps.items()}, volumes)
 
     def _prepare(self, stack: NDArray[np.float32], grid: Geometry, name: str) -> list[Scan]:
         """Return the scan as each model sees it; models of equal settings share one."""
@@ -110,19 +113,28 @@ class Predictor:
         return [by_settings[key] for key in keys]
 
     @torch.inference_mode()
-    def _mean_of_all(self, scans: Sequence[Scan], uncertainty: bool) -> tuple[Tensor, NDArray[np.float32] | None]:
-        """Return class indices by the mean probability, and its entropy, block by block of the scan's own grid."""
+    def _mean_of_all(self, scans: Sequence[Scan], uncertainty: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return class indices by the mean probability, and maps, block by block of the scan's own grid."""
         shape, channels = scans[0].original.shape, 1 + len(self.plan.task.classes)
         found = torch.zeros(shape, dtype=torch.uint8)
-        unsure = torch.zeros(shape) if uncertainty else None
-        for block, probability in self._blocks(scans, channels):
+        maps = {name: torch.zeros(shape) for name in maps_of(len(scans))} if uncertainty else {}
+        for block, probability, single in self._blocks(scans, channels, "disagreement" in maps):
             block.of(found).copy_(probability.argmax(0))
-            if unsure is not None:
-                block.of(unsure).copy_(_entropy(probability))
-        return only_connected(found, self.plan), None if unsure is None else unsure.numpy()
+            if maps:
+                entropy = _entropy(probability)
+                block.of(maps["uncertainty"]).copy_((entropy / math.log(channels)).clamp(max=1))
+                if single is not None:
+                    most = math.log(min(channels, len(scans)))
+                    block.of(maps["disagreement"]).copy_(((entropy - single) / most).clamp(0, 1))
+        return only_connected(found, self.plan), maps
 
-    def _blocks(self, scans: Sequence[Scan], channels: int) -> Iterator[tuple[Block, Tensor]]:
-        """Yield the blocks of the scan's own grid, each with the mean probability there: (channels, x, y, z)."""
+    def _blocks(
+        self, scans: Sequence[Scan], channels: int, entropies: bool
+    ) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
+        """Yield the blocks of the scan's own grid, each with the mean probability there: (channels, x, y, z).
+
+        With `entropies` also the mean over models of the entropy of each by itself, in nats: (x, y, z).
+        """
         changes = [GridChange(each.grid, each.original) for each in scans]
         rolling = [
             SlidingProbabilities(
@@ -139,16 +151,21 @@ class Predictor:
         blocks = sorted(changes[0].blocks(axis, bytes_per_voxel), key=lambda each: changes[0].source_rows(each))
         for number, block in enumerate(blocks):
             mean: Tensor | None = None
+            single: Tensor | None = None
             for change, volume in zip(changes, rolling, strict=True):
                 volume.advance(change.source_rows(block)[1])
                 there = block.of(volume.volume) if change.unchanged else change.sample(volume.volume, block)
                 mean = there if mean is None else mean + there
+                if entropies:
+                    single = _entropy(there) if single is None else single + _entropy(there)
                 volume.release(min((change.source_rows(each)[0] for each in blocks[number + 1 :]), default=0))
             if mean is not None:
-                yield block, mean / len(scans) if len(scans) > 1 else mean
+                mean = mean / len(scans) if len(scans) > 1 else mean
+                yield block, mean, None if single is None else single / len(scans)
 
 
 def _entropy(probability: Tensor) -> Tensor:
+    """Return the entropy over classes, in nats."""
     p = probability.clamp(1e-7, 1)
     p = p / p.sum(0, keepdim=True)
-    return (-(p * p.log()).sum(0) / math.log(len(p))).clamp(0, 1)
+    return -(p * p.log()).sum(0).clamp(max=0)

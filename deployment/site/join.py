@@ -96,6 +96,7 @@ def _site_yaml(invitation: Invitation, generalists: list[str], images: Path | No
         labeled="",
         validation="",
         excluded="",
+        split="null",
         generalists="{" + ", ".join(f"{name}: {{weights: packaged}}" for name in generalists) + "}",
         storage="storage",
     )

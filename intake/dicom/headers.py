@@ -12,8 +12,10 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from intake.guards import LIMITS, Limits, check_file, inside, shown
+from intake.guards import LIMITS, Limits, check_deflated, check_file, inside, shown
 from intake.volume import IntakeError
 
 _TAGS = [
@@ -29,6 +31,8 @@ SPLITTERS = (
     "AcquisitionNumber",
 )
 LABEL_MODALITIES = ("SEG", "RTSTRUCT")
+DEFLATED_BYTES = 1 << 30  # that a deflated file may have: pydicom inflates it whole, even to read its header
+_PREAMBLE = 144  # bytes before the elements that the group length of the file's meta information counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +62,9 @@ class Slice:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder, sorted; links to folders are not followed."""
+    """Yield every file below a folder, sorted, or the file itself; links to folders are not followed."""
+    if folder.is_file():
+        yield folder
     for root, names, files in os.walk(folder):
         names.sort()
         for name in sorted(files):
@@ -73,8 +79,13 @@ def read_header(root: Path, path: Path, limits: Limits = LIMITS) -> Any:
     """
     check_file(inside(root, path), limits)
     try:
+        meta = read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            check_deflated(path, _PREAMBLE + int(meta.FileMetaInformationGroupLength), DEFLATED_BYTES)
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
         header.get("Modality"), header.get("SeriesInstanceUID")
+    except IntakeError:
+        raise
     except InvalidDicomError:
         raise IntakeError("no DICOM file") from None
     except Exception as error:  # noqa: BLE001 - pydicom raises many kinds for damaged files

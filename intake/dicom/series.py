@@ -145,17 +145,18 @@ def find_series(folder: Path, progress: Progress | None = None, limits: Limits =
     told apart by echo, phase, b-value or acquisition where one of these does it.
 
     Args:
-        folder: exported from a PACS; file names and subfolders mean nothing.
+        folder: exported from a PACS; file names and subfolders mean nothing. Or one file.
         progress: called with (files read, files).
         limits: largest file.
     """
+    root = folder.parent if folder.is_file() else folder
     paths, skipped, labels = list(files_below(folder)), [], []
     groups: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
     for done, path in enumerate(paths):
         if progress:
             progress(done, len(paths))
         try:
-            header = read_header(folder, path, limits)
+            header = read_header(root, path, limits)
             if str(header.get("Modality", "")) in LABEL_MODALITIES:
                 labels.append(_label(path, header))
             else:

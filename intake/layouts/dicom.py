@@ -8,7 +8,8 @@ from pathlib import Path
 
 from intake.candidates import Candidate, Listing, Source, Wishes
 from intake.dicom.labels import segment_names
-from intake.dicom.series import DicomLabel, DicomSeries, find_series, grid_of
+from intake.dicom.series import DicomLabel, DicomSeries, FoundSeries, find_series, grid_of
+from intake.files import ITK_SUFFIXES
 from intake.guards import shown
 from intake.volume import IntakeError
 
@@ -16,13 +17,20 @@ NAME = "dicom"
 
 
 def recognises(source: Path) -> bool:
-    """Return True for any folder: DICOM files have no agreed names."""
-    return source.is_dir()
+    """Return True for any folder or file: DICOM files have no agreed names."""
+    return source.exists()
 
 
 def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | None = None) -> Listing:
-    """List every series that is a regular volume; with channels named, every study that has a series for each."""
+    """List every series that is a regular volume; with channels named, every study that has a series for each.
+
+    Raises:
+        IntakeError: it is a file, and no volume.
+    """
     found = find_series(source, progress)
+    if source.is_file():
+        _check_alone(source, found)
+        source = source.parent
     left_out = [(str(path.relative_to(source)), reason) for path, reason in found.skipped]
     usable = []
     for series in found.series:
@@ -39,6 +47,19 @@ def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | No
     else:
         candidates = [_candidate(source, (series,), labels) for series in usable]
     return Listing(tuple(candidates), tuple(left_out))
+
+
+def _check_alone(path: Path, found: FoundSeries) -> None:
+    """Check that a file by itself is an image of several frames; its place among others is judged like a series'."""
+    formats = "accepted are one multi-frame DICOM image, .nii, .nii.gz, .h5, " + ", ".join(ITK_SUFFIXES)
+    for _, reason in found.skipped:
+        raise IntakeError(f"{path.name!a}: it is {reason}; {formats}, or a folder.")
+    for label in found.labels:
+        raise IntakeError(f"{path.name!a}: it is a label ({label.modality}), no image; {formats}, or a folder.")
+    if found.series[0].slices[0].frames == 1:
+        raise IntakeError(
+            f"{path.name!a}: it is one slice of {_name(found.series[0])}; name the folder that holds all its slices."
+        )
 
 
 def _name(series: DicomSeries) -> str:

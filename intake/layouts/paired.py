@@ -20,7 +20,9 @@ _IMAGES, _LABELS = ("images", "imagesTr"), ("labels", "labelsTr")
 
 def recognises(source: Path) -> bool:
     """Return whether it is a volume file, or a folder of some, or has a folder `images` of some."""
-    return source.is_file() or bool(_volumes(_images_folder(source)))
+    if source.is_file():
+        return _stem(source) is not None
+    return bool(_volumes(_images_folder(source)))
 
 
 def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | None = None) -> Listing:
@@ -32,7 +34,7 @@ def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | No
         return paired({stem: source}, _labels(source, wishes, only=stem), wishes, {})
     images = _images_folder(source)
     found = paired(_volumes(images), _labels(source, wishes), wishes, {})
-    return Listing(found.candidates, (*found.left_out, *links(images)))
+    return Listing(found.candidates, (*found.left_out, *links(images), *_others(images, wishes)))
 
 
 def links(folder: Path) -> tuple[tuple[str, str], ...]:
@@ -40,6 +42,18 @@ def links(folder: Path) -> tuple[tuple[str, str], ...]:
     reason = "a link that leads out of its folder; copy the file here, or import the folder where it is"
     volumes = [path for path in sorted(folder.iterdir()) if _stem(path) and path.is_symlink()]
     return tuple((path.name, reason) for path in volumes if not _is_inside(folder, path))
+
+
+def _others(folder: Path, wishes: Wishes) -> list[tuple[str, str]]:
+    """Return what else lies in a folder of images, with the reason why it is left out."""
+    entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    known = {folder / name for name in _LABELS} | {wishes.labels}
+    headers = tuple(f"{path.stem}." for path in entries if path.suffix.lower() in (".mhd", ".nhdr"))
+    return [
+        (path.name, "a folder among volume files; name it to take what is in it" if path.is_dir() else "no volume file")
+        for path in entries
+        if path not in known and (path.is_dir() or (_stem(path) is None and not path.name.startswith(headers)))
+    ]
 
 
 def paired(images: Mapping[str, Path], labels: Mapping[str, Path], wishes: Wishes, names: Mapping[int, str]) -> Listing:

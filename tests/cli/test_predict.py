@@ -31,6 +31,7 @@ def test_scans_are_segmented_and_programs_get_json(tmp_path: Path, run: Path) ->
     (scan,) = json.loads(output)["scans"]
     assert code == 0
     assert (scan["name"], scan["state"]) == ("a", "done")
+    assert list(scan["outputs"]) == ["a.nii.gz", "a_uncertainty.nii.gz", "a_disagreement.nii.gz"]
     assert all((tmp_path / "out" / name).is_file() for name in scan["outputs"])
     assert set(scan["volumes_ml"]) == {"blob"}
     assert len(scan["made_from"]["models"]) == 2

@@ -12,7 +12,13 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    RTStructureSetStorage,
+    generate_uid,
+)
 
 SPACING, STEP = (2.0, 1.5), 3.0  # rows, columns; slices; mm
 ORIGIN = np.array([10.0, -20.0, 5.0])
@@ -56,12 +62,22 @@ def write_series(
         dataset.ImagePositionPatient = [float(x) for x in place]
         if change:
             change(dataset, k)
-        if syntax != ExplicitVRLittleEndian:
+        if syntax == DeflatedExplicitVRLittleEndian:
+            dataset.file_meta.TransferSyntaxUID = syntax
+        elif syntax != ExplicitVRLittleEndian:
             dataset.compress(syntax)
         path = folder / f"IM{(k * 7) % 97:03d}"
         dataset.save_as(path, enforce_file_format=True)
         paths.append(path)
     return paths
+
+
+def write_multi_frame(path: Path, files: Sequence[Path]) -> Path:
+    """Write an enhanced CT that highdicom makes of single frames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sources = [pydicom.dcmread(file) for file in files]
+    hd.legacy.LegacyConvertedEnhancedCTImage(sources, "1.2.8", 1, "1.2.8.1", 1).save_as(path)
+    return path
 
 
 def _image(pixels: NDArray[Any], series: str, uid: str) -> FileDataset:

@@ -233,6 +233,21 @@ def test_nnunet_decathlon_bids_h5_and_other_files_are_recognised(tmp_path: Path)
             assert values == ([0, 5] if folder in ("nnunet", "decathlon") else [0, 1])
 
 
+def test_what_else_lies_among_volume_files_is_told(tmp_path: Path) -> None:
+    image, label = blob()
+    write_nifti(tmp_path / "a.nii.gz", image)
+    write_nifti(tmp_path / "labels" / "a.nii.gz", label)
+    sitk.WriteImage(sitk.GetImageFromArray(image), tmp_path / "b.mhd")  # and b.raw
+    write_series(tmp_path / "dicom")
+    (tmp_path / "notes.txt").write_text("x")
+    found = _choices().find(tmp_path, "auto")
+    assert [each.scan for each in found.candidates] == ["a", "b"]
+    assert found.left_out == (
+        ("dicom", "a folder among volume files; name it to take what is in it"),
+        ("notes.txt", "no volume file"),
+    )
+
+
 def test_an_rtstruct_gives_the_class_of_its_name(tmp_path: Path) -> None:
     write_series(tmp_path / "in", np.zeros((6, 30, 30), dtype=np.int16))
     angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)

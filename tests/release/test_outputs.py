@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from intake.files import read_volume
 from release.outputs import write_nifti
 from semisam_core.data.geometry import Geometry
+from tests.release.runs import write_hidden_mass
 
 OBLIQUE = np.array([[0.0, -1.9, 0.3, 11.0], [1.4, 0.1, 0.2, -7.0], [0.2, 0.3, 2.4, 3.0], [0, 0, 0, 1]])
 LABELS = (np.arange(4 * 5 * 6).reshape(4, 5, 6) % 7).astype(np.uint8)
@@ -107,3 +109,13 @@ def test_the_same_array_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.nii.gz", "b.nii.gz"):
         write_nifti(tmp_path / name, LABELS.astype(np.float32), grid, None)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+
+
+def test_extensions_of_the_scans_header_are_not_loaded(tmp_path: Path) -> None:
+    source = write_hidden_mass(tmp_path / "scan.nii.gz", 200_000_000)
+    tracemalloc.start()
+    write_nifti(tmp_path / "out.nii.gz", LABELS, Geometry((4, 5, 6), torch.eye(4, dtype=torch.float64)), source)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000_000
+    np.testing.assert_array_equal(nib.load(tmp_path / "out.nii.gz").affine, nib.load(source).affine)

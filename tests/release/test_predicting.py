@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,19 @@ import SimpleITK as sitk
 import torch
 
 from intake.choices import channel_patterns
+from intake.conversion import hand_over
+from intake.guards import Request
 from release import predicting
 from release.inputs import Input, find_inputs
 from release.model import load_model
 from release.predicting import Order, predict_all
 from release.prediction import Predictor
+from release.reading import ScanReader
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan
 from tests.conftest import blob, tiny_plan, write_nifti
-from tests.intake.dicoms import ramp, write_series
-from tests.release.runs import TWO_CLASSES, sharp_weights, write_run
+from tests.intake.dicoms import ramp, write_multi_frame, write_series
+from tests.release.runs import TWO_CLASSES, sharp_weights, write_hidden_mass, write_run
 
 CPU = torch.device("cpu")
 CT = "task.channels=[ct]"
@@ -49,11 +54,11 @@ def _states(records: list[dict[str, Any]]) -> dict[str, str]:
     return {each["name"]: each["state"] for each in records}
 
 
-def test_what_is_done_is_kept_until_scan_model_or_output_change(tmp_path: Path) -> None:
+def test_what_is_done_is_kept_until_scan_model_or_output_change(reader: ScanReader, tmp_path: Path) -> None:
     predictor, scans, order = _predictor(tmp_path / "a"), _scans(tmp_path / "scans"), Order(tmp_path / "out")
 
     def again(by: Predictor = predictor, how: Order = order) -> dict[str, str]:
-        return _states(predict_all(by, _inputs(scans, by.plan), how))
+        return _states(predict_all(by, _inputs(scans, by.plan), how, reader=reader))
 
     assert again() == {"case-0": "done", "case-1": "done"}
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -69,10 +74,10 @@ def test_what_is_done_is_kept_until_scan_model_or_output_change(tmp_path: Path) 
     assert (tmp_path / "out" / "case-0_uncertainty.nii.gz").exists()
 
 
-def test_the_record_says_by_what_it_was_made_and_how_large_structures_are(tmp_path: Path) -> None:
+def test_the_record_says_by_what_it_was_made_and_how_large_structures_are(reader: ScanReader, tmp_path: Path) -> None:
     predictor = _predictor(tmp_path / "run", TWO_CLASSES)
     inputs = _inputs(_scans(tmp_path / "scans", 1), predictor.plan)
-    predict_all(predictor, inputs, Order(tmp_path / "out"))
+    predict_all(predictor, inputs, Order(tmp_path / "out"), reader=reader)
     record = json.loads((tmp_path / "out" / "case-0.json").read_text())
     labels = np.asarray(nib.load(tmp_path / "out" / "case-0.nii.gz").dataobj)
     assert record["volumes_ml"] == {
@@ -94,7 +99,9 @@ def test_a_detached_headers_voxels_count_as_the_scans_content(tmp_path: Path) ->
     assert _inputs(tmp_path / "scan.mhd", tiny_plan())[0].sha256 != before
 
 
-def test_bad_scans_are_told_and_stop_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_scans_are_told_and_stop_no_other(
+    reader: ScanReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     predictor, scans = _predictor(tmp_path / "run"), _scans(tmp_path / "scans", 4)
     (scans / "case-0.nii.gz").write_bytes(gzip.compress(b"no image"))
     write_nifti(scans / "case-1.nii.gz", np.full((8, 8, 8), np.nan, np.float32))
@@ -106,7 +113,7 @@ def test_bad_scans_are_told_and_stop_no_other(tmp_path: Path, monkeypatch: pytes
         return original(self, stack, grid, name, *rest)
 
     monkeypatch.setattr(Predictor, "segment", out_of_memory)
-    records = predict_all(predictor, _inputs(scans, predictor.plan), Order(tmp_path / "out"))
+    records = predict_all(predictor, _inputs(scans, predictor.plan), Order(tmp_path / "out"), reader=reader)
     assert _states(records) == {"case-0": "failed", "case-1": "failed", "case-2": "failed", "case-3": "done"}
     assert "cannot be read" in records[0]["error"]
     assert "NaN" in records[1]["error"]
@@ -114,8 +121,43 @@ def test_bad_scans_are_told_and_stop_no_other(tmp_path: Path, monkeypatch: pytes
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case-3.json", "case-3.nii.gz"]
 
 
+def _crash_on_the_second(request: Request) -> dict[str, Any]:
+    if "case-1" in request["channels"][0]["paths"][0]:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return hand_over(request)
+
+
+def test_a_scan_that_ends_its_reader_costs_no_other(tmp_path: Path) -> None:
+    predictor, scans = _predictor(tmp_path / "run"), _scans(tmp_path / "scans", 3)
+    with ScanReader(entry=_crash_on_the_second) as mine:
+        records = predict_all(predictor, _inputs(scans, predictor.plan), Order(tmp_path / "out"), reader=mine)
+    assert _states(records) == {"case-0": "done", "case-1": "failed", "case-2": "done"}
+    assert "the process that read it ended unexpectedly (exit status -11)" in records[1]["error"]
+
+
+def test_a_scan_that_takes_too_much_memory_to_read_costs_no_other(tmp_path: Path) -> None:
+    predictor, scans = _predictor(tmp_path / "run"), _scans(tmp_path / "scans")
+    write_hidden_mass(scans / "case-0.nii.gz", 700_000_000)
+    order = Order(tmp_path / "out", memory_gb=0.6)
+    records = predict_all(predictor, _inputs(scans, predictor.plan), order)
+    assert _states(records) == {"case-0": "failed", "case-1": "done"}
+    assert "it needs more than 0.6 GiB of memory" in records[0]["error"]
+
+
+def test_one_multi_frame_file_is_a_scan_called_like_the_file(reader: ScanReader, tmp_path: Path) -> None:
+    predictor = _predictor(tmp_path / "run", CT, "data.spacing_mm=[1.0, 1.0, 1.0]")
+    files = write_series(tmp_path / "ct", (100 * ramp(16, 20, 20) % 977).astype(np.int16))
+    enhanced = write_multi_frame(tmp_path / "exported" / "IM.1.2.dcm", files)
+    inputs = _inputs(enhanced, predictor.plan)
+    (single,) = predict_all(predictor, inputs, Order(tmp_path / "out"), reader=reader)
+    (stack,) = predict_all(predictor, _inputs(tmp_path / "ct", predictor.plan), Order(tmp_path / "out"), reader=reader)
+    assert (single["state"], list(single["outputs"])) == ("done", ["IM.1.2.dcm"])
+    assert single["volumes_ml"] == stack["volumes_ml"]
+    assert sum(single["volumes_ml"].values()) > 0
+
+
 def test_a_full_disk_ends_the_work_since_going_on_would_be_in_vain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: ScanReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor, scans = _predictor(tmp_path / "run"), _scans(tmp_path / "scans")
 
@@ -124,36 +166,38 @@ def test_a_full_disk_ends_the_work_since_going_on_would_be_in_vain(
 
     monkeypatch.setattr(predicting, "write_nifti", full)
     with pytest.raises(OSError, match="No space left"):
-        predict_all(predictor, _inputs(scans, predictor.plan), Order(tmp_path / "out"))
+        predict_all(predictor, _inputs(scans, predictor.plan), Order(tmp_path / "out"), reader=reader)
 
 
-def test_outputs_never_lie_among_the_scans(tmp_path: Path) -> None:
+def test_outputs_never_lie_among_the_scans(reader: ScanReader, tmp_path: Path) -> None:
     predictor, scans = _predictor(tmp_path / "run"), _scans(tmp_path / "scans")
     before = {path.name: path.read_bytes() for path in scans.iterdir()}
     (tmp_path / "link").symlink_to(scans)
     for out in (scans, tmp_path / "link"):
         with pytest.raises(ConfigError, match="the scans lie in this folder"):
-            predict_all(predictor, _inputs(scans, predictor.plan), Order(out))
+            predict_all(predictor, _inputs(scans, predictor.plan), Order(out), reader=reader)
     assert {path.name: path.read_bytes() for path in scans.iterdir()} == before
 
 
-def test_scans_whose_outputs_would_have_one_name_get_names_of_their_own(tmp_path: Path) -> None:
+def test_scans_whose_outputs_would_have_one_name_get_names_of_their_own(reader: ScanReader, tmp_path: Path) -> None:
     predictor, scans = _predictor(tmp_path / "run"), tmp_path / "scans"
-    for k, name in enumerate(("x", "X", "y", "y_uncertainty", "a b", "a-b")):
+    for k, name in enumerate(("x", "X", "y", "y_uncertainty", "y_disagreement", "a b", "a-b")):
         write_nifti(scans / f"{name}.nii.gz", blob(seed=k)[0])
-    records = predict_all(predictor, _inputs(scans, predictor.plan), Order(tmp_path / "out", uncertainty=True))
+    records = predict_all(
+        predictor, _inputs(scans, predictor.plan), Order(tmp_path / "out", uncertainty=True), reader=reader
+    )
     outputs = [name.casefold() for each in records for name in each["outputs"]]
-    assert len(outputs) == len(set(outputs)) == 12
+    assert len(outputs) == len(set(outputs)) == 14
     assert {each["state"] for each in records} == {"done"}
 
 
-def test_channels_are_found_by_number_or_by_the_description_of_their_series(tmp_path: Path) -> None:
+def test_channels_are_found_by_number_or_by_the_description_of_their_series(reader: ScanReader, tmp_path: Path) -> None:
     predictor = _predictor(tmp_path / "run", "task.channels=[t1, flair]")
     first, second = blob(seed=0)[0], blob(seed=1)[0]
     for k, volume in enumerate((first, second)):
         write_nifti(tmp_path / "scans" / f"case_000{k}.nii.gz", volume)
     (scan,) = _inputs(tmp_path / "scans", predictor.plan)
-    stack = scan.read(None)[0]
+    stack = reader.read(scan)[0]
     assert scan.name == "case"
     assert np.array_equal(stack, np.stack([first, second]))
 
@@ -161,7 +205,7 @@ def test_channels_are_found_by_number_or_by_the_description_of_their_series(tmp_
         voxels = ramp() + 1000 * k
         write_series(tmp_path / "mr" / str(k), voxels, f"1.2.3.{k + 4}", change=_describe(description))
     (found,) = _inputs(tmp_path / "mr", predictor.plan, t1="mprage", flair="^flair")
-    stack = found.read(None)[0]
+    stack = reader.read(found)[0]
     assert float(stack[0].min()) - float(stack[1].min()) == 2000  # rescaled by 2: T1 first, as in the plan
 
 
@@ -175,22 +219,22 @@ def test_a_series_of_another_modality_is_left_out_unless_it_is_asked_for(tmp_pat
     assert len(find_inputs(tmp_path / "ct", plan, "auto", channel_patterns(["lge-mr=thorax"]))[0]) == 1
 
 
-def test_a_series_gets_a_dicom_seg_and_other_files_get_nifti(tmp_path: Path) -> None:
+def test_a_series_gets_a_dicom_seg_and_other_files_get_nifti(reader: ScanReader, tmp_path: Path) -> None:
     predictor = _predictor(tmp_path / "run", CT, "data.spacing_mm=[1.0, 1.0, 1.0]")
     write_series(tmp_path / "ct", (100 * ramp(16, 20, 20) % 977).astype(np.int16))
     inputs = _inputs(tmp_path / "ct", predictor.plan)
-    (record,) = predict_all(predictor, inputs, Order(tmp_path / "out"))
+    (record,) = predict_all(predictor, inputs, Order(tmp_path / "out"), reader=reader)
     assert list(record["outputs"]) == ["ct.dcm"]
-    (record,) = predict_all(predictor, inputs, Order(tmp_path / "both", "both", uncertainty=True))
+    (record,) = predict_all(predictor, inputs, Order(tmp_path / "both", "both", uncertainty=True), reader=reader)
     assert list(record["outputs"]) == ["ct.nii.gz", "ct.dcm", "ct_uncertainty.nii.gz"]
     files = _inputs(_scans(tmp_path / "scans", 1), predictor.plan)
-    (record,) = predict_all(predictor, files, Order(tmp_path / "out", "dicom-seg"))
+    (record,) = predict_all(predictor, files, Order(tmp_path / "out", "dicom-seg"), reader=reader)
     assert record["state"] == "failed"
     assert "needs a DICOM series" in record["error"]
 
 
 def test_a_series_that_no_seg_can_refer_to_is_refused_before_anything_is_computed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: ScanReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_study(dataset: Any, number: int) -> None:
         dataset.StudyInstanceUID = ""
@@ -198,7 +242,9 @@ def test_a_series_that_no_seg_can_refer_to_is_refused_before_anything_is_compute
     predictor = _predictor(tmp_path / "run", CT)
     write_series(tmp_path / "ct", change=without_study)
     monkeypatch.setattr(Predictor, "segment", lambda *_: pytest.fail("it was computed"))
-    (record,) = predict_all(predictor, _inputs(tmp_path / "ct", predictor.plan), Order(tmp_path / "out", "both"))
+    (record,) = predict_all(
+        predictor, _inputs(tmp_path / "ct", predictor.plan), Order(tmp_path / "out", "both"), reader=reader
+    )
     assert record["state"] == "failed"
     assert "Choose --format nifti" in record["error"]
     assert not list((tmp_path / "out").iterdir())

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.site import Site
 from client.site_config import load_site_config
@@ -27,6 +27,7 @@ from tests.conftest import blob, tiny_plan, write_nifti
 from tests.release.runs import TWO_CLASSES, sharp_weights, write_run
 
 CPU = torch.device("cpu")
+COIN = math.log(2) / math.log(3)  # entropy of a coin, where three classes are possible
 OBLIQUE = np.array([[0.0, -1.9, 0.3, 11.0], [1.4, 0.1, 0.2, -7.0], [0.2, 0.3, 2.4, 3.0], [0, 0, 0, 1]])
 
 
@@ -82,8 +83,10 @@ def test_several_models_count_by_their_mean_probability_each_on_its_own_grid(
     assert {0, 3, 5} == set(np.unique(found.labels).tolist())
     assert not np.array_equal(indices, parts[0].argmax(0).numpy())  # the second one has a say
     entropy = torch.special.entr(mean).sum(0) / math.log(3)
-    assert found.uncertainty is not None
-    assert np.allclose(found.uncertainty, entropy.numpy(), atol=1e-4)
+    assert np.allclose(found.maps["uncertainty"], entropy.numpy(), atol=1e-4)
+    apart = torch.special.entr(mean).sum(0) - torch.stack([torch.special.entr(each).sum(0) for each in parts]).mean(0)
+    assert np.allclose(found.maps["disagreement"], apart.numpy() / math.log(2), atol=1e-4)
+    assert found.maps["disagreement"].max() > 0.02
     voxel_ml = abs(np.linalg.det(OBLIQUE[:3, :3])) / 1000
     assert found.volumes_ml == {
         "left-atrium": pytest.approx((indices == 1).sum() * voxel_ml, abs=1e-4),
@@ -99,7 +102,42 @@ def test_uncertainty_changes_no_label(tmp_path: Path, plan: Plan) -> None:
     scan = prepare_image("x", stack, grid, plan.data)
     assert np.array_equal(with_map.labels, without.labels)
     assert np.array_equal(without.labels, segment_original(model.specialist, scan, plan, CPU).numpy())
-    assert without.uncertainty is None
+    assert (list(with_map.maps), without.maps) == (["uncertainty"], {})
+
+
+class _Answers(nn.Module):
+    """A specialist that answers the same logits everywhere."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.logits[None, :, None, None, None].expand(len(patches), -1, *patches.shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("answers", "uncertainty", "disagreement"),
+    [
+        (((50, 0, 0), (50, 0, 0)), 0, 0),  # certain, of the same
+        (((1, 1, 1), (1, 1, 1)), 1, 0),  # undecided, both
+        (((50, 0, 0), (0, 50, 0)), COIN, 1),  # both certain, of different classes
+        (((50, 0, 0), (0, 50, 0), (0, 0, 50)), 1, 1),
+        (
+            ((50, 0, 0), (50, 0, 0), (0, 50, 0), (0, 0, 50)),
+            math.log(2) * 1.5 / math.log(3),
+            math.log(2) * 1.5 / math.log(3),
+        ),
+    ],
+)
+def test_disagreement_is_what_models_do_not_doubt_by_themselves(
+    answers: tuple[tuple[float, ...], ...], uncertainty: float, disagreement: float
+) -> None:
+    plan = tiny_plan(TWO_CLASSES)
+    models = [TrainedModel(Path("x"), plan, _Answers(*each), "0" * 64, None) for each in answers]
+    maps = Predictor(models, CPU).segment(blob()[0][None], _grid((24, 24, 16)), "x", uncertainty=True).maps
+    assert maps["uncertainty"] == pytest.approx(uncertainty, abs=1e-4)
+    assert maps["disagreement"] == pytest.approx(disagreement, abs=1e-4)
 
 
 def test_models_of_different_tasks_are_no_ensemble(tmp_path: Path, plan: Plan) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from pydicom.uid import RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
+from intake.candidates import Listing, Wishes
+from intake.dicom import headers
 from intake.dicom.series import DicomSeries, find_series, read_series
+from intake.layouts import layout_of
 from intake.volume import IntakeError, Volume
-from tests.intake.dicoms import ORIGIN, SPACING, STEP, at, ramp, write_series
+from tests.intake.dicoms import ORIGIN, SPACING, STEP, at, ramp, write_multi_frame, write_seg, write_series
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data"
 
@@ -174,10 +176,48 @@ def test_a_multi_frame_image_is_one_volume(tmp_path: Path) -> None:
     """An enhanced CT, which highdicom makes from single frames."""
     files = write_series(tmp_path / "single")
     volume = read_series(_only(tmp_path / "single"))
-    sources = [pydicom.dcmread(file) for file in files]
-    enhanced = hd.legacy.LegacyConvertedEnhancedCTImage(sources, "1.2.8", 1, "1.2.8.1", 1)
-    (tmp_path / "multi").mkdir()
-    enhanced.save_as(tmp_path / "multi" / "frames.dcm")
+    write_multi_frame(tmp_path / "multi" / "frames.dcm", files)
     found: Volume = read_series(_only(tmp_path / "multi"))
     np.testing.assert_array_equal(found.voxels, volume.voxels)
     np.testing.assert_allclose(found.geometry.affine.numpy(), volume.geometry.affine.numpy(), atol=1e-5)
+
+
+def _alone(path: Path) -> Listing:
+    return layout_of(path, "auto").find(path, Wishes())
+
+
+def test_one_multi_frame_file_can_be_named_alone(tmp_path: Path) -> None:
+    path = write_multi_frame(tmp_path / "multi" / "frames", write_series(tmp_path / "single"))
+    write_series(tmp_path / "multi")  # what lies beside it is not looked at
+    (candidate,) = _alone(path).candidates
+    assert candidate.channels[0].paths == (str(path),)
+
+
+def test_a_file_alone_that_is_no_volume_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "ct")
+    write_seg(tmp_path / "seg.dcm", files, np.ones((6, 8, 10), np.uint8), ["liver"])
+    (tmp_path / "letter.pdf").write_bytes(b"%PDF")
+    for path, said in (
+        (files[2], "it is one slice of series Thorax 3.0; name the folder that holds all its slices"),
+        (tmp_path / "seg.dcm", r"it is a label \(SEG\), no image"),
+        (tmp_path / "letter.pdf", "it is no DICOM file; accepted are one multi-frame DICOM image, .nii"),
+    ):
+        with pytest.raises(IntakeError, match=said):
+            _alone(path)
+
+
+def test_a_deflated_file_is_read_unless_it_inflates_beyond_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_series(tmp_path / "ct", syntax=DeflatedExplicitVRLittleEndian)
+    np.testing.assert_array_equal(read_series(_only(tmp_path / "ct")).voxels, _expected())
+
+    def swell(dataset: Any, number: int) -> None:
+        dataset.PixelData = bytes(20_000_000)
+
+    write_series(tmp_path / "bombs", ramp(1), change=swell, syntax=DeflatedExplicitVRLittleEndian)
+    assert sum(path.stat().st_size for path in (tmp_path / "bombs").iterdir()) < 100_000
+    monkeypatch.setattr(headers, "DEFLATED_BYTES", 10_000_000)
+    monkeypatch.setattr(headers.pydicom, "dcmread", lambda *_, **__: pytest.fail("it was inflated"))
+    ((_, reason),) = find_series(tmp_path / "bombs").skipped
+    assert "inflated it has more than" in reason
