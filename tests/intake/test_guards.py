@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +26,7 @@ from intake.layouts import layout_of
 from intake.manifest import read_manifest
 from intake.volume import IntakeError
 from tests.conftest import blob, write_nifti
+from tests.intake.dicoms import write_series
 
 
 def act(request: Request) -> dict[str, Any]:
@@ -98,6 +101,56 @@ def test_a_header_may_not_name_voxels_elsewhere(tmp_path: Path, name: str) -> No
     )
     with pytest.raises(IntakeError, match="only a file beside the header"):
         read_volume(tmp_path / "x.nhdr")
+
+
+META = b"ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\n"
+NRRD = b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 4 4\nencoding: raw\n"
+ELSEWHERE = {
+    "colon.mhd": META + b"ElementDataFile: ../secret.raw\n",
+    "attached.mha": META + b"ElementDataFile = beside.raw\n",
+    "after-blank-lines.mhd": META + b"\n\nElementDataFile = ../secret.raw\n",
+    "after-comments.mhd": META + b"Comment = x\n" * 20_000 + b"ElementDataFile = ../secret.raw\n",
+    "after-a-decoy.mhd": META
+    + b"Comment = ElementDataFile = LOCAL\n"
+    + b"C = x\n" * 300_000
+    + b"ElementDataFile = ../s",
+    "after-no-field.mhd": META + b"junk\nElementDataFile = beside.raw\n",
+    "carriage-returns.mhd": META.replace(b"\n", b"\r") + b"ElementDataFile = ../secret.raw\r",
+    "after-comments.nhdr": NRRD + b"# x\n" * 20_000 + b"data file: ../secret.raw\n",
+    "endless.nhdr": NRRD + b"# x\n" * 300_000 + b"data file: ../secret.raw\n",
+    "carriage-returns.nhdr": NRRD.replace(b"\n", b"\r\n") + b"DataFile: ../secret.raw\r\n",
+    "attached.nrrd": NRRD + b"data file: beside.raw\n",
+    "parent.nhdr": NRRD + b"data file: ..\n",
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_no_spelling_of_a_header_leads_to_voxels_elsewhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.raw").write_bytes(bytes(64))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "beside.raw").write_bytes(bytes(64))
+    (tmp_path / "in" / name).write_bytes(ELSEWHERE[name])
+    with pytest.raises(IntakeError, match="beside the header|header is longer|no line ElementDataFile"):
+        read_volume(tmp_path / "in" / name)
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".mha", ".nhdr", ".nrrd"])
+def test_headers_as_itk_writes_them_are_read(tmp_path: Path, suffix: str) -> None:
+    voxels = np.arange(120, dtype=np.int16).reshape(4, 5, 6)
+    image = sitk.GetImageFromArray(voxels)
+    image.SetMetaData("note", "kept: a = b")
+    for compressed in (False, True):
+        sitk.WriteImage(image, tmp_path / f"x{suffix}", compressed)
+        found = read_volume(tmp_path / f"x{suffix}")
+        np.testing.assert_array_equal(found.voxels, voxels.transpose(2, 1, 0))
+
+
+def test_a_file_is_read_as_what_its_suffix_says(tmp_path: Path) -> None:
+    path = write_series(tmp_path)[0]
+    for suffix in (".mha", ".nrrd"):
+        shutil.copy(path, tmp_path / f"x{suffix}")
+        with pytest.raises(IntakeError):
+            read_volume(tmp_path / f"x{suffix}")
 
 
 def test_links_and_paths_that_leave_the_folder_are_not_followed(tmp_path: Path) -> None:
