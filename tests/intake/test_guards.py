@@ -130,7 +130,7 @@ def test_no_spelling_of_a_header_leads_to_voxels_elsewhere(tmp_path: Path, name:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "beside.raw").write_bytes(bytes(64))
     (tmp_path / "in" / name).write_bytes(ELSEWHERE[name])
-    with pytest.raises(IntakeError, match="beside the header|header is longer|no line ElementDataFile"):
+    with pytest.raises(IntakeError, match=r"beside the header|header is longer|no line ElementDataFile"):
         read_volume(tmp_path / "in" / name)
 
 
