@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from intake.guards import LIMITS, Limits, check_affine, check_file, check_shape,
 from intake.volume import IntakeError, LabelVolume, Volume
 from semisam_core.data.geometry import Geometry
 from semisam_core.data.names import nifti_suffix
+from semisam_core.data.nifti import load_bounded
 
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+_DETACHED = (".nhdr", ".mhd")
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _UNITS = {1: 1000.0, 3: 0.001}  # NIfTI codes of metres and micrometres; all else is taken as mm
 _HEADER_BYTES = 1 << 20
@@ -32,6 +35,20 @@ def volume_suffix(name: str) -> str | None:
     lower = name.lower()
     found = nifti_suffix(name)
     return found or next((name[-len(suffix) :] for suffix in ITK_SUFFIXES if lower.endswith(suffix)), None)
+
+
+def detached(path: Path) -> list[Path]:
+    """Return the files beside a header (.nhdr, .mhd) whose names stand in it: one of them has the voxels.
+
+    Raises:
+        OSError: the header, or its folder, cannot be read.
+    """
+    if not path.name.lower().endswith(_DETACHED):
+        return []
+    with path.open("rb") as file:
+        head = file.read(_HEADER_BYTES)
+    beside = (each for each in path.parent.iterdir() if each != path and os.fsencode(each.name) in head)
+    return sorted(each for each in beside if each.is_file() and not each.is_symlink())
 
 
 def read_volume(path: Path, limits: Limits = LIMITS) -> Volume:
@@ -90,7 +107,7 @@ def _read(path: Path, limits: Limits) -> tuple[NDArray[Any], Geometry, tuple[str
 def _nifti(path: Path, limits: Limits) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
     if path.name.lower().endswith(".gz"):
         inflated_prefix(path, 348)
-    file: Any = nib.load(path)
+    file: Any = load_bounded(path)
     if not isinstance(file, nib.Nifti1Image | nib.Nifti2Image):
         raise IntakeError(f"{path.name!a}: it is a {type(file).__name__}; a NIfTI volume in one file is expected.")
     dtype = file.get_data_dtype()

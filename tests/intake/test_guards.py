@@ -191,6 +191,78 @@ def test_deep_or_large_json_is_refused(tmp_path: Path) -> None:
         read_json(tmp_path / "large.json", 1000)
 
 
+@pytest.mark.parametrize("inner", ['"]"', '"\\\\"', '"\\""', '"a"'])
+def test_brackets_in_strings_hide_no_depth(tmp_path: Path, inner: str) -> None:
+    for depth, refused in ((30, False), (40, True)):
+        (tmp_path / "x.json").write_text(f"[{inner}," * depth + "1" + "]" * depth)
+        if refused:
+            with pytest.raises(IntakeError, match="nested more than"):
+                read_json(tmp_path / "x.json")
+        else:
+            assert read_json(tmp_path / "x.json")
+
+
+def test_a_string_that_never_ends_takes_no_time(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('"' + '\\"' * 3_000_000)
+    start = time.monotonic()
+    with pytest.raises(IntakeError, match="no valid JSON"):
+        read_json(tmp_path / "x.json")
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"training": [{"image": "a.nii.gz"}], "test": 5},
+        {"training": [{"image": "a.nii.gz"}], "modality": {str(k): "x" for k in range(101)}},
+        {"training": [{"image": "a.nii.gz"}], "test": {"a": 1}},
+        {"training": [{}], "labels": {"9" * 5000: "a"}},
+        {"training": [{"image": "\ud800"}], "labels": {"a": "9" * 5000}},
+        {"training": 5},
+        {"channel_names": {str(k): "x" for k in range(101)}},
+        ["training"],
+    ],
+)
+@pytest.mark.parametrize("layout", ["decathlon", "nnunet", "auto"])
+def test_a_dataset_json_of_another_form_costs_a_sentence(tmp_path: Path, described: Any, layout: str) -> None:
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    try:
+        found = layout_of(tmp_path, layout).find(tmp_path, Wishes())
+    except IntakeError as error:
+        assert str(error).startswith("dataset.json")  # noqa: PT017
+        return
+    assert not found.candidates
+
+
+@pytest.mark.parametrize("folder", ["images", "labels", "imagesTr", "labelsTr"])
+def test_a_folder_that_is_a_link_to_elsewhere_is_not_followed(tmp_path: Path, folder: str) -> None:
+    write_nifti(tmp_path / "secret" / "x.nii.gz", blob()[0])
+    for name in ("images", "imagesTr"):
+        write_nifti(tmp_path / "in" / name / "x.nii.gz", blob()[0])
+    shutil.rmtree(tmp_path / "in" / folder, ignore_errors=True)
+    if folder.endswith("Tr"):
+        (tmp_path / "in" / "dataset.json").write_text("{}")
+    (tmp_path / "in" / folder).symlink_to(tmp_path / "secret")
+    with pytest.raises(IntakeError, match="leads out of the folder"):
+        layout_of(tmp_path / "in", "auto").find(tmp_path / "in", Wishes())
+
+
+@pytest.mark.parametrize("folder", ["images", "imagesTr"])
+def test_what_lies_beside_the_scans_is_listed(tmp_path: Path, folder: str) -> None:
+    secret = write_nifti(tmp_path / "secret.nii.gz", blob()[0])
+    write_nifti(tmp_path / "in" / folder / "x.nii.gz", blob()[0])
+    (tmp_path / "in" / folder / "y.nii.gz").symlink_to(secret)
+    (tmp_path / "in" / folder / "IM0001").write_bytes(b"DICM")
+    if folder.endswith("Tr"):
+        (tmp_path / "in" / "dataset.json").write_text("{}")
+    found = layout_of(tmp_path / "in", "auto").find(tmp_path / "in", Wishes())
+    assert len(found.candidates) == 1
+    reasons = dict(found.left_out)
+    assert "leads out of the folder" in reasons["y.nii.gz"]
+    assert "no volume file" in reasons["IM0001"]
+
+
 def test_labels_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "x.nii.gz", blob()[0])
     with pytest.raises(IntakeError, match="no whole numbers"):

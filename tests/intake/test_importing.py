@@ -156,8 +156,11 @@ def test_a_killed_import_goes_on_where_it_was(tmp_path: Path) -> None:
     done = {path.stem for path in records.glob("*.json")}
     outcomes = run(tmp_path / "in", tmp_path / "out")
     assert {each.case for each in outcomes if each.state == "unchanged"} == done
-    assert len(read_manifest(tmp_path / "out" / "manifest.json").cases) == 6
-    assert not [path for path in (tmp_path / "out" / "images").iterdir() if path.name.startswith(".")] or done
+    cases = read_manifest(tmp_path / "out" / "manifest.json").cases
+    assert len(cases) == 6
+    assert {f"images/{path.name}" for path in (tmp_path / "out" / "images").iterdir()} == {
+        channel.file for case in cases for channel in case.channels
+    }
 
 
 def test_a_dry_run_lists_without_writing(tmp_path: Path) -> None:
