@@ -121,11 +121,11 @@ def read_header(root: Path, path: Path, limits: Limits = LIMITS) -> Any:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
     except IntakeError:
         raise
-    except OSError as error:
-        raise IntakeError(f"a file that cannot be read ({error.strerror})") from None
     except InvalidDicomError:
         raise IntakeError("no DICOM file") from None
     except Exception as error:  # noqa: BLE001 - pydicom raises many kinds for damaged files
+        if isinstance(error, OSError) and error.strerror:
+            raise IntakeError(f"a file that cannot be read ({error.strerror})") from None
         raise IntakeError(f"a damaged DICOM file ({type(error).__name__})") from None
     if path.name.upper() == "DICOMDIR":
         raise IntakeError("an index of other files")
