@@ -45,9 +45,10 @@ def import_scans(
     with readable_errors("What was imported is kept; the same command goes on."):
         from deployment.site_template import write_for_import
         from intake.choices import Choices
-        from intake.importing import Import
+        from intake.importing import Import, check_apart
 
         choices = Choices.of(plan, classes, channel or [], spacing, partial_labels, patient, labels, key)
+        check_apart(source, out)
         with Progress(console=errors, transient=True) as bar:
             task = bar.add_task("looking", total=None)
             listing = choices.find(source, layout, lambda done, total: bar.update(task, completed=done, total=total))

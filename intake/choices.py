@@ -10,6 +10,7 @@ from pathlib import Path
 from intake.candidates import Listing, Wishes
 from intake.importing import PARTIAL, Settings
 from intake.layouts import layout_of
+from intake.manifest import LONGEST_NAME
 from semisam_core.configuration import is_name
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan, load_plan
@@ -76,8 +77,13 @@ def _classes(text: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for part in text.split(","):
         name, separator, value = (each.strip() for each in part.partition("="))
-        if not name or not separator or not value.isdecimal() or not 0 < int(value) < 65536 or name in found:
-            raise ConfigError(f"--classes {part.strip()}: name=value is expected, such as liver=1, each name once.")
+        if not name or not separator or not value.isdecimal() or len(value) > 5:
+            raise ConfigError(f"--classes {part.strip()}: name=value is expected, such as liver=1.")
+        if not 0 < int(value) < 65536 or name in found or len(name) > LONGEST_NAME:
+            raise ConfigError(
+                f"--classes {part.strip()}: values are from 1 to 65535, each name is there once, with at most "
+                f"{LONGEST_NAME} letters."
+            )
         found[name] = int(value)
     if len(set(found.values())) < len(found):
         raise ConfigError("--classes: two classes have one value.")

@@ -22,7 +22,7 @@ from intake.dicom.headers import image_slice, read_header
 from intake.dicom.labels import read_label
 from intake.dicom.series import DicomSeries, read_series
 from intake.files import read_channels, read_labels, read_volume
-from intake.guards import LIMITS, Limits, Request
+from intake.guards import LIMITS, Limits, Request, shown
 from intake.h5 import read_h5
 from intake.volume import IntakeError, LabelVolume, Volume
 from semisam_core.data.geometry import CORNER_TOLERANCE_VOXELS, Geometry, axis_change, corner_distance
@@ -62,6 +62,8 @@ def convert(request: Request) -> dict[str, Any]:
             notes += [*label.volume.notes, *more]
         except IntakeError as error:
             label, without_label = None, str(error)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a label costs the label only
+            label, without_label = None, f"it cannot be read ({type(error).__name__}: {shown(error)})"
     written = [
         _write(Path(path), each.voxels, each.geometry) for path, each in zip(request["images"], volumes, strict=True)
     ]
@@ -223,7 +225,10 @@ def _write(path: Path, voxels: NDArray[Any], geometry: Geometry) -> dict[str, An
     file.set_qform(affine, _SCANNER)
     file.header.set_xyzt_units("mm")
     content = gzip.compress(file.to_bytes(), COMPRESSION, mtime=0)
-    write_atomically(path, content)
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise IntakeError(f"{path}: it cannot be written ({error.strerror}).") from None
     return {
         "sha256": hashlib.sha256(content).hexdigest(),
         "shape": list(geometry.shape),

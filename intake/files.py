@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,17 @@ from intake.guards import LIMITS, Limits, check_affine, check_file, check_shape,
 from intake.volume import IntakeError, LabelVolume, Volume
 from semisam_core.data.geometry import Geometry
 from semisam_core.data.names import nifti_suffix
+from semisam_core.data.nifti import load_bounded
 
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+_DETACHED = (".nhdr", ".mhd")
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _UNITS = {1: 1000.0, 3: 0.001}  # NIfTI codes of metres and micrometres; all else is taken as mm
-_HEADER_BYTES = 1 << 16
+_HEADER_BYTES = 1 << 20
+_READERS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
+_NRRD_DATA = re.compile(rb"(?im)(?:^|\r)[ \t]*data[ \t]*file[ \t]*:([^\r\n]*)")
+_META_DATA = re.compile(rb"(?i)elementdatafile[ \t]*[=:]?([^\r\n]*)")
+_META_FIELD = re.compile(rb"[ \t]*[A-Za-z][A-Za-z0-9_ \t]{0,200}[=:][^\0]{0,3000}")
 
 
 def volume_suffix(name: str) -> str | None:
@@ -27,6 +35,20 @@ def volume_suffix(name: str) -> str | None:
     lower = name.lower()
     found = nifti_suffix(name)
     return found or next((name[-len(suffix) :] for suffix in ITK_SUFFIXES if lower.endswith(suffix)), None)
+
+
+def detached(path: Path) -> list[Path]:
+    """Return the files beside a header (.nhdr, .mhd) whose names stand in it: one of them has the voxels.
+
+    Raises:
+        OSError: the header, or its folder, cannot be read.
+    """
+    if not path.name.lower().endswith(_DETACHED):
+        return []
+    with path.open("rb") as file:
+        head = file.read(_HEADER_BYTES)
+    beside = (each for each in path.parent.iterdir() if each != path and os.fsencode(each.name) in head)
+    return sorted(each for each in beside if each.is_file() and not each.is_symlink())
 
 
 def read_volume(path: Path, limits: Limits = LIMITS) -> Volume:
@@ -85,7 +107,7 @@ def _read(path: Path, limits: Limits) -> tuple[NDArray[Any], Geometry, tuple[str
 def _nifti(path: Path, limits: Limits) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
     if path.name.lower().endswith(".gz"):
         inflated_prefix(path, 348)
-    file: Any = nib.load(path)
+    file: Any = load_bounded(path)
     if not isinstance(file, nib.Nifti1Image | nib.Nifti2Image):
         raise IntakeError(f"{path.name!a}: it is a {type(file).__name__}; a NIfTI volume in one file is expected.")
     dtype = file.get_data_dtype()
@@ -108,6 +130,9 @@ def _nifti(path: Path, limits: Limits) -> tuple[NDArray[Any], Geometry, tuple[st
 def _itk(path: Path, limits: Limits) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
     _refuse_other_files(path)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO(
+        _READERS[path.suffix.lower()]
+    )  # or ITK would go by content: a DICOM file of that name is read too
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
     if reader.GetNumberOfComponents() != 1:
@@ -136,18 +161,39 @@ def _check_dimensions(path: Path, shape: list[int], limits: Limits) -> None:
 def _refuse_other_files(path: Path) -> None:
     """Refuse headers whose voxels lie in another file, which could be any file of this machine.
 
+    Every place that could name one counts, so that blank lines, comments and either separator hide none.
+
     Raises:
-        IntakeError: the header names one elsewhere than beside it.
+        IntakeError: the header names one elsewhere than beside it, has lines that are no fields, or does not end.
     """
     with path.open("rb") as file:
         head = file.read(_HEADER_BYTES)
-    for line in head.split(b"\n\n", 1)[0].splitlines():
-        key, _, value = line.partition(b":" if path.name.lower().endswith(("nrrd", "nhdr")) else b"=")
-        if key.strip().lower().replace(b" ", b"") not in (b"datafile", b"elementdatafile"):
+    suffix = path.suffix.lower()
+    nrrd = suffix in (".nrrd", ".nhdr")
+    (_check_nrrd_header if nrrd else _check_meta_header)(path, head)
+    for found in (_NRRD_DATA if nrrd else _META_DATA).finditer(head):
+        name = found[1].strip().decode("utf-8", "replace")
+        if name.upper() in ("LOCAL", "INTERNAL") and suffix != ".nhdr":
             continue
-        name = value.strip().decode("utf-8", "replace")
-        plain = name.lower() in ("local", "internal") or (
-            "/" not in name and "\\" not in name and "%" not in name and not name.upper().startswith("LIST")
-        )
-        if not plain or (path.parent / name).is_symlink():
+        beside = name not in ("", ".", "..") and not any(mark in name for mark in "/\\%\0")
+        attached = suffix in (".nrrd", ".mha")
+        if attached or not beside or name.upper().startswith("LIST") or (path.parent / name).is_symlink():
             raise IntakeError(f"{path.name!a}: its voxels are in {shown(name)}; only a file beside the header is read.")
+
+
+def _check_nrrd_header(path: Path, head: bytes) -> None:
+    if len(head) == _HEADER_BYTES and b"\n\n" not in head and b"\n\r\n" not in head:
+        raise IntakeError(f"{path.name!a}: its header is longer than {_HEADER_BYTES >> 10} KB.")
+
+
+def _check_meta_header(path: Path, head: bytes) -> None:
+    """Check that each line before the one that names the voxels is a field, as the reader could skip it otherwise."""
+    for line in re.split(rb"[\r\n]+", head):
+        if _META_DATA.match(line.lstrip(b" \t")):
+            return
+        if line.strip() and not _META_FIELD.fullmatch(line):
+            break
+    raise IntakeError(
+        f"{path.name!a}: its header has no line ElementDataFile in its first {_HEADER_BYTES >> 10} KB, or other lines "
+        "than `name = value` before it."
+    )

@@ -26,6 +26,7 @@ from semisam_core.errors import SemiSAMError
 JSON_BYTES = 64_000_000  # the largest BIDS and nnU-Net descriptions have a few megabytes
 JSON_DEPTH = 32
 START_SECONDS = 120.0  # for a child to import what it needs, on a busy machine
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[][{}]', re.DOTALL)
 _READY = b"ready"
 _CHUNK = 1 << 20
 _GIB = 1 << 30
@@ -58,10 +59,13 @@ def inside(root: Path, path: Path) -> Path:
     """Return a path with all links resolved.
 
     Raises:
-        IntakeError: it leaves `root`, by a link or by `..`.
+        IntakeError: it leaves `root`, by a link or by `..`, or its name is no text.
     """
     try:
+        os.fspath(path).encode()  # names in another encoding than UTF-8 cannot be written down
         base, real = root.resolve(strict=True), path.resolve(strict=True)
+    except UnicodeEncodeError:
+        raise IntakeError(f"{shown(path)}: its name, or a folder's, is not in UTF-8; rename it.") from None
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, or a NUL in the name
         raise IntakeError(f"{shown(path)}: the file cannot be reached ({type(error).__name__}).") from None
     if not real.is_relative_to(base):
@@ -137,29 +141,6 @@ def inflated_prefix(path: Path, count: int) -> bytes:
     return out
 
 
-def check_deflated(path: Path, start: int, most: int) -> None:
-    """Check how much a raw deflate stream (no header) holds, without keeping any of it.
-
-    Args:
-        path: the file.
-        start: where in it the stream begins.
-        most: bytes that are accepted.
-
-    Raises:
-        IntakeError: it holds more, or is damaged.
-    """
-    stream, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            while not stream.eof and (chunk := stream.unconsumed_tail or file.read(_CHUNK)):
-                count += len(stream.decompress(chunk, _CHUNK))
-                if count > most:
-                    raise IntakeError(f"{shown(path)}: inflated it has more than {most / _GIB:.1f} GiB.")
-    except (OSError, zlib.error):
-        raise IntakeError(f"{shown(path)}: what is deflated in it is damaged.") from None
-
-
 def read_json(path: Path, most: int = JSON_BYTES) -> Any:
     """Read a JSON file whose size and depth are bounded.
 
@@ -187,10 +168,10 @@ def _no_constant(name: str) -> None:
 
 
 def _depth(raw: bytes) -> int:
-    """Return how deep brackets nest, those in strings included: never less than the depth that a parser meets."""
+    """Return how deep brackets outside of strings nest."""
     deepest = depth = 0
-    for bracket in re.finditer(rb"[][{}]", raw):
-        depth = depth + 1 if bracket[0] in b"[{" else max(0, depth - 1)
+    for found in _TOKENS.finditer(raw):
+        depth += 1 if found[0] in b"[{" else -1 if found[0] in b"]}" else 0
         deepest = max(deepest, depth)
         if deepest > JSON_DEPTH:
             break
@@ -225,8 +206,8 @@ class Worker(AbstractContextManager["Worker"]):
             if not line.poll(self._limits.seconds):
                 self.close()
                 raise IntakeError(f"reading took longer than {self._limits.seconds:g} seconds and was given up.")
-            answer = json.loads(line.recv_bytes())
-        except (EOFError, OSError):
+            answer = json.loads(line.recv_bytes(JSON_BYTES))
+        except (EOFError, OSError, ValueError):
             code = self.close()
             raise IntakeError(f"the process that read it ended unexpectedly (exit status {code}).") from None
         if "refused" in answer:

@@ -11,25 +11,38 @@ The folder that results::
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from intake.candidates import Candidate, Listing, Source
 from intake.conversion import convert
-from intake.guards import LIMITS, Limits, Worker
+from intake.files import detached
+from intake.guards import LIMITS, Limits, Worker, shown
 from intake.manifest import FILE_NAME, CaseRecord, ChannelRecord, LabelRecord, Manifest
 from intake.pseudonyms import Pseudonyms, key_at
 from intake.volume import IntakeError
+from semisam_core.configuration import StrictModel
 from semisam_core.files import write_atomically, write_json
 from semisam_core.progress import ProgressCallback
 
-PRIVATE, KEY, RECORDS = "private", "pseudonyms.key", "records"
+PRIVATE, KEY, RECORDS, LOCK = "private", "pseudonyms.key", "records", "lock"
+IMAGES, LABELS = "images", "labels"
+FULL_BYTES = 64 << 20  # with less than this free, a failed scan means a full disk
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}")  # of a write that was killed
 PARTIAL = ("refuse", "crop")
+
+Stamps = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,24 @@ class Outcome:
     remarks: tuple[str, ...]
 
 
+class Record(StrictModel):
+    """What is kept of one imported scan. Identifying: it stays in the private folder.
+
+    Attributes:
+        manifest: its entry in the manifest.
+        stamps: path, size and time of change of every source file.
+        remarks: sentences.
+        sizes: bytes of every file that was written, by its name in the folder.
+        made_from: the candidate.
+    """
+
+    manifest: CaseRecord
+    stamps: tuple[tuple[str, int, int], ...]
+    remarks: tuple[str, ...]
+    sizes: dict[str, int]
+    made_from: Candidate
+
+
 class Import:
     """Imports scans into a folder. It can be stopped and started again at any time; nothing finished is done twice.
 
@@ -81,6 +112,9 @@ class Import:
         folder: the site's working folder.
         settings: how scans are converted.
         limits: what one scan may cost.
+
+    Raises:
+        IntakeError: the key is damaged, or not the one that the folder's pseudonyms were made with.
     """
 
     def __init__(self, folder: Path, settings: Settings, limits: Limits = LIMITS) -> None:
@@ -88,7 +122,8 @@ class Import:
         self._private = folder / PRIVATE
         self._private.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._private.chmod(0o700)
-        self.pseudonyms = Pseudonyms(key_at(settings.key or self._private / KEY))
+        with self._locked():
+            self.pseudonyms = self._named(settings.key or self._private / KEY)
 
     def run(
         self, listing: Listing, progress: ProgressCallback | None = None, worker: Worker | None = None
@@ -101,45 +136,82 @@ class Import:
             worker: one of `convert` that is running already; by default one is started and ended.
         """
         outcomes = []
-        try:
-            with contextlib.nullcontext(worker) if worker else Worker(convert, self._limits) as reader:
-                for done, candidate in enumerate(listing.candidates):
-                    if progress:
-                        progress(done, len(listing.candidates))
-                    outcomes.append(self._one(candidate, reader))
-            if progress:
-                progress(len(listing.candidates), len(listing.candidates))
-        finally:
-            self.write_manifest()
+        with self._locked():
+            self._sweep()
+            try:
+                with contextlib.nullcontext(worker) if worker else Worker(convert, self._limits) as reader:
+                    for done, candidate in enumerate(listing.candidates):
+                        if progress:
+                            progress(done, len(listing.candidates))
+                        outcomes.append(self._one(candidate, reader))
+                        if outcomes[-1].state == "failed":
+                            self._check_disk()
+                if progress:
+                    progress(len(listing.candidates), len(listing.candidates))
+            finally:
+                self.write_manifest()
         return outcomes
 
     def write_manifest(self) -> None:
         """Write the manifest of all scans imported so far."""
-        records = [record["manifest"] for record in self._records()]
-        manifest = Manifest(cases=tuple(CaseRecord.model_validate(each, strict=False) for each in records))
+        manifest = Manifest(cases=tuple(each.manifest for each in self._kept() if self._is_whole(each)))
         write_json(self.folder / FILE_NAME, manifest.model_dump(mode="json"))
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other imports out of this folder; the system lets go of the lock whatever ends the process."""
+        with os.fdopen(os.open(self._private / LOCK, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise IntakeError(f"{self.folder}: another import into this folder is running.") from None
+            yield
+
+    def _named(self, key: Path) -> Pseudonyms:
+        """Return the pseudonyms of a key; another than that of the scans already here would name each a second time."""
+        kept = list(self._kept())
+        if not kept or key.exists():
+            pseudonyms = Pseudonyms(key_at(key))
+            if all(pseudonyms.case(each.made_from.patient, each.made_from.scan) == each.manifest.case for each in kept):
+                return pseudonyms
+        raise IntakeError(
+            f"{key}: the scans in {self.folder} were imported with another key, and each would be there twice. Restore "
+            "that key, or import into another folder."
+        )
+
+    def _sweep(self) -> None:
+        for folder in (self.folder, self.folder / IMAGES, self.folder / LABELS, self._private, self._private / RECORDS):
+            for path in folder.glob(".*") if folder.is_dir() else ():
+                if _LEFTOVER.fullmatch(path.name) and path.is_file():
+                    path.unlink(missing_ok=True)
+
+    def _check_disk(self) -> None:
+        if shutil.disk_usage(self.folder).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+
     def _one(self, candidate: Candidate, worker: Worker) -> Outcome:
-        case = self.pseudonyms.case(candidate.patient, candidate.scan)
-        kept = self._record(case)
-        state = "new" if kept is None else "changed"
+        case = ""
         try:
+            case = self.pseudonyms.case(candidate.patient, candidate.scan)
+            kept = self._record(case)
+            if kept is not None and _identity(kept.made_from) != _identity(candidate):
+                raise IntakeError("two scans would get one pseudonym; import them with another key.")
             stamps = _stamps(candidate)
             if kept is not None and self._is_current(kept, candidate, stamps):
-                labeled = kept["manifest"]["label"] is not None
-                return Outcome(case, candidate.scan, "unchanged", labeled, tuple(kept["remarks"]))
+                return Outcome(case, candidate.scan, "unchanged", kept.manifest.label is not None, kept.remarks)
             source = self._source(candidate)
             answer = worker.call(self._request(candidate, case))
-        except (IntakeError, OSError) as error:
-            return Outcome(case, candidate.scan, "failed", False, (*candidate.notes, str(error)))
-        remarks = [*candidate.notes, *answer["notes"]]
-        if answer["without_label"]:
-            remarks.append(f"taken without its label: {answer['without_label']}")
-        if answer["label"] is None:
-            self._label_file(case).unlink(missing_ok=True)
-        record = self._case_record(candidate, case, source, answer)
-        self._keep(case, {"manifest": record.model_dump(mode="json"), "stamps": stamps, "remarks": remarks}, candidate)
-        return Outcome(case, candidate.scan, state, record.label is not None, tuple(remarks))
+            remarks = [*candidate.notes, *answer["notes"]]
+            if answer["without_label"]:
+                remarks.append(f"taken without its label: {answer['without_label']}")
+            entry = self._case_record(candidate, case, source, answer)
+            self._keep(Record(**self._written(entry), stamps=stamps, remarks=tuple(remarks), made_from=candidate))
+        except (IntakeError, OSError, ValidationError) as error:
+            if case:
+                self._drop_if_torn(case)
+            return Outcome(case, candidate.scan, "failed", False, (*candidate.notes, _sentence(error)))
+        state = "new" if kept is None else "changed"
+        return Outcome(case, candidate.scan, state, entry.label is not None, tuple(remarks))
 
     def _request(self, candidate: Candidate, case: str) -> dict[str, Any]:
         settings = self._settings
@@ -156,7 +228,7 @@ class Import:
     def _case_record(self, candidate: Candidate, case: str, source: str, answer: dict[str, Any]) -> CaseRecord:
         channels = tuple(
             ChannelRecord(
-                file=f"images/{self._image_file(case, k, len(candidate.channels)).name}",
+                file=f"{IMAGES}/{self._image_file(case, k, len(candidate.channels)).name}",
                 sha256=written["sha256"],
                 modality=origin.modality,
                 series=self.pseudonyms.digest("series", origin.series),
@@ -167,7 +239,7 @@ class Import:
         )
         found = answer["label"]
         label = found and LabelRecord(
-            file=f"labels/{case}.nii.gz",
+            file=f"{LABELS}/{case}.nii.gz",
             sha256=found["sha256"],
             classes={int(k): v for k, v in found["classes"].items()},
         )
@@ -178,29 +250,27 @@ class Import:
 
     def _image_file(self, case: str, channel: int, channels: int) -> Path:
         number = f"_{channel:04d}" if channels > 1 else ""
-        return self.folder / "images" / f"{case}{number}.nii.gz"
+        return self.folder / IMAGES / f"{case}{number}.nii.gz"
 
     def _label_file(self, case: str) -> Path:
-        return self.folder / "labels" / f"{case}.nii.gz"
+        return self.folder / LABELS / f"{case}.nii.gz"
 
     def _source(self, candidate: Candidate) -> str:
         """Return the keyed hash of the content of all source files."""
         hashes = []
         for path in _paths(candidate):
-            with Path(path).open("rb") as file:
-                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+            hashes.append(_sha256(Path(path)))
         return self.pseudonyms.digest("source", *hashes, *(each.series for each in _sources(candidate)))
 
-    def _is_current(self, kept: dict[str, Any], candidate: Candidate, stamps: list[list[Any]]) -> bool:
+    def _is_current(self, kept: Record, candidate: Candidate, stamps: Stamps) -> bool:
         """Return whether a record's files are whole, and source and settings are those that they were made with."""
-        entry = kept["manifest"]
-        if not self._is_whole(kept) or entry["settings"] != self._settings.digest:
+        if not self._is_whole(kept) or kept.manifest.settings != self._settings.digest:
             return False
-        return bool(kept["stamps"] == stamps or entry["source"] == self._source(candidate))
+        return kept.stamps == stamps or kept.manifest.source == self._source(candidate)
 
-    def _is_whole(self, kept: dict[str, Any]) -> bool:
+    def _is_whole(self, kept: Record) -> bool:
         """Return whether the files that a record names are there, in the size that they had."""
-        for name, size in kept["sizes"].items():
+        for name, size in kept.sizes.items():
             try:
                 if (self.folder / name).stat().st_size != size:
                     return False
@@ -208,35 +278,94 @@ class Import:
                 return False
         return True
 
-    def _keep(self, case: str, record: dict[str, Any], candidate: Candidate) -> None:
-        entry = record["manifest"]
-        names = [each["file"] for each in entry["channels"]] + ([entry["label"]["file"]] if entry["label"] else [])
-        sizes = {name: (self.folder / name).stat().st_size for name in names}
-        content = {**record, "sizes": sizes, "made_from": candidate.model_dump(mode="json")}
-        write_atomically(self._private / RECORDS / f"{case}.json", json.dumps(content, indent=1).encode(), 0o600)
+    def _written(self, entry: CaseRecord) -> dict[str, Any]:
+        return {
+            "manifest": entry,
+            "sizes": {name: (self.folder / name).stat().st_size for name, _ in _checksums(entry)},
+        }
 
-    def _record(self, case: str) -> dict[str, Any] | None:
+    def _keep(self, record: Record) -> None:
+        """Write a record, and remove files of the case that it no longer has: a label, or other channels."""
+        case = record.manifest.case
+        write_atomically(self._record_file(case), record.model_dump_json(indent=1).encode(), 0o600)
+        for folder in (IMAGES, LABELS):
+            for path in (self.folder / folder).glob(f"{case}*"):
+                if f"{folder}/{path.name}" not in record.sizes:
+                    path.unlink(missing_ok=True)
+
+    def _drop_if_torn(self, case: str) -> None:
+        """Remove a case after a failed try, unless its record is there and no file of it was written anew."""
+        kept = self._record(case)
+        if kept is not None and all(_sha256(self.folder / file) == sha for file, sha in _checksums(kept.manifest)):
+            return
+        written = [path for folder in (IMAGES, LABELS) for path in (self.folder / folder).glob(f"{case}*")]
+        for path in (self._record_file(case), *written):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _record_file(self, case: str) -> Path:
+        return self._private / RECORDS / f"{case}.json"
+
+    def _record(self, case: str) -> Record | None:
         try:
-            found = json.loads((self._private / RECORDS / f"{case}.json").read_text(encoding="utf-8"))
-            return found if isinstance(found, dict) else None
-        except (OSError, ValueError):
+            return Record.model_validate_json(self._record_file(case).read_bytes(), strict=False)
+        except (OSError, ValidationError):
             return None
 
-    def _records(self) -> Iterator[dict[str, Any]]:
+    def _kept(self) -> Iterator[Record]:
         for path in sorted((self._private / RECORDS).glob("*.json")):
-            if (record := self._record(path.stem)) is not None and self._is_whole(record):
+            if (record := self._record(path.stem)) is not None and record.manifest.case == path.stem:
                 yield record
+
+
+def check_apart(source: Path, folder: Path) -> None:
+    """Check that an import writes nothing into its source, and reads nothing that it wrote.
+
+    Raises:
+        IntakeError: one folder lies in the other.
+    """
+    whence, into = source.resolve(), folder.resolve()
+    if whence.is_dir() and into.is_relative_to(whence):
+        raise IntakeError(f"{folder}: it lies in {source}, which is never written to; choose a folder elsewhere.")
+    if any(whence.is_relative_to(into / part) for part in (IMAGES, LABELS, PRIVATE)):
+        raise IntakeError(f"{source}: it lies in {folder}, where imported scans are; choose another folder.")
 
 
 def _sources(candidate: Candidate) -> list[Source]:
     return [*candidate.channels, *((candidate.label,) if candidate.label else ())]
 
 
+def _identity(candidate: Candidate) -> tuple[str, str]:
+    return candidate.patient, candidate.scan
+
+
 def _paths(candidate: Candidate) -> list[str]:
-    return list(dict.fromkeys(path for source in _sources(candidate) for path in source.paths))
+    """Return all files of a scan, those that hold the voxels of a header included."""
+    named = dict.fromkeys(path for source in _sources(candidate) for path in source.paths)
+    return [str(file) for path in named for file in (path, *detached(Path(path)))]
 
 
-def _stamps(candidate: Candidate) -> list[list[Any]]:
+def _stamps(candidate: Candidate) -> Stamps:
     """Return path, size and time of change of every source file."""
     found = [(path, os.stat(path)) for path in _paths(candidate)]
-    return [[path, status.st_size, status.st_mtime_ns] for path, status in found]
+    return tuple((path, status.st_size, status.st_mtime_ns) for path, status in found)
+
+
+def _checksums(entry: CaseRecord) -> list[tuple[str, str]]:
+    return [(each.file, each.sha256) for each in (*entry.channels, *((entry.label,) if entry.label else ()))]
+
+
+def _sha256(path: Path) -> str:
+    """Return the hash of a file's content; that of nothing if the file is missing."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return hashlib.sha256().hexdigest()
+
+
+def _sentence(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"it cannot be recorded: {shown('.'.join(map(str, first['loc'])), 80)}: {shown(first['msg'])}."

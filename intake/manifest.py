@@ -12,6 +12,7 @@ from intake.volume import IntakeError
 from semisam_core.configuration import StrictModel
 
 FILE_NAME = "manifest.json"
+LONGEST_NAME, LONGEST_MODALITY = 64, 32
 _HASH = r"^[0-9a-f]{64}$"
 _PSEUDONYM = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 
@@ -25,7 +26,8 @@ def _within(value: str) -> str:
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,199}$"), AfterValidator(_within)]
 Hash = Annotated[str, Field(pattern=_HASH)]
-Sides = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+Side = Annotated[int, Field(ge=1, le=1_000_000)]
+Sides = tuple[Side, Side, Side]
 Lengths = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
@@ -34,7 +36,7 @@ class ChannelRecord(StrictModel):
 
     file: FileName
     sha256: Hash
-    modality: Annotated[str, Field(max_length=32)]
+    modality: Annotated[str, Field(max_length=LONGEST_MODALITY)]
     series: Hash
     shape: Sides
     spacing_mm: Lengths
@@ -45,7 +47,7 @@ class LabelRecord(StrictModel):
 
     file: FileName
     sha256: Hash
-    classes: dict[Annotated[int, Field(ge=1, le=65535)], Annotated[str, Field(max_length=64)]]
+    classes: dict[Annotated[int, Field(ge=1, le=65535)], Annotated[str, Field(max_length=LONGEST_NAME)]]
 
 
 class CaseRecord(StrictModel):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from intake.candidates import Candidate, Listing
 from intake.guards import shown
@@ -19,7 +20,7 @@ def content(listing: Listing, outcomes: Sequence[Outcome] | None) -> dict[str, A
     """Return everything as JSON; `outcomes` is None after a dry run."""
     return {
         "candidates": [each.model_dump(mode="json") for each in listing.candidates],
-        "left_out": [{"what": what, "reason": reason} for what, reason in listing.left_out],
+        "left_out": [{"what": shown(what, 4096), "reason": reason} for what, reason in listing.left_out],
         "outcomes": None if outcomes is None else [vars(each) | {"remarks": list(each.remarks)} for each in outcomes],
     }
 
@@ -34,16 +35,18 @@ def as_table(listing: Listing, outcomes: Sequence[Outcome] | None) -> Table:
         labeled = candidate.label is not None if outcome is None else outcome.labeled
         remarks = candidate.notes if outcome is None else outcome.remarks
         name = outcome.case if outcome is not None else ""
-        table.add_row(
+        row = (
             f"{name} {_shown_scan(candidate)}".strip(),
             str(sum(len(each.paths) for each in candidate.channels)),
             "yes" if labeled else "no",
             "would be taken" if outcome is None else outcome.state,
             " ".join(shown(each) for each in remarks),
         )
+        table.add_row(*map(Text, row))  # names may hold what rich takes for markup
     for reason, names in _by_reason(listing).items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        table.add_row(", ".join(shown(name, _LONGEST) for name in names[:3]) + more, "", "", "left out", reason)
+        which = ", ".join(shown(name, _LONGEST) for name in names[:3]) + more
+        table.add_row(*map(Text, (which, "", "", "left out", reason)))
     return table
 
 

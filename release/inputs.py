@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from intake.candidates import Candidate, Listing, Wishes
 from intake.conversion import series_of
 from intake.dicom.series import DicomSeries
-from intake.files import volume_suffix
+from intake.files import detached, volume_suffix
 from intake.layouts import layout_of
 from intake.volume import IntakeError
 from semisam_core.data.geometry import Geometry
@@ -25,9 +25,7 @@ from semisam_core.progress import ProgressCallback
 
 Pattern = re.Pattern[str]
 _MODALITIES = {"ct": "CT", "mr": "MR", "mri": "MR", "pet": "PT", "pt": "PT"}
-_HEADERS = (".nhdr", ".mhd")
 MAPS = ("uncertainty", "disagreement")  # of a scan, in files of its name and `_<map>`
-_HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Input:
         digest = hashlib.sha256()
         for source in self.candidate.channels:
             for path in source.paths:
-                for each in (Path(path), *_detached(Path(path))):
+                for each in (Path(path), *detached(Path(path))):
                     with each.open("rb") as file:
                         digest.update(hashlib.file_digest(file, "sha256").digest())
             digest.update(f"|{source.channel}".encode())
@@ -124,15 +122,6 @@ def _of_the_modality(listing: Listing, channel: str) -> Listing:
         else:
             fitting.append(each)
     return Listing(tuple(fitting), (*listing.left_out, *left_out))
-
-
-def _detached(path: Path) -> list[Path]:
-    """Return the files beside a header (.nhdr, .mhd) whose names stand in it: one of them has the voxels."""
-    if not path.name.lower().endswith(_HEADERS):
-        return []
-    with path.open("rb") as file:
-        head = file.read(_HEADER_BYTES)
-    return sorted(each for each in path.parent.iterdir() if each != path and each.name.encode() in head)
 
 
 def _names(candidates: Sequence[Candidate], alone: bool) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator, Sequence
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,8 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_file_meta_info
-from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from intake.guards import LIMITS, Limits, check_deflated, check_file, inside, shown
+from intake.guards import LIMITS, Limits, check_file, inside, shown
 from intake.volume import IntakeError
 
 _TAGS = [
@@ -31,8 +32,10 @@ SPLITTERS = (
     "AcquisitionNumber",
 )
 LABEL_MODALITIES = ("SEG", "RTSTRUCT")
-DEFLATED_BYTES = 1 << 30  # that a deflated file may have: pydicom inflates it whole, even to read its header
-_PREAMBLE = 144  # bytes before the elements that the group length of the file's meta information counts
+HEADER_BYTES = 256 << 20  # an RTSTRUCT of hundreds of regions has 100 MB
+HEADER_SECONDS = 60.0
+FARTHEST_MM = 1e6
+_GREYSCALE = ("", "MONOCHROME1", "MONOCHROME2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,18 +57,56 @@ class Slice:
     @property
     def frames(self) -> int:
         """Number of frames."""
-        return int(self.header.get("NumberOfFrames") or 1)
+        return int(number(self.header, "NumberOfFrames") or 1)
 
     def text(self, keyword: str) -> str:
         """Return a tag's value as one printable line."""
-        return shown(self.header.get(keyword, "") or "").strip()
+        return text(self.header, keyword)
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder, sorted, or the file itself; links to folders are not followed."""
+class Metered(io.BufferedReader):
+    """A file that gives a bounded number of bytes for a bounded time, also where pydicom inflates them.
+
+    Reading more raises an `IntakeError`.
+    """
+
+    def __init__(self, path: Path, most: int = HEADER_BYTES, seconds: float = HEADER_SECONDS) -> None:
+        super().__init__(io.FileIO(path))
+        self._left, self._until, self._most = most, time.monotonic() + seconds, most
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return at most `size` bytes; all that are left if it is negative, which pydicom reads to inflate them."""
+        everything = size is None or size < 0
+        found = super().read(self._left + 1 if everything else min(size or 0, self._left + 1))
+        self._left -= len(found)
+        if self._left < 0 or time.monotonic() > self._until or (everything and self._inflates_beyond(found)):
+            raise IntakeError(f"a header of more than {self._most >> 20} MB, or one that takes too long to read")
+        return found
+
+    def _inflates_beyond(self, packed: bytes) -> bool:
+        stream, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, packed
+        while rest and not stream.eof and size <= self._most:
+            size += len(stream.decompress(rest, 1 << 20))
+            rest = stream.unconsumed_tail
+        return size > self._most
+
+
+def files_below(folder: Path, unreadable: Callable[[Path, str], None] | None = None) -> Iterator[Path]:
+    """Yield every file below a folder, sorted, or the file itself; links to folders are not followed.
+
+    Args:
+        folder: where to look.
+        unreadable: called with a folder that cannot be listed, and why.
+    """
+
+    def tell(error: OSError) -> None:
+        if unreadable is not None:
+            unreadable(Path(error.filename), f"a folder that cannot be listed ({error.strerror})")
+
     if folder.is_file():
         yield folder
-    for root, names, files in os.walk(folder):
+        return
+    for root, names, files in os.walk(folder, onerror=tell):
         names.sort()
         for name in sorted(files):
             yield Path(root, name)
@@ -79,16 +120,15 @@ def read_header(root: Path, path: Path, limits: Limits = LIMITS) -> Any:
     """
     check_file(inside(root, path), limits)
     try:
-        meta = read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-            check_deflated(path, _PREAMBLE + int(meta.FileMetaInformationGroupLength), DEFLATED_BYTES)
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-        header.get("Modality"), header.get("SeriesInstanceUID")
+        with Metered(path) as file:
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
     except IntakeError:
         raise
     except InvalidDicomError:
         raise IntakeError("no DICOM file") from None
     except Exception as error:  # noqa: BLE001 - pydicom raises many kinds for damaged files
+        if isinstance(error, OSError) and error.strerror:
+            raise IntakeError(f"a file that cannot be read ({error.strerror})") from None
         raise IntakeError(f"a damaged DICOM file ({type(error).__name__})") from None
     if path.name.upper() == "DICOMDIR":
         raise IntakeError("an index of other files")
@@ -104,7 +144,7 @@ def image_slice(path: Path, header: Any) -> Slice:
     rows, columns = number(header, "Rows"), number(header, "Columns")
     if not rows or not columns:
         raise IntakeError("no image (a report, a presentation state, or a raw file)")
-    if (number(header, "SamplesPerPixel") or 1) != 1:
+    if (number(header, "SamplesPerPixel") or 1) != 1 or text(header, "PhotometricInterpretation") not in _GREYSCALE:
         raise IntakeError("in colour (a screenshot or a fused display)")
     kinds = [str(kind).upper() for kind in _several(header.get("ImageType"))]
     if "LOCALIZER" in kinds:
@@ -115,10 +155,20 @@ def image_slice(path: Path, header: Any) -> Slice:
     spacing = numbers(header, "PixelSpacing", 2)
     if position is None or orientation is None or spacing is None or min(spacing) <= 0:
         raise IntakeError("without position, orientation or voxel size (a screenshot or a projection)")
+    if max(np.abs(position).max(), spacing.max()) > FARTHEST_MM:
+        raise IntakeError("with a position or voxel size beyond any scanner")
     row, column = orientation[:3], orientation[3:]
     if abs(np.linalg.norm(row) - 1) > 0.01 or abs(np.linalg.norm(column) - 1) > 0.01 or abs(row @ column) > 0.01:
         raise IntakeError("with directions that are no right angle")
     return Slice(path, header, position, orientation)
+
+
+def text(header: Any, keyword: str) -> str:
+    """Return a tag's value as one printable line; empty if it is missing or damaged."""
+    try:
+        return shown(header.get(keyword, "") or "").strip()
+    except Exception:  # noqa: BLE001 - pydicom converts values when they are asked for, and raises many kinds
+        return ""
 
 
 def number(header: Any, keyword: str) -> float | None:
@@ -131,7 +181,7 @@ def numbers(header: Any, keyword: str, count: int) -> NDArray[np.float64] | None
     """Return a tag's numbers; None if there are not so many, or they are not finite."""
     try:
         found = np.array([float(value) for value in _several(header.get(keyword))], dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # noqa: BLE001 - as above
         return None
     return found if len(found) == count and bool(np.isfinite(found).all()) else None
 

@@ -12,31 +12,35 @@ import pydicom
 from numpy.typing import NDArray
 from skimage.draw import polygon2mask
 
-from intake.dicom.headers import numbers
+from intake.dicom.headers import Metered, numbers
 from intake.dicom.series import LPS_TO_RAS, DicomSeries, grid_of, onto_straight
 from intake.guards import LIMITS, Limits, check_file, shown
 from intake.volume import IntakeError, LabelVolume, Volume
 from semisam_core.data.geometry import Geometry
 
 MOST_SEGMENTS = 1000
+_NAMES = ("SegmentSequence", "StructureSetROISequence")
 OFF_SLICE = 0.5  # a contour further from the nearest slice than this share of the slice distance is left out
 _ALIGNED_VOXELS = 0.01
 
 
 def segment_names(path: Path, limits: Limits = LIMITS) -> dict[int, str]:
-    """Return number -> name of a SEG's segments or an RTSTRUCT's regions of interest.
+    """Return number -> name of a SEG's segments or an RTSTRUCT's regions of interest, which may have the number 0.
 
     Raises:
         IntakeError: the file is neither, or damaged.
     """
     check_file(path, limits)
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True)
+        with Metered(path) as file:
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_NAMES))
         segments = header.get("SegmentSequence")
         if segments is None:
             pairs = [(int(each.ROINumber), each.get("ROIName")) for each in header.StructureSetROISequence]
         else:
             pairs = [(int(each.SegmentNumber), each.get("SegmentLabel")) for each in segments]
+    except IntakeError as error:
+        raise IntakeError(f"{path.name!a}: {error}.") from None
     except Exception as error:  # noqa: BLE001 - pydicom raises many kinds for damaged files
         raise IntakeError(f"{path.name!a}: its segments cannot be listed ({type(error).__name__}).") from None
     if len(pairs) > MOST_SEGMENTS:
@@ -69,15 +73,23 @@ def read_label(
     grid = grid_of(series, limits)
     masks, notes = (_seg if modality == "SEG" else _rtstruct)(path, chosen, series, grid)
     label = np.zeros(grid.shape, dtype=np.uint16)
+    values = _values(chosen)
+    named = {value: chosen[number] for number, value in values.items()}
     for number, mask in masks.items():
         if bool((taken := label[mask]).any()):
-            other = chosen[int(taken[taken > 0][0])]
+            other = named[int(taken[taken > 0][0])]
             raise IntakeError(
                 f"{path.name!a}: the segments {chosen[number]} and {other} overlap, and a voxel can have one class. "
                 "Name the segments to use, or redraw them."
             )
-        label[mask] = number
-    return LabelVolume(Volume(label, grid, tuple(notes)), chosen)
+        label[mask] = values[number]
+    return LabelVolume(Volume(label, grid, tuple(notes)), named)
+
+
+def _values(numbers_: Collection[int]) -> dict[int, int]:
+    """Return a value of the label map for each segment: its number, unless the format's 1 to 65535 does not hold it."""
+    free = iter(sorted(set(range(1, MOST_SEGMENTS + 1)) - set(numbers_)))
+    return {number: number if 0 < number < 65536 else next(free) for number in numbers_}
 
 
 def _seg(

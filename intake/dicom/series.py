@@ -14,9 +14,18 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from intake.dicom.headers import LABEL_MODALITIES, SPLITTERS, Slice, files_below, image_slice, numbers, read_header
+from intake.dicom.headers import (
+    LABEL_MODALITIES,
+    SPLITTERS,
+    Slice,
+    files_below,
+    image_slice,
+    numbers,
+    read_header,
+    text,
+)
 from intake.dicom.pixels import frames_grid, read_frames, read_slice
-from intake.guards import LIMITS, Limits, check_affine, check_shape, shown
+from intake.guards import LIMITS, Limits, Request, check_affine, check_shape, shown
 from intake.volume import IntakeError, Volume
 from semisam_core.data.geometry import Geometry
 from semisam_core.data.nifti import SMALLEST_SIDE
@@ -110,8 +119,7 @@ class Stack:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(columns, rows, slices)."""
-        header = self.slices[0].header
-        return int(header.Columns), int(header.Rows), len(self.slices)
+        return _shape(self.slices[0], len(self.slices))
 
     @property
     def straight(self) -> Geometry:
@@ -121,12 +129,12 @@ class Stack:
 
 @dataclass(frozen=True, eq=False)
 class DicomLabel:
-    """A SEG or RTSTRUCT file, and the series that it names."""
+    """A SEG or RTSTRUCT file, the series that it names, and the frames of reference that its places are in."""
 
     path: Path
     modality: str
     refers_to: frozenset[str]
-    frame_of_reference: str
+    frames_of_reference: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,20 +158,24 @@ def find_series(folder: Path, progress: Progress | None = None, limits: Limits =
         limits: largest file.
     """
     root = folder.parent if folder.is_file() else folder
-    paths, skipped, labels = list(files_below(folder)), [], []
+    skipped: list[tuple[Path, str]] = []
+    labels: list[DicomLabel] = []
+    paths = list(files_below(folder, lambda path, reason: skipped.append((path, reason))))
     groups: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
     for done, path in enumerate(paths):
         if progress:
             progress(done, len(paths))
         try:
             header = read_header(root, path, limits)
-            if str(header.get("Modality", "")) in LABEL_MODALITIES:
+            if text(header, "Modality") in LABEL_MODALITIES:
                 labels.append(_label(path, header))
             else:
                 found = image_slice(path, header)
                 groups[_group(found)].append(found)
         except IntakeError as error:
             skipped.append((path, str(error)))
+        except Exception as error:  # noqa: BLE001 - pydicom raises many kinds when it converts a damaged value
+            skipped.append((path, f"a damaged DICOM file ({type(error).__name__})"))
     if progress:
         progress(len(paths), len(paths))
     series = [each for _, slices in sorted(groups.items(), key=lambda item: str(item[0])) for each in _split(slices)]
@@ -181,8 +193,6 @@ def read_series(series: DicomSeries, limits: Limits = LIMITS) -> Volume:
     """
     first = series.slices[0]
     if first.frames > 1:
-        if len(series.slices) > 1:
-            raise IntakeError(f"{_named(series)}: it has {len(series.slices)} multi-frame files; one is expected.")
         return read_frames(first, limits)
     stack = series.stack
     check_shape(first.path, stack.shape, limits)
@@ -197,6 +207,13 @@ def read_series(series: DicomSeries, limits: Limits = LIMITS) -> Volume:
                 )
         voxels[:, :, k] = pixels.T
     return Volume(onto_straight(voxels, stack, 1, float(voxels.min())), stack.straight, stack.notes)
+
+
+def describe(request: Request) -> dict[str, Any]:
+    """Check in a process of its own (`guards.Worker`) that multi-frame `files` are a regular volume."""
+    paths = [Path(each) for each in request["files"]]
+    series = DicomSeries(tuple(image_slice(each, read_header(each.parent, each)) for each in paths))
+    return {"shape": list(grid_of(series).shape)}
 
 
 def grid_of(series: DicomSeries, limits: Limits = LIMITS) -> Geometry:
@@ -237,8 +254,8 @@ def _label(path: Path, header: Any) -> DicomLabel:
         for study in frame.get("RTReferencedStudySequence") or ():
             for item in study.get("RTReferencedSeriesSequence") or ():
                 named.add(str(item.get("SeriesInstanceUID", "")))
-    own = str(header.get("FrameOfReferenceUID", "") or next(iter(sorted(frames)), ""))
-    return DicomLabel(path, str(header.Modality), frozenset(filter(None, named)), own)
+    frames.add(text(header, "FrameOfReferenceUID"))
+    return DicomLabel(path, text(header, "Modality"), frozenset(filter(None, named)), frozenset(filter(None, frames)))
 
 
 def _group(found: Slice) -> tuple[Any, ...]:
@@ -283,6 +300,8 @@ def _stacked(slices: tuple[Slice, ...]) -> Stack:
     first = slices[0]
     name = f"series {first.text('SeriesDescription') or first.text('SeriesInstanceUID')}"
     orientation, spacing = first.orientation, numbers(first.header, "PixelSpacing", 2)
+    if len({each.text("PatientID") for each in slices}) > 1:
+        raise IntakeError(f"{name}: its files name several patients. Export each patient's series again.")
     if orientation is None or spacing is None:
         raise IntakeError(f"{name}: its slices have no position.")
     row, column = orientation[:3], orientation[3:]
@@ -308,7 +327,12 @@ def _stacked(slices: tuple[Slice, ...]) -> Stack:
     lps[:3, 0], lps[:3, 1], lps[:3, 2], lps[:3, 3] = row * spacing[1], column * spacing[0], step, positions[kept[0]]
     affine = LPS_TO_RAS @ lps
     check_affine(first.path, affine)
+    check_shape(first.path, _upright(affine, _shape(first, len(kept))).shape)
     return Stack(tuple(slices[k] for k in kept), {k: tuple(v) for k, v in doubles.items()}, affine, tuple(notes))
+
+
+def _shape(first: Slice, slices: int) -> tuple[int, int, int]:
+    return int(first.header.Columns), int(first.header.Rows), slices
 
 
 def _step(

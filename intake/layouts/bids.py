@@ -9,7 +9,8 @@ from pathlib import Path
 
 from intake.candidates import Candidate, Listing, Source, Wishes
 from intake.files import volume_suffix
-from intake.guards import inside
+from intake.guards import inside, shown
+from intake.manifest import LONGEST_MODALITY
 from intake.volume import IntakeError
 
 NAME = "bids"
@@ -72,13 +73,15 @@ def _grouped(images: list[tuple[Path, str]], wishes: Wishes) -> dict[tuple[str, 
 
 def _channels(members: list[tuple[Path, str]], wishes: Wishes) -> tuple[list[Source], str]:
     if not wishes.channels:
-        path, kind = members[0]
-        return [Source(kind="file", paths=(str(path),), modality=kind, series=path.name)], ""
+        return [_source(*members[0])], ""
     chosen = []
     for channel, pattern in wishes.channels.items():
         fitting = [(path, kind) for path, kind in members if pattern.search(path.name)]
         if len(fitting) != 1:
             return [], f"it has {len(fitting)} files for the channel {channel}"
-        path, kind = fitting[0]
-        chosen.append(Source(kind="file", paths=(str(path),), modality=kind, series=path.name))
+        chosen.append(_source(*fitting[0]))
     return chosen, ""
+
+
+def _source(path: Path, kind: str) -> Source:
+    return Source(kind="file", paths=(str(path),), modality=shown(kind, LONGEST_MODALITY), series=path.name)

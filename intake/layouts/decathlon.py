@@ -9,7 +9,7 @@ from typing import Any
 from intake.candidates import Candidate, Listing, Source, Wishes
 from intake.files import volume_suffix
 from intake.guards import inside, read_json, shown
-from intake.layouts.nnunet import DESCRIPTION, label_names
+from intake.layouts.nnunet import DESCRIPTION, channel_count, label_names
 from intake.volume import IntakeError
 
 NAME = "decathlon"
@@ -31,10 +31,9 @@ def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | No
     if not isinstance(description, dict):
         raise IntakeError(f"{DESCRIPTION}: a JSON object is expected.")
     names = label_names(description)
-    modality = description.get("modality")
-    count = len(modality) if isinstance(modality, dict) and modality else 1
-    entries = [(each, True) for each in description.get("training") or ()]
-    entries += [({"image": each}, False) for each in description.get("test") or ()]
+    count = channel_count(description.get("modality"))
+    entries = [(each, True) for each in _list(description, "training")]
+    entries += [({"image": each}, False) for each in _list(description, "test")]
     candidates, left_out = [], []
     for entry, labeled in entries:
         try:
@@ -42,6 +41,13 @@ def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | No
         except IntakeError as error:
             left_out.append((shown(entry, 100), str(error)))
     return Listing(tuple(candidates), tuple(left_out))
+
+
+def _list(description: dict[str, Any], key: str) -> list[Any]:
+    found = description.get(key) or []
+    if not isinstance(found, list):
+        raise IntakeError(f"{DESCRIPTION}: {key}: a list is expected.")
+    return found
 
 
 def _candidate(source: Path, entry: Any, labeled: bool, count: int, names: dict[int, str], wishes: Wishes) -> Candidate:

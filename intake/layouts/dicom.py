@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from intake.candidates import Candidate, Listing, Source, Wishes
+from intake.dicom.headers import HEADER_SECONDS
 from intake.dicom.labels import segment_names
-from intake.dicom.series import DicomLabel, DicomSeries, FoundSeries, find_series, grid_of
+from intake.dicom.series import DicomLabel, DicomSeries, FoundSeries, describe, find_series
 from intake.files import ITK_SUFFIXES
-from intake.guards import shown
+from intake.guards import LIMITS, Worker, shown
 from intake.volume import IntakeError
 
 NAME = "dicom"
@@ -33,12 +35,16 @@ def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | No
         source = source.parent
     left_out = [(str(path.relative_to(source)), reason) for path, reason in found.skipped]
     usable = []
-    for series in found.series:
-        try:
-            grid_of(series)
-            usable.append(series)
-        except IntakeError as error:
-            left_out.append((_name(series), str(error)))
+    with Worker(describe, replace(LIMITS, seconds=HEADER_SECONDS)) as worker:
+        for series in found.series:
+            try:
+                if series.slices[0].frames > 1:
+                    worker.call({"files": [str(each) for each in series.files]})
+                else:
+                    _ = series.stack
+                usable.append(series)
+            except IntakeError as error:
+                left_out.append((_name(series), str(error)))
     labels, unused = _labels(usable, found.labels, wishes)
     left_out += unused
     if wishes.channels:
@@ -101,7 +107,7 @@ def _labels(
     for label in labels:
         owners = [each for each in series if each.uid in label.refers_to]
         if not owners and not label.refers_to:
-            owners = [each for each in series if each.frame_of_reference == label.frame_of_reference]
+            owners = [each for each in series if each.frame_of_reference in label.frames_of_reference]
         name = f"label {label.path.name!a}"
         try:
             names = segment_names(label.path)
@@ -115,6 +121,8 @@ def _labels(
             left_out.append(
                 (name, f"its segments are {', '.join(names.values())}; wanted: {', '.join(sorted(wanted))}")
             )
+        elif _elsewhere(label, owners[0]):
+            left_out.append((name, "its frame of reference is not that of its series, so it lies elsewhere"))
         else:
             source = Source(
                 kind="dicom-label",
@@ -130,6 +138,11 @@ def _labels(
                 (f"label {Path(source.paths[0]).name!a}", "its series has several labels; keep one of them")
             )
     return {owner: sources[0] for owner, sources in tied.items() if len(sources) == 1}, left_out
+
+
+def _elsewhere(label: DicomLabel, series: DicomSeries) -> bool:
+    frames = label.frames_of_reference
+    return bool(frames and series.frame_of_reference and series.frame_of_reference not in frames)
 
 
 def _by_channels(

@@ -33,27 +33,29 @@ def find(source: Path, wishes: Wishes, progress: Callable[[int, int], None] | No
             raise IntakeError(f"{source.name!a}: it is no volume file that can be read.")
         return paired({stem: source}, _labels(source, wishes, only=stem), wishes, {})
     images = _images_folder(source)
+    inside(source, images)
     found = paired(_volumes(images), _labels(source, wishes), wishes, {})
-    return Listing(found.candidates, (*found.left_out, *links(images), *_others(images, wishes)))
+    return Listing(found.candidates, (*found.left_out, *left_out(images, wishes)))
 
 
-def links(folder: Path) -> tuple[tuple[str, str], ...]:
-    """Return the volume files of a folder that are links to elsewhere, with the reason why they are left out."""
-    reason = "a link that leads out of its folder; copy the file here, or import the folder where it is"
-    volumes = [path for path in sorted(folder.iterdir()) if _stem(path) and path.is_symlink()]
-    return tuple((path.name, reason) for path in volumes if not _is_inside(folder, path))
-
-
-def _others(folder: Path, wishes: Wishes) -> list[tuple[str, str]]:
-    """Return what else lies in a folder of images, with the reason why it is left out."""
+def left_out(folder: Path, wishes: Wishes) -> tuple[tuple[str, str], ...]:
+    """Return what is not read in a folder of images, such as links to elsewhere and DICOM files, with the reason."""
     entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     known = {folder / name for name in _LABELS} | {wishes.labels}
     headers = tuple(f"{path.stem}." for path in entries if path.suffix.lower() in (".mhd", ".nhdr"))
-    return [
-        (path.name, "a folder among volume files; name it to take what is in it" if path.is_dir() else "no volume file")
-        for path in entries
-        if path not in known and (path.is_dir() or (_stem(path) is None and not path.name.startswith(headers)))
-    ]
+    found = []
+    for path in entries:
+        if path.is_dir():
+            if path not in known:
+                found.append((path.name, "a folder among volume files; name it to take what is in it"))
+        elif _stem(path) is not None:
+            try:
+                inside(folder, path)
+            except IntakeError as error:
+                found.append((path.name, f"{error} Copy the file here, or import the folder where it is."))
+        elif path.is_file() and not path.name.startswith(headers):
+            found.append((path.name, "no volume file (--layout dicom reads DICOM files here instead)"))
+    return tuple(found)
 
 
 def paired(images: Mapping[str, Path], labels: Mapping[str, Path], wishes: Wishes, names: Mapping[int, str]) -> Listing:
@@ -72,21 +74,21 @@ def paired(images: Mapping[str, Path], labels: Mapping[str, Path], wishes: Wishe
             grouped[match[1]][int(match[2])] = path
         else:
             grouped[stem][0] = path
-    candidates, left_out = [], []
+    candidates, unpaired = [], []
     for case, by_channel in sorted(grouped.items()):
         if sorted(by_channel) != list(range(len(by_channel))) or len(by_channel) != max(1, len(wishes.channels)):
             found = ", ".join(f"_{k:04d}" for k in sorted(by_channel))
-            left_out.append((case, f"{max(1, len(wishes.channels))} channels are expected, found {found}"))
+            unpaired.append((case, f"{max(1, len(wishes.channels))} channels are expected, found {found}"))
             continue
         channels = tuple(_source(by_channel[k]) for k in sorted(by_channel))
         own = labels.get(case) or labels.get(case + LABEL_ENDING)
         label = None if own is None else _source(own).model_copy(update={"names": dict(names)})
         candidates.append(Candidate(patient=wishes.patient_of(case), scan=case, channels=channels, label=label))
     taken = {each.label.paths[0] for each in candidates if each.label}
-    left_out += [
+    unpaired += [
         (path.name, "a label without an image of its name") for path in labels.values() if str(path) not in taken
     ]
-    return Listing(tuple(candidates), tuple(left_out))
+    return Listing(tuple(candidates), tuple(unpaired))
 
 
 def _source(path: Path) -> Source:
@@ -103,7 +105,10 @@ def _labels(source: Path, wishes: Wishes, only: str | None = None) -> dict[str, 
             return {only: wishes.labels}
         return _volumes(wishes.labels)
     folder = next((source / name for name in _LABELS if (source / name).is_dir()), None)
-    return _volumes(folder) if folder is not None else {}
+    if folder is None:
+        return {}
+    inside(source, folder)
+    return _volumes(folder)
 
 
 def _volumes(folder: Path) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.openers import ImageOpener
 from nibabel.volumeutils import apply_read_scaling
 from numpy.typing import NDArray
 
@@ -21,6 +23,8 @@ SMALLEST_SIDE = 4  # voxels
 LONGEST_EXTENT_MM = 3000.0  # a whole-body scan is 2 m
 SHORTEST_EXTENT_MM = 5.0  # of the longest side; below, the header has the wrong unit
 LARGEST_VOXEL_MM = 50.0
+MOST_HEADER_BYTES = 64 << 20  # extensions may hold DICOM headers
+_NIFTI2 = (struct.pack("<i", 540), struct.pack(">i", 540))
 _UNITS = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # NIfTI codes; 2 is mm, and 0 (unknown) is taken as mm
 
 
@@ -67,6 +71,42 @@ def _scaled(data: Any) -> NDArray[np.float32]:
     return array
 
 
+def load_bounded(path: Path) -> Any:
+    """Return what `nib.load` does, for a file whose header and extensions are of a bearable size.
+
+    nibabel reads all extensions with the header, and as many bytes as each claims; of a gzip file, inflated ones.
+
+    Raises:
+        Exception: of many kinds, for a file that cannot be read.
+    """
+    with ImageOpener(str(path)) as file:
+        size = file.read(4)
+        file.seek(0)
+        kind = nib.Nifti2Header if size in _NIFTI2 else nib.Nifti1Header
+        kind.from_fileobj(_Bounded(file), check=False)
+    return nib.load(path)
+
+
+class _Bounded:
+    """The first `MOST_HEADER_BYTES` of a file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        self._check(self._file.tell() + max(size, 0))
+        return bytes(self._file.read(max(size, 0)))
+
+    def seek(self, offset: int, whence: int = 0) -> None:
+        self._check(offset if whence == 0 else self._file.tell() + offset)
+        self._file.seek(offset, whence)
+
+    def _check(self, end: int) -> None:
+        if end > MOST_HEADER_BYTES:
+            raise ValueError(f"its header and extensions are larger than {MOST_HEADER_BYTES >> 20} MB")
+
+
 def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
     """Read a file's header and check it.
 
@@ -79,7 +119,7 @@ def open_nifti(path: Path, case_id: str, what: str) -> NiftiVolume:
             implausible size.
     """
     try:
-        file: Any = nib.load(path)
+        file: Any = load_bounded(path)
     except Exception as error:  # noqa: BLE001 - as above
         raise _unreadable(case_id, what, error) from None
     if not isinstance(file, nib.Nifti1Pair):

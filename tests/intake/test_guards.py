@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +26,7 @@ from intake.layouts import layout_of
 from intake.manifest import read_manifest
 from intake.volume import IntakeError
 from tests.conftest import blob, write_nifti
+from tests.intake.dicoms import write_series
 
 
 def act(request: Request) -> dict[str, Any]:
@@ -100,6 +103,56 @@ def test_a_header_may_not_name_voxels_elsewhere(tmp_path: Path, name: str) -> No
         read_volume(tmp_path / "x.nhdr")
 
 
+META = b"ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\n"
+NRRD = b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 4 4\nencoding: raw\n"
+ELSEWHERE = {
+    "colon.mhd": META + b"ElementDataFile: ../secret.raw\n",
+    "attached.mha": META + b"ElementDataFile = beside.raw\n",
+    "after-blank-lines.mhd": META + b"\n\nElementDataFile = ../secret.raw\n",
+    "after-comments.mhd": META + b"Comment = x\n" * 20_000 + b"ElementDataFile = ../secret.raw\n",
+    "after-a-decoy.mhd": META
+    + b"Comment = ElementDataFile = LOCAL\n"
+    + b"C = x\n" * 300_000
+    + b"ElementDataFile = ../s",
+    "after-no-field.mhd": META + b"junk\nElementDataFile = beside.raw\n",
+    "carriage-returns.mhd": META.replace(b"\n", b"\r") + b"ElementDataFile = ../secret.raw\r",
+    "after-comments.nhdr": NRRD + b"# x\n" * 20_000 + b"data file: ../secret.raw\n",
+    "endless.nhdr": NRRD + b"# x\n" * 300_000 + b"data file: ../secret.raw\n",
+    "carriage-returns.nhdr": NRRD.replace(b"\n", b"\r\n") + b"DataFile: ../secret.raw\r\n",
+    "attached.nrrd": NRRD + b"data file: beside.raw\n",
+    "parent.nhdr": NRRD + b"data file: ..\n",
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_no_spelling_of_a_header_leads_to_voxels_elsewhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.raw").write_bytes(bytes(64))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "beside.raw").write_bytes(bytes(64))
+    (tmp_path / "in" / name).write_bytes(ELSEWHERE[name])
+    with pytest.raises(IntakeError, match=r"beside the header|header is longer|no line ElementDataFile"):
+        read_volume(tmp_path / "in" / name)
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".mha", ".nhdr", ".nrrd"])
+def test_headers_as_itk_writes_them_are_read(tmp_path: Path, suffix: str) -> None:
+    voxels = np.arange(120, dtype=np.int16).reshape(4, 5, 6)
+    image = sitk.GetImageFromArray(voxels)
+    image.SetMetaData("note", "kept: a = b")
+    for compressed in (False, True):
+        sitk.WriteImage(image, tmp_path / f"x{suffix}", compressed)
+        found = read_volume(tmp_path / f"x{suffix}")
+        np.testing.assert_array_equal(found.voxels, voxels.transpose(2, 1, 0))
+
+
+def test_a_file_is_read_as_what_its_suffix_says(tmp_path: Path) -> None:
+    path = write_series(tmp_path)[0]
+    for suffix in (".mha", ".nrrd"):
+        shutil.copy(path, tmp_path / f"x{suffix}")
+        with pytest.raises(IntakeError):
+            read_volume(tmp_path / f"x{suffix}")
+
+
 def test_links_and_paths_that_leave_the_folder_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     secret = write_nifti(tmp_path / "secret.nii.gz", blob()[0])
@@ -136,6 +189,78 @@ def test_deep_or_large_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "large.json").write_text(json.dumps("x" * 2000))
     with pytest.raises(IntakeError, match="larger than"):
         read_json(tmp_path / "large.json", 1000)
+
+
+@pytest.mark.parametrize("inner", ['"]"', '"\\\\"', '"\\""', '"a"'])
+def test_brackets_in_strings_hide_no_depth(tmp_path: Path, inner: str) -> None:
+    for depth, refused in ((30, False), (40, True)):
+        (tmp_path / "x.json").write_text(f"[{inner}," * depth + "1" + "]" * depth)
+        if refused:
+            with pytest.raises(IntakeError, match="nested more than"):
+                read_json(tmp_path / "x.json")
+        else:
+            assert read_json(tmp_path / "x.json")
+
+
+def test_a_string_that_never_ends_takes_no_time(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('"' + '\\"' * 3_000_000)
+    start = time.monotonic()
+    with pytest.raises(IntakeError, match="no valid JSON"):
+        read_json(tmp_path / "x.json")
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"training": [{"image": "a.nii.gz"}], "test": 5},
+        {"training": [{"image": "a.nii.gz"}], "modality": {str(k): "x" for k in range(101)}},
+        {"training": [{"image": "a.nii.gz"}], "test": {"a": 1}},
+        {"training": [{}], "labels": {"9" * 5000: "a"}},
+        {"training": [{"image": "\ud800"}], "labels": {"a": "9" * 5000}},
+        {"training": 5},
+        {"channel_names": {str(k): "x" for k in range(101)}},
+        ["training"],
+    ],
+)
+@pytest.mark.parametrize("layout", ["decathlon", "nnunet", "auto"])
+def test_a_dataset_json_of_another_form_costs_a_sentence(tmp_path: Path, described: Any, layout: str) -> None:
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    try:
+        found = layout_of(tmp_path, layout).find(tmp_path, Wishes())
+    except IntakeError as error:
+        assert str(error).startswith("dataset.json")  # noqa: PT017
+        return
+    assert not found.candidates
+
+
+@pytest.mark.parametrize("folder", ["images", "labels", "imagesTr", "labelsTr"])
+def test_a_folder_that_is_a_link_to_elsewhere_is_not_followed(tmp_path: Path, folder: str) -> None:
+    write_nifti(tmp_path / "secret" / "x.nii.gz", blob()[0])
+    for name in ("images", "imagesTr"):
+        write_nifti(tmp_path / "in" / name / "x.nii.gz", blob()[0])
+    shutil.rmtree(tmp_path / "in" / folder, ignore_errors=True)
+    if folder.endswith("Tr"):
+        (tmp_path / "in" / "dataset.json").write_text("{}")
+    (tmp_path / "in" / folder).symlink_to(tmp_path / "secret")
+    with pytest.raises(IntakeError, match="leads out of the folder"):
+        layout_of(tmp_path / "in", "auto").find(tmp_path / "in", Wishes())
+
+
+@pytest.mark.parametrize("folder", ["images", "imagesTr"])
+def test_what_lies_beside_the_scans_is_listed(tmp_path: Path, folder: str) -> None:
+    secret = write_nifti(tmp_path / "secret.nii.gz", blob()[0])
+    write_nifti(tmp_path / "in" / folder / "x.nii.gz", blob()[0])
+    (tmp_path / "in" / folder / "y.nii.gz").symlink_to(secret)
+    (tmp_path / "in" / folder / "IM0001").write_bytes(b"DICM")
+    if folder.endswith("Tr"):
+        (tmp_path / "in" / "dataset.json").write_text("{}")
+    found = layout_of(tmp_path / "in", "auto").find(tmp_path / "in", Wishes())
+    assert len(found.candidates) == 1
+    reasons = dict(found.left_out)
+    assert "leads out of the folder" in reasons["y.nii.gz"]
+    assert "no volume file" in reasons["IM0001"]
 
 
 def test_labels_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:

@@ -156,8 +156,11 @@ def test_a_killed_import_goes_on_where_it_was(tmp_path: Path) -> None:
     done = {path.stem for path in records.glob("*.json")}
     outcomes = run(tmp_path / "in", tmp_path / "out")
     assert {each.case for each in outcomes if each.state == "unchanged"} == done
-    assert len(read_manifest(tmp_path / "out" / "manifest.json").cases) == 6
-    assert not [path for path in (tmp_path / "out" / "images").iterdir() if path.name.startswith(".")] or done
+    cases = read_manifest(tmp_path / "out" / "manifest.json").cases
+    assert len(cases) == 6
+    assert {f"images/{path.name}" for path in (tmp_path / "out" / "images").iterdir()} == {
+        channel.file for case in cases for channel in case.channels
+    }
 
 
 def test_a_dry_run_lists_without_writing(tmp_path: Path) -> None:
@@ -244,7 +247,7 @@ def test_what_else_lies_among_volume_files_is_told(tmp_path: Path) -> None:
     assert [each.scan for each in found.candidates] == ["a", "b"]
     assert found.left_out == (
         ("dicom", "a folder among volume files; name it to take what is in it"),
-        ("notes.txt", "no volume file"),
+        ("notes.txt", "no volume file (--layout dicom reads DICOM files here instead)"),
     )
 
 

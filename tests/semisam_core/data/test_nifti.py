@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semisam_core.data.nifti import open_nifti
 from semisam_core.data.scans import load_original_label
 from semisam_core.errors import CaseError
 from tests.conftest import blob, tiny_plan
@@ -185,3 +189,32 @@ def test_a_header_without_voxel_size_is_refused(tmp_path: Path, affine: Any) -> 
     (tmp_path / "images" / "a.nii").write_bytes(raw.binaryblock + bytes(4) + blob()[0].tobytes(order="F"))
     with pytest.raises(CaseError, match="the image has no usable affine"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("claims", ["offset", "extension"])
+def test_a_gzip_bomb_in_a_headers_extension_is_not_inflated(tmp_path: Path, kind: Any, claims: str) -> None:
+    """nibabel reads as many bytes of extensions as the header, or the extension, claims."""
+    content = bytearray(kind(np.zeros((8, 8, 8), np.int16), np.eye(4) * 2).to_bytes())
+    start, place, form = (352, 108, "<f") if kind is nib.Nifti1Image else (544, 168, "<q")
+    size = 200_000_000
+    content[place : place + struct.calcsize(form)] = struct.pack(form, size if claims == "offset" else start + 160)
+    content[start - 4] = 1
+    path = tmp_path / "a.nii.gz"
+    with gzip.open(path, "wb", 1) as file:
+        file.write(bytes(content[:start]) + struct.pack("<ii", size - start, 6))
+        for _ in range(21):
+            file.write(bytes(10_000_000))
+    tracemalloc.start()
+    with pytest.raises(CaseError, match="extensions are larger than 64 MB"):
+        open_nifti(path, "a", "image")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000
+
+
+def test_a_header_with_an_extension_is_read(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(blob()[0], AFFINE)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * 100_000))
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert np.array_equal(open_nifti(tmp_path / "a.nii.gz", "a", "image").voxels(), blob()[0])
