@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import socket
 import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -104,15 +105,10 @@ class SuperNode:
         signs.intercept(ProtobufRequestContext("", PushObjectRequest(), request), call)
         head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items() if name != "content-length")
         context = ssl.create_default_context(cafile=str(self.study.ca))
-        link = context.wrap_socket(_opened(self.study.settings.port), server_hostname="127.0.0.1")
+        plain = socket.create_connection(("127.0.0.1", self.study.settings.port), 20)
+        link = context.wrap_socket(plain, server_hostname="127.0.0.1")
         link.sendall(f"POST /v1/fleet/push-object HTTP/1.1\r\n{head}Content-Length: {length}\r\n\r\n".encode() + given)
         return link
-
-
-def _opened(port: int) -> ssl.socket.socket:  # type: ignore[name-defined]
-    import socket
-
-    return socket.create_connection(("127.0.0.1", port), 20)
 
 
 class Working(threading.Thread):
@@ -148,8 +144,8 @@ class Working(threading.Thread):
     def _work(self, message: Message) -> None:
         if self._instead(self._site, message):
             return
-        config = {"site-config": str(self._file)}
-        context = Context(message.metadata.run_id, self._site.node.node_id, config, RecordDict(), {})
+        run, node = message.metadata.run_id, self._site.node.node_id
+        context = Context(run, node, {"site-config": str(self._file)}, RecordDict(), {})
         reply = app(message, context)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         objects = get_all_nested_objects(reply)
@@ -172,6 +168,7 @@ class Flood:
 
     def __init__(self, size: Size, seconds: float) -> None:
         self._size, self._seconds = size, seconds
+        self._huge = [_id(_huge(k)) for k in range(20)]
         self.statuses: Counter[int] = Counter()
         self.stored = self.sent = 0
         self._lock = threading.Lock()
@@ -192,25 +189,29 @@ class Flood:
         return True
 
     def _flood(self, site: SuperNode, message: Message, until: float, k: int) -> None:
-        """Announce and send ever new objects: too many, too large, too much of what is small enough, unannounced."""
+        """Announce and send ever new objects: as large as agreed but too many bytes of them, too large, too many."""
         number = 0
         while time.monotonic() < until:
             number += 1
-            body = b"x" * (self._size.object_bytes - 1000)
-            contents = [_object(f"{k}-{number}-{j}".encode() + body) for j in range(self._size.objects - 1)]
-            many = [hashlib.sha256(f"{k}-{number}-{j}".encode()).hexdigest() for j in range(20 * self._size.objects)]
-            for ids in (many, [_id(each) for each in contents]):
-                reply = Message(RecordDict(), reply_to=message)
-                reply.metadata.__dict__["_message_id"] = root = hashlib.sha256(f"{k}{number}".encode()).hexdigest()
-                tree = ObjectTree(object_id=root, children=[ObjectTree(object_id=each) for each in ids])
-                session = ""
-                with self._noting(tree.ByteSize()):
-                    session = site.announce(reply, tree).session_id
-                for content in (*contents[:8], _object(b"y" * 2 * self._size.object_bytes), _object(b"z" * 20_000_000)):
-                    with self._noting(len(content)):
-                        if site.push(message.metadata.run_id, session, _id(content), content):
-                            with self._lock:
-                                self.stored += len(content)
+            root = _id(f"{k}-{number}".encode())
+            agreed = [_object(f"{root}{j}".encode() + bytes(self._size.object_bytes - 1000)) for j in range(8)]
+            ids = [*(_id(each) for each in agreed), *self._huge]
+            session = self._announce(site, message, root, ids)
+            self._announce(site, message, root[::-1], [_id(f"{root}{j}".encode()) for j in range(20 * len(ids))])
+            for identifier in ids[: len(agreed) + 1] if number > 1 else ids:
+                content = agreed.pop(0) if agreed else _huge(self._huge.index(identifier))
+                with self._noting(len(content)):
+                    if site.push(message.metadata.run_id, session, identifier, content):
+                        with self._lock:
+                            self.stored += len(content)
+
+    def _announce(self, site: SuperNode, message: Message, root: str, ids: list[str]) -> str:
+        reply = Message(RecordDict(), reply_to=message)
+        reply.metadata.__dict__["_message_id"] = root
+        tree = ObjectTree(object_id=root, children=[ObjectTree(object_id=each) for each in ids])
+        with self._noting(tree.ByteSize()):
+            return str(site.announce(reply, tree).session_id)
+        return ""
 
     def _trickle(self, slow: list[ssl.SSLSocket], until: float) -> None:
         while time.monotonic() < until:
@@ -222,7 +223,7 @@ class Flood:
             link.close()
 
     @contextlib.contextmanager
-    def _noting(self, size: int):  # type: ignore[no-untyped-def]
+    def _noting(self, size: int) -> Iterator[None]:
         status = 200
         try:
             yield
@@ -233,6 +234,10 @@ class Flood:
         with self._lock:
             self.statuses[status] += 1
             self.sent += size
+
+
+def _huge(number: int) -> bytes:
+    return _object(f"{number:04}".encode() * 5_000_000)
 
 
 def _object(body: bytes) -> bytes:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
-from flwr.app.message.message import Metadata, make_message
+from flwr.app.message.message import make_message
+from flwr.app.metadata import Metadata
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import Metadata as MetadataProto
@@ -291,11 +292,11 @@ def _announcement(objects: list[str], message: str = "m") -> bytes:
     tree = ObjectTree(object_id=objects[0], children=[ObjectTree(object_id=each) for each in objects[1:]])
     about = MetadataProto(message_id=objects[0], reply_to_message_id=message)
     request = PushMessagesRequest(messages_list=[MessageProto(metadata=about)], message_object_trees=[tree])
-    return request.SerializeToString()
+    return bytes(request.SerializeToString())
 
 
 def _pushed(identifier: str, size: int) -> bytes:
-    return PushObjectRequest(object_id=identifier, object_content=bytes(size)).SerializeToString()
+    return bytes(PushObjectRequest(object_id=identifier, object_content=bytes(size)).SerializeToString())
 
 
 def _played(play: Callable[[Gate], Awaitable[None]], kind: str = "train") -> Gate:
@@ -412,7 +413,12 @@ async def _playing(play: Callable[[Gate], Awaitable[None]]) -> None:
 
 def test_an_announcement_counts_as_many_requests_as_it_has_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     costs: list[float] = []
-    monkeypatch.setattr(Pace, "wait_s", lambda self, cost, burst: costs.append(cost) or 0.0)
+
+    def noted(pace: Pace, cost: float, burst: float) -> float:
+        costs.append(cost)
+        return 0.0
+
+    monkeypatch.setattr(Pace, "wait_s", noted)
 
     async def play(gate: Gate) -> None:
         await gate.ask("pull-messages")
