@@ -30,7 +30,6 @@ from deployment.lead.doors import LOOPBACK, Application, Bounds, PublicDoor, Two
 from deployment.lead.uploads import SizeFile  # noqa: E402
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from flwr.server.superlink.linkstate import LinkState
 
     from deployment.lead.upload_gate import Caller
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 GRACE_S = 3
 SUPEREXEC = Path(__file__).with_name("superexec.py")
 SUPEREXEC_RESTART_S = 2.0
+LOG_BYTES = 20 * 2**20
+LOG_EVERY_S = 10.0
 OWN_FILES = 256  # descriptors kept free for the database, the log and the loopback port
 
 logger = logging.getLogger("flwr")
@@ -58,8 +59,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
     return listening
 
 
-def superlink(control_port: int, database: Path, tls: Path) -> FastAPI:
-    """Return Flower's SuperLink, configured as if it served the loopback port only."""
+def superlink(control_port: int, database: Path, tls: Path) -> tuple[Application, LinkState]:
+    """Return Flower's SuperLink, configured as if it served the loopback port only, and its database."""
     from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
@@ -91,7 +92,16 @@ def superlink(control_port: int, database: Path, tls: Path) -> FastAPI:
         isolation=ISOLATION_MODE_PROCESS,  # `_Server` starts the SuperExec, and starts it again if it dies
         runtime_dependency_install=False,
     )
-    return create_app(config, SuperLinkLifespan)
+    app = create_app(config, SuperLinkLifespan)
+    return app, app.state.linkstate_factory.state()
+
+
+def shorten(log: Path) -> None:
+    """Move what a log holds to `<log>.1` if that is much; whoever appends to it goes on. Sites cause most lines."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(log, log.with_suffix(".log.1"))
+            os.truncate(log, 0)
 
 
 class SuperLinkStore:
@@ -137,27 +147,29 @@ class SuperLinkStore:
         return shutil.disk_usage(self._folder).free
 
 
-def gated(app: FastAPI, database: Path, updates: Path, reserve_mb: float) -> Application:
+def gated(app: Application, state: LinkState, updates: Path, reserve_mb: float) -> Application:
     """Return a SuperLink as sites see it.
 
     Args:
         app: the SuperLink.
-        database: its database.
+        state: its database, on the same disk as `updates`.
         updates: the file that says how large an update may be.
         reserve_mb: how much of the disk must stay free for replies to be accepted.
     """
     from deployment.lead.upload_gate import UploadGate
 
-    store = SuperLinkStore(app.state.linkstate_factory.state(), database.parent)
+    store = SuperLinkStore(state, updates.parent)
     return UploadGate(app, store, SizeFile(updates).of, int(reserve_mb * 1e6))
 
 
 class _Server(uvicorn.Server):
     """uvicorn, with a guarded public port and Flower's SuperExec beside it."""
 
-    def __init__(self, config: uvicorn.Config, public: socket.socket, bounds: Bounds, superexec: list[str]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, public: socket.socket, bounds: Bounds, superexec: list[str], log: Path
+    ) -> None:
         super().__init__(config)
-        self._public, self._bounds, self._superexec = public, bounds, superexec
+        self._public, self._bounds, self._superexec, self._log = public, bounds, superexec, log
         self._work: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -173,7 +185,8 @@ class _Server(uvicorn.Server):
         config.loaded_app = door.watched(config.loaded_app)
         await super().startup(sockets)
         if not self.should_exit:
-            self._work = [asyncio.create_task(work) for work in (door.accept(), self._keep_superexec())]
+            works = (door.accept(), self._keep_superexec(), self._keep_log_short())
+            self._work = [asyncio.create_task(work) for work in works]
             for task in self._work:
                 task.add_done_callback(self._ended)
 
@@ -199,6 +212,11 @@ class _Server(uvicorn.Server):
             logger.error("The SuperExec ended with status %s; starting another.", status)
             await asyncio.sleep(SUPEREXEC_RESTART_S)
 
+    async def _keep_log_short(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_EVERY_S)
+            await asyncio.to_thread(shorten, self._log)
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             logger.error("The SuperLink stops: it can accept no sites or start no runs.", exc_info=task.exception())
@@ -219,8 +237,8 @@ def main() -> None:
 
     # Bound before anything else: a taken port must not touch the database of the SuperLink that has it.
     public, control = listening_socket(given.host, given.port), listening_socket(LOOPBACK, given.control_port)
-    flower = superlink(given.control_port, given.database, given.tls)
-    public_app = gated(flower, given.database, given.update_size, given.free_disk_mb)
+    flower, state = superlink(given.control_port, given.database, given.tls)
+    public_app = gated(flower, state, given.update_size, given.free_disk_mb)
     app = TwoDoors(flower, given.control_port, on_refused, public_app)
     config = uvicorn.Config(
         app,
@@ -236,7 +254,8 @@ def main() -> None:
     superexec = [sys.executable, "-P", str(SUPEREXEC), "--root-certificates", str(given.tls / "ca.crt")]
     superexec += ["--runtime-api-address", f"{LOOPBACK}:{given.control_port}", "--parent-pid", str(os.getpid())]
     bounds = Bounds(**{bound.name: getattr(given, bound.name) for bound in fields(Bounds)})
-    _Server(config, public, _within_descriptors(bounds), superexec).run(sockets=[control])
+    log = given.database.with_suffix(".log")
+    _Server(config, public, _within_descriptors(bounds), superexec, log).run(sockets=[control])
 
 
 def _arguments() -> argparse.Namespace:
