@@ -247,10 +247,18 @@ class TwoDoors:
         app: Flower's SuperLink.
         control_port: requests that arrive on this port of the loopback address may call anything.
         on_refused: called with the client's address and the refused request.
+        public: the app as sites see it; the same one if not given.
     """
 
-    def __init__(self, app: Application, control_port: int, on_refused: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        app: Application,
+        control_port: int,
+        on_refused: Callable[[str, str], None],
+        public: Application | None = None,
+    ) -> None:
         self._app, self._control, self._on_refused = app, (LOOPBACK, control_port), on_refused
+        self._public = app if public is None else public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve what this port may serve; answer 404 to everything else."""
@@ -258,7 +266,7 @@ class TwoDoors:
             await self._app(scope, receive, send)
         elif scope["type"] != "http" or (scope["method"], scope["path"]) not in PUBLIC:
             self._on_refused(str((scope.get("client") or ("?",))[0]), f"{scope.get('method', '')} {scope['path']!r}")
-            await _answer(scope, receive, send, 404)
+            await answer(scope, receive, send, 404)
         else:
             await self._serve(scope, receive, send)
 
@@ -289,10 +297,10 @@ class TwoDoors:
             await send(message)
 
         try:
-            await self._app(inner, bounded, noted)
+            await self._public(inner, bounded, noted)
         except _BodyTooLargeError:
             if not started:
-                await _answer(scope, receive, send, 413)
+                await answer(scope, receive, send, 413)
 
 
 def _door(scope: Scope) -> tuple[str, int] | None:
@@ -300,7 +308,8 @@ def _door(scope: Scope) -> tuple[str, int] | None:
     return None if server is None else (server[0], server[1])
 
 
-async def _answer(scope: Scope, receive: Receive, send: Send, status: int) -> None:
+async def answer(scope: Scope, receive: Receive, send: Send, status: int) -> None:
+    """Answer a request with nothing but a status, and end the connection."""
     if scope["type"] == "websocket":
         await receive()
         await send({"type": "websocket.close", "code": 1008})

@@ -14,6 +14,7 @@ from rich.console import Console
 from deployment.invitation import sha256
 from deployment.lead.service import alone, control_of, find, log_file
 from deployment.lead.study_folder import LeadError, StudyFolder
+from deployment.lead.update_size import write_update_size
 from engines.flower_control import FlowerControl, FlowerError, FlowerRun
 from engines.monitor import RunMonitor
 from engines.processes import ProcessTree
@@ -220,6 +221,7 @@ def _submitting(study: StudyFolder) -> contextlib.AbstractContextManager[None]:
 def _submit(study: StudyFolder, control: FlowerControl, folder: Path, plan: Plan, record: RunRecord) -> LeadRun:
     _wait_for_server_app(study)  # a run folder has a single writer
     record.write(folder)
+    write_update_size(study.update_size, plan, study.settings.uploads.factor)
     (folder / "status.json").unlink(missing_ok=True)  # it says how the run ended last time
     config: dict[str, str | int] = {
         "plan": str(folder / "plan.yaml"),

@@ -132,7 +132,8 @@ def _begin(study: StudyFolder, tree: ProcessTree, out: IO[bytes]) -> ProcessReco
     settings = study.settings
     command = [sys.executable, "-P", str(PROGRAM), "--host", settings.bind, "--port", str(settings.port)]
     command += ["--control-port", str(settings.control_port), "--tls", str(study.tls)]
-    command += ["--database", str(study.server / "superlink.db")]
+    command += ["--database", str(study.server / "superlink.db"), "--update-size", str(study.update_size)]
+    command += ["--free-disk-mb", str(settings.uploads.free_disk_mb)]
     command += [word for key, value in settings.connections for word in (f"--{key.replace('_', '-')}", str(value))]
     environment = flower_environment(study.server / "flwr-home") | {SUPERLINK: settings.control_address}
     process = tree.start(command, stdout=out, stderr=out, env=environment, cwd=study.server / "cwd")

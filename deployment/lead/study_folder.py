@@ -53,6 +53,10 @@ valid_days: {valid_days}
 # Bounds on connections to the public port: how many, and for how many seconds each step may take. A site holds a
 # handful; raise per_address where more than about 30 sites reach this server from one address (NAT).
 # connections: {connections}
+
+# Bounds on what a site may upload: how much larger than the tensors of the plan's specialist its update may be, and how
+# many megabytes of this machine's disk must stay free; with less, replies are refused.
+# uploads: {uploads}
 """
 
 
@@ -71,6 +75,13 @@ class Connections(StrictModel):
     request_s: float = Field(default=Bounds.request_s, ge=1, le=86_400)
 
 
+class Uploads(StrictModel):
+    """Bounds on what a site may upload; see `update_size.py`."""
+
+    factor: float = Field(default=2.0, ge=1, le=100)
+    free_disk_mb: float = Field(default=1000.0, ge=0, le=1e9)
+
+
 class Settings(StrictModel):
     """The content of study.yaml."""
 
@@ -83,6 +94,7 @@ class Settings(StrictModel):
     sites: int = Field(ge=1, le=10_000)
     valid_days: int = Field(ge=1, le=3650)
     connections: Connections = Connections()
+    uploads: Uploads = Uploads()
 
     @field_validator("hosts")
     @classmethod
@@ -182,6 +194,11 @@ class StudyFolder:
     def server(self) -> Path:
         """The SuperLink's own files: database, Flower's home, log."""
         return self.folder / "server"
+
+    @property
+    def update_size(self) -> Path:
+        """How large an update of the present run may be, for the SuperLink."""
+        return self.server / "update-size.json"
 
     def plan(self) -> Plan:
         """Read the plan.
@@ -292,7 +309,8 @@ class NewStudy:
             "control_port": self.port + 1 if self.port < 65535 else self.port - 1,
             "sites": self.sites,
             "valid_days": VALID_DAYS,
-            "connections": "{" + ", ".join(f"{key}: {value:g}" for key, value in Connections()) + "}",
+            "connections": _flow(Connections()),
+            "uploads": _flow(Uploads()),
         }
         return TEMPLATE.format(**values)
 
@@ -323,6 +341,11 @@ def check_site_name(site: str) -> None:
     """
     if not is_name(site):
         raise ConfigError(f"{site!r}: a site's name has {NAME_ACCEPTED}.")
+
+
+def _flow(section: StrictModel) -> str:
+    """Return a section of numbers on one line of YAML."""
+    return "{" + ", ".join(f"{key}: {value:g}" for key, value in section) + "}"
 
 
 def _study_name(folder: Path) -> str:

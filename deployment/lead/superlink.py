@@ -1,23 +1,25 @@
 """Flower's SuperLink behind two doors (see doors.py), with Flower's SuperExec beside it.
 
-This file runs as a program, with Python's `-P`, and imports nothing of this project but doors.py: a SuperLink must not
-find our code next to the code that was submitted to it.
+This file runs as a program, with Python's `-P`, and imports nothing of this project but its siblings doors.py,
+uploads.py and upload_gate.py: a SuperLink must not find our code next to the code that was submitted to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import logging
 import os
 import resource
+import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 
@@ -25,10 +27,18 @@ ROOT = str(Path(__file__).resolve().parents[2])
 if ROOT not in sys.path:  # run as a program; last, so that it hides nothing
     sys.path.append(ROOT)
 from deployment.lead.doors import LOOPBACK, Application, Bounds, PublicDoor, TwoDoors  # noqa: E402
+from deployment.lead.uploads import SizeFile  # noqa: E402
+
+if TYPE_CHECKING:
+    from flwr.server.superlink.linkstate import LinkState
+
+    from deployment.lead.upload_gate import Caller
 
 GRACE_S = 3
 SUPEREXEC = Path(__file__).with_name("superexec.py")
 SUPEREXEC_RESTART_S = 2.0
+LOG_BYTES = 20 * 2**20
+LOG_EVERY_S = 10.0
 OWN_FILES = 256  # descriptors kept free for the database, the log and the loopback port
 
 logger = logging.getLogger("flwr")
@@ -49,8 +59,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
     return listening
 
 
-def superlink(control_port: int, database: Path, tls: Path) -> Application:
-    """Return Flower's SuperLink, configured as if it served the loopback port only."""
+def superlink(control_port: int, database: Path, tls: Path) -> tuple[Application, LinkState]:
+    """Return Flower's SuperLink, configured as if it served the loopback port only, and its database."""
     from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
@@ -82,15 +92,84 @@ def superlink(control_port: int, database: Path, tls: Path) -> Application:
         isolation=ISOLATION_MODE_PROCESS,  # `_Server` starts the SuperExec, and starts it again if it dies
         runtime_dependency_install=False,
     )
-    return create_app(config, SuperLinkLifespan)
+    app = create_app(config, SuperLinkLifespan)
+    return app, app.state.linkstate_factory.state()
+
+
+def shorten(log: Path) -> None:
+    """Move what a log holds to `<log>.1` if that is much; whoever appends to it goes on. Sites cause most lines."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(log, log.with_suffix(".log.1"))
+            os.truncate(log, 0)
+
+
+class SuperLinkStore:
+    """What a SuperLink knows of its callers and holds of their replies.
+
+    Args:
+        state: its database.
+        folder: a folder on the same disk.
+    """
+
+    def __init__(self, state: LinkState, folder: Path) -> None:
+        self._state, self._folder = state, folder
+
+    def identify(self, headers: Mapping[bytes, bytes]) -> Caller | None:
+        """Return whose signature these headers carry, or None if they carry none of a registered site.
+
+        Flower checks it again, with its age, once it has the body.
+        """
+        from flwr.common.constant import TIMESTAMP_HEADER
+        from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+        from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+
+        from deployment.lead.upload_gate import Caller
+
+        names = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
+        key, signature, signed = (headers.get(name.lower().encode(), b"") for name in names)
+        try:
+            key, signature = base64.b64decode(key, validate=True), base64.b64decode(signature, validate=True)
+        except ValueError:
+            return None
+        node = self._state.get_node_id_by_public_key(key)
+        if node is None or not verify_signature(bytes_to_public_key(key), signed, signature):
+            return None
+        known = self._state.get_node_info(node_ids=[node])
+        return Caller(node, known[0].name if known else "")
+
+    def missing(self, roots: set[str]) -> set[str]:
+        """Return which of these objects are in the store no more."""
+        return {root for root in roots if root not in self._state.object_store}
+
+    def free_bytes(self) -> int:
+        """Return how many bytes are free on the database's disk."""
+        return shutil.disk_usage(self._folder).free
+
+
+def gated(app: Application, state: LinkState, updates: Path, reserve_mb: float) -> Application:
+    """Return a SuperLink as sites see it.
+
+    Args:
+        app: the SuperLink.
+        state: its database, on the same disk as `updates`.
+        updates: the file that says how large an update may be.
+        reserve_mb: how much of the disk must stay free for replies to be accepted.
+    """
+    from deployment.lead.upload_gate import UploadGate
+
+    store = SuperLinkStore(state, updates.parent)
+    return UploadGate(app, store, SizeFile(updates).of, int(reserve_mb * 1e6))
 
 
 class _Server(uvicorn.Server):
     """uvicorn, with a guarded public port and Flower's SuperExec beside it."""
 
-    def __init__(self, config: uvicorn.Config, public: socket.socket, bounds: Bounds, superexec: list[str]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, public: socket.socket, bounds: Bounds, superexec: list[str], log: Path
+    ) -> None:
         super().__init__(config)
-        self._public, self._bounds, self._superexec = public, bounds, superexec
+        self._public, self._bounds, self._superexec, self._log = public, bounds, superexec, log
         self._work: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -106,7 +185,8 @@ class _Server(uvicorn.Server):
         config.loaded_app = door.watched(config.loaded_app)
         await super().startup(sockets)
         if not self.should_exit:
-            self._work = [asyncio.create_task(work) for work in (door.accept(), self._keep_superexec())]
+            works = (door.accept(), self._keep_superexec(), self._keep_log_short())
+            self._work = [asyncio.create_task(work) for work in works]
             for task in self._work:
                 task.add_done_callback(self._ended)
 
@@ -132,6 +212,11 @@ class _Server(uvicorn.Server):
             logger.error("The SuperExec ended with status %s; starting another.", status)
             await asyncio.sleep(SUPEREXEC_RESTART_S)
 
+    async def _keep_log_short(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_EVERY_S)
+            await asyncio.to_thread(shorten, self._log)
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             logger.error("The SuperLink stops: it can accept no sites or start no runs.", exc_info=task.exception())
@@ -152,7 +237,9 @@ def main() -> None:
 
     # Bound before anything else: a taken port must not touch the database of the SuperLink that has it.
     public, control = listening_socket(given.host, given.port), listening_socket(LOOPBACK, given.control_port)
-    app = TwoDoors(superlink(given.control_port, given.database, given.tls), given.control_port, on_refused)
+    flower, state = superlink(given.control_port, given.database, given.tls)
+    public_app = gated(flower, state, given.update_size, given.free_disk_mb)
+    app = TwoDoors(flower, given.control_port, on_refused, public_app)
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -167,7 +254,8 @@ def main() -> None:
     superexec = [sys.executable, "-P", str(SUPEREXEC), "--root-certificates", str(given.tls / "ca.crt")]
     superexec += ["--runtime-api-address", f"{LOOPBACK}:{given.control_port}", "--parent-pid", str(os.getpid())]
     bounds = Bounds(**{bound.name: getattr(given, bound.name) for bound in fields(Bounds)})
-    _Server(config, public, _within_descriptors(bounds), superexec).run(sockets=[control])
+    log = given.database.with_suffix(".log")
+    _Server(config, public, _within_descriptors(bounds), superexec, log).run(sockets=[control])
 
 
 def _arguments() -> argparse.Namespace:
@@ -177,6 +265,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--control-port", type=int, required=True, help="loopback port of everything else")
     parser.add_argument("--database", type=Path, required=True)
     parser.add_argument("--tls", type=Path, required=True, help="folder of ca.crt, server.crt, server.key")
+    parser.add_argument("--update-size", type=Path, required=True, help="file: how large an update may be")
+    parser.add_argument("--free-disk-mb", type=float, required=True, help="accept no replies if less is free")
     for bound in fields(Bounds):
         parser.add_argument(f"--{bound.name.replace('_', '-')}", type=type(bound.default), default=bound.default)
     return parser.parse_args()

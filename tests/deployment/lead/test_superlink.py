@@ -25,6 +25,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -34,7 +35,8 @@ from deployment.lead.registration import admit
 from deployment.lead.run import last_run, new_run
 from deployment.lead.service import control_of, find, start, stop
 from deployment.lead.study_folder import NewStudy, StudyFolder
-from deployment.lead.superlink import listening_socket, superlink
+from deployment.lead.superlink import LOG_BYTES, SuperLinkStore, gated, listening_socket, shorten, superlink
+from deployment.lead.upload_gate import Caller
 from engines.flower_control import FlowerControl, FlowerError
 from engines.run_state import run_state
 from tests.deployment.lead.conftest import processes_of, two_free_ports, wait_until
@@ -43,6 +45,7 @@ PER_ADDRESS = 240
 BOUNDS = {"per_address": PER_ADDRESS, "handshake_s": 4, "headers_s": 5, "stall_s": 6, "request_s": 12}
 SLACK_S = 8.0  # two cores, shared with other tests
 EACH = 50
+CONTROL_PORT = 8444
 
 
 @pytest.fixture(scope="module")
@@ -200,13 +203,28 @@ def test_one_address_holds_no_more_than_its_share_and_still_reaches_the_server(
             attack.close()
 
 
+def test_a_log_that_has_grown_long_is_shortened_and_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "superlink.log"
+    with log.open("ab", buffering=0) as file:
+        file.write(bytes(LOG_BYTES))
+        shorten(log)
+        assert log.stat().st_size == LOG_BYTES
+        file.write(b"x")
+        shorten(log)
+        file.write(b"next")
+    assert log.read_bytes() == b"next"
+    assert log.with_name("superlink.log.1").stat().st_size == LOG_BYTES + 1
+
+
 @pytest.fixture
 def plain(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """Serve the SuperLink's app without TLS, in this process; return its address as the public and the control port."""
     write_certificates(tmp_path / "tls", "atrium", [], 30)
     sockets = [listening_socket("127.0.0.1", 0), listening_socket("127.0.0.1", 0)]
     public, control = (each.getsockname()[1] for each in sockets)
-    app = TwoDoors(superlink(control, tmp_path / "superlink.db", tmp_path / "tls"), control, lambda *refused: None)
+    flower, state = superlink(control, tmp_path / "superlink.db", tmp_path / "tls")
+    as_sites_see_it = gated(flower, state, tmp_path / "update-size.json", 0)
+    app = TwoDoors(flower, control, lambda *refused: None, as_sites_see_it)
     server = uvicorn.Server(uvicorn.Config(app, ws="none", log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
@@ -242,6 +260,33 @@ def test_a_key_connects_once_it_is_registered_and_only_with_its_private_half(
     stranger = ec.generate_private_key(ec.SECP384R1())
     with pytest.raises(httpx.HTTPStatusError):
         _activate(public, stranger.public_key(), stranger)
+
+
+def _signed(public: ec.EllipticCurvePublicKey, by: ec.EllipticCurvePrivateKey) -> dict[bytes, bytes]:
+    request = httpx.Request("POST", "https://x/v1/fleet/push-object")
+    context = ProtobufRequestContext("", ActivateNodeRequest(), request)
+    NodeAuthHttpInterceptor(by, public).intercept(context, lambda asked: httpx.Response(200))
+    return dict(request.headers.raw)
+
+
+def test_a_caller_is_recognised_by_its_signature(tmp_path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    write_certificates(tmp_path / "tls", "atrium", [], 30)
+    _, state = superlink(CONTROL_PORT, tmp_path / "superlink.db", tmp_path / "tls")
+    store = SuperLinkStore(state, tmp_path)
+    public, other = key.public_key(), ec.generate_private_key(ec.SECP384R1())
+    headers = {name.lower(): value for name, value in _signed(public, key).items()}
+    assert store.identify(headers) is None
+    node = state.create_node("lead", "lead", public_key_to_bytes(public), 30, name="north")
+    assert store.identify(headers) == Caller(node, "north")
+    for mistaken in (
+        _signed(public, other),
+        _signed(other.public_key(), key),
+        _signed(other.public_key(), other),
+        dict.fromkeys(headers, b""),
+        dict.fromkeys(headers, b"?"),
+        {},
+    ):
+        assert store.identify({name.lower(): value for name, value in mistaken.items()}) is None
 
 
 def test_a_supernode_cannot_register_itself(plain: tuple[str, str], key: ec.EllipticCurvePrivateKey) -> None:

@@ -1,0 +1,92 @@
+"""Finds a text in captured bytes, however it may be encoded or compressed."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from collections.abc import Iterator
+
+LARGEST_STREAM = 64 * 2**20
+DEEPEST = 3
+ZIP_ENTRY = b"PK\x03\x04"
+GZIP = b"\x1f\x8b\x08"
+
+
+def encodings_of(text: str) -> Iterator[tuple[str, bytes]]:
+    """Yield what a text looks like in bytes, by the encoding's name.
+
+    Base64 depends on where in a longer text it begins; only the characters that do not depend on what is around are
+    kept.
+    """
+    plain = {name: text.encode(name) for name in ("utf-8", "utf-16-le", "utf-16-be")}
+    for name, content in plain.items():
+        yield name, content
+        yield f"{name}, hex", content.hex().encode()
+        yield f"{name}, HEX", content.hex().upper().encode()
+        for shift in range(3):
+            code = base64.b64encode(bytes(shift) + content)
+            begin = (0, 2, 3)[shift]  # characters that hold a bit of what comes before
+            spoilt = (3 - (shift + len(content)) % 3) % 3
+            end = len(code) - (0, 2, 3)[spoilt]
+            yield f"{name}, base64 +{shift}", code[begin:end]
+            yield f"{name}, urlsafe base64 +{shift}", code[begin:end].replace(b"+", b"-").replace(b"/", b"_")
+
+
+def found_in(content: bytes, text: str) -> list[str]:
+    """Return the names of the encodings in which a text is in these bytes, also inside compressed streams."""
+    wanted = list(encodings_of(text))
+    found: dict[str, None] = {}
+    for place, stream in [("", content), *streams_in(content)]:
+        lowered = stream.lower()
+        for name, code in wanted:
+            exact = "base64" in name or "HEX" in name
+            if (code in stream) if exact else (code.lower() in lowered):
+                found[f"{place}{name}"] = None
+    return list(found)
+
+
+def streams_in(content: bytes, deep: int = 0) -> Iterator[tuple[str, bytes]]:
+    """Yield what is compressed in these bytes, also within each other: zlib, gzip and zip, wherever it begins."""
+    if deep >= DEEPEST:
+        return
+    for name, window, at in _beginnings(content):
+        try:
+            inflated = zlib.decompressobj(window).decompress(content[at:], LARGEST_STREAM)
+        except zlib.error:
+            inflated = _until_broken(content, window, at)
+        if inflated:
+            yield f"{name} > ", inflated
+            for inner, stream in streams_in(inflated, deep + 1):
+                yield f"{name} > {inner}", stream
+
+
+def _beginnings(content: bytes) -> Iterator[tuple[str, int, int]]:
+    """Yield kind, zlib's window bits and offset of whatever looks like the beginning of a stream."""
+    at = content.find(GZIP)
+    while at >= 0:
+        yield "gzip", 31, at
+        at = content.find(GZIP, at + 1)
+    at = content.find(ZIP_ENTRY)
+    while at >= 0:
+        if len(content) >= at + 30:
+            name, extra = struct.unpack_from("<HH", content, at + 26)
+            yield "zip", -15, at + 30 + name + extra
+        at = content.find(ZIP_ENTRY, at + 1)
+    for first in range(0x08, 0x79, 0x10):  # deflate with a window of 256 bytes to 32 kB
+        at = content.find(first)
+        while 0 <= at < len(content) - 1:
+            if (256 * first + content[at + 1]) % 31 == 0:
+                yield "zlib", 15, at
+            at = content.find(first, at + 1)
+
+
+def _until_broken(content: bytes, window: int, at: int) -> bytes:
+    """Return what can be inflated of a stream that is cut or damaged."""
+    stream, pieces = zlib.decompressobj(window), []
+    try:
+        for byte in range(at, min(len(content), at + 65536), 16):
+            pieces.append(stream.decompress(content[byte : byte + 16], LARGEST_STREAM))
+    except zlib.error:
+        pass
+    return b"".join(pieces)
