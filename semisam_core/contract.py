@@ -15,6 +15,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
+from semisam_core.configuration import is_name
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal
 from semisam_core.sources.head_network import FeatureHead, feature_head_of
@@ -25,6 +26,7 @@ STUDY_RECORD = "study"
 SITE_RECORD = "site"
 METRICS_RECORD = "metrics"
 REFUSAL_RECORD = "refusal"
+SECURE_RECORD = "secure-aggregation"  # keys and shares, in messages and replies of a secure sum's stages
 HEAD_PREFIX = (
     "feature-head."  # of the head's tensors, which travel beside the specialist's; no specialist has such names
 )
@@ -60,6 +62,33 @@ SHARES = frozenset({"confidence", "dice", "jaccard", "surface_dice"})
 ANY_SIGN = frozenset({"loss"})
 
 
+class Stage(StrEnum):
+    """The stages of a secure sum, as message types. A stage's reply carries no scalars."""
+
+    KEYS = "train.keys"
+    SHARES = "train.shares"
+    MASKED = "train.masked"
+    UNMASK = "train.unmask"
+
+
+# In the secure record. To sites: the attempt, 32 hexadecimal digits; then by stage each site's public keys and whether
+# it trained its feature head (a list of MASK_KEY, SHARE_KEY, HEAD), the shares that each other site sealed for this
+# one, or the names of the sites whose masked vectors arrived and of those whose did not. From sites: see MATERIAL.
+ATTEMPT, ACTIVE, DROPPED = "attempt", "active", "dropped"
+SITE_KEYS, SEALED_BY = "keys-of.", "sealed-by."
+MASK_KEY, SHARE_KEY, HEAD = "mask-key", "share-key", "head"
+SEALED_FOR, SEED_SHARE, KEY_SHARE = "sealed-for.", "seed-share-of.", "key-share-of."
+MASKED_VECTOR = "masked-vector"
+# Stage -> what a reply's secure record holds; a name that ends with a dot is followed by a site's.
+MATERIAL = {
+    Stage.KEYS: (MASK_KEY, SHARE_KEY, HEAD),
+    Stage.SHARES: (SEALED_FOR,),
+    Stage.MASKED: (),
+    Stage.UNMASK: (SEED_SHARE, KEY_SHARE),
+}
+MATERIAL_BYTES = 2048  # of one item, at most
+
+
 class RefusalRule(StrEnum):
     """Why a site refuses a message. Only this word leaves the site; the details are in the site's own log."""
 
@@ -77,6 +106,8 @@ class RefusalRule(StrEnum):
     INTERNAL = "internal-error"
     SITE_CONFIG = "site-config"
     SPLIT_CHANGED = "split-changed"
+    UPDATE_TOO_LARGE = "update-too-large"
+    SECURE = "secure-aggregation"
     AUDIT_LOG = "audit-log"
     CODE_NOT_APPROVED = "code-not-approved"
     CODE_ALTERED = "code-altered"
@@ -112,6 +143,20 @@ class RejectionRule(StrEnum):
     NOT_FINITE = "not-finite"
     CHANGE_TOO_LARGE = "change-too-large"
     STEPS = "steps-and-change-disagree"
+    SECURE = "secure-aggregation"
+
+
+def material_mistake(stage: Stage, material: Mapping[str, object]) -> str | None:
+    """Return why the secure record of a stage's reply is not as agreed, or None."""
+    agreed = MATERIAL[stage]
+    for name, value in material.items():
+        prefix, dot, site = name.partition(".")
+        known = prefix + dot in agreed and (not dot or is_name(site))
+        if not known or not isinstance(value, bytes) or len(value) > MATERIAL_BYTES:
+            return f"the item {name[:90]!r} is not agreed in this stage"
+    if missing := [name for name in agreed if not name.endswith(".") and name not in material]:
+        return f"the items {missing} are missing"
+    return None
 
 
 def is_sha256(value: object) -> bool:

@@ -89,8 +89,13 @@ class Plan(StrictModel):
         return self.regularizer.name != NONE or self.pseudo_labels is not None
 
     def alone(self) -> Plan:
-        """Return this plan for a site that trains alone: no aggregation rule, server optimizer or proximal term."""
-        aggregation = {"rule": "weighted-mean", "minimum_sites": 1, "server_optimizer": ServerOptimizerSettings()}
+        """Return this plan for a site that trains alone: no rule, secure sum, server optimizer or proximal term."""
+        aggregation = {
+            "rule": "weighted-mean",
+            "minimum_sites": 1,
+            "server_optimizer": ServerOptimizerSettings(),
+            "secure": None,
+        }
         return self.model_copy(
             update={
                 "training": self.training.model_copy(update={"proximal": 0.0}),

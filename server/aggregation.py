@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from semisam_core.aggregation import Update, aggregation_rule
+from semisam_core.aggregation.evidence import evidence
 from semisam_core.contract import HEAD_PREFIX
 from semisam_core.plan_sections.aggregation import Aggregation
 
@@ -19,39 +19,20 @@ logger = logging.getLogger(__name__)
 def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: float, classes: int = 1) -> list[float]:
     """Return the evidence weight of each update, summing to one.
 
-    An update of a site that took no steps carries nothing new and has weight 0.
-
     Args:
         updates: admitted updates.
-        policy: `samples`: labeled and unlabeled scans; `equal`; `evidence`: labeled scans plus unlabeled_share *
-            exp(-5 (1 - progress)^2) * accepted pseudo-labels / classes (a scan has up to one per class); `confidence`:
-            the same with the sum of the pseudo-labels' mean confidences instead of their number.
+        policy: says what counts, see `evidence`.
         progress: finished share of the study's rounds, in [0, 1].
         classes: the plan's number of foreground classes.
 
     Raises:
         ValueError: no update has any weight.
     """
-    raw = [
-        _evidence(update.scalars, policy, progress, classes) if update.scalars["steps"] > 0 else 0.0
-        for update in updates
-    ]
+    raw = [evidence(update.scalars, policy, progress, classes) for update in updates]
     total = sum(raw)
     if total <= 0:
         raise ValueError("no site had anything to learn from in this round")
     return [value / total for value in raw]
-
-
-def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float, classes: int) -> float:
-    if policy.weights == "equal":
-        return 1.0
-    if policy.weights == "samples":
-        return float(scalars["labeled"] + scalars["unlabeled"])
-    ramp = math.exp(-5 * (1 - progress) ** 2)
-    pseudo_labels = scalars["accepted"]
-    if policy.weights == "confidence":
-        pseudo_labels *= scalars["confidence"]
-    return float(scalars["labeled"] + policy.unlabeled_share * ramp * pseudo_labels / classes)
 
 
 def votes(updates: Sequence[Update], shares: Sequence[float], policy: Aggregation, rejected: int = 0) -> list[float]:

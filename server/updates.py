@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from semisam_core.aggregation.norms import change_norm
 from semisam_core.contract import HEAD_PREFIX
 from semisam_core.files import save_tensors
 
@@ -116,9 +116,3 @@ class UpdateShelf:
         self._updates.clear()
         for path in self.folder.glob("*.safetensors*"):
             path.unlink(missing_ok=True)
-
-
-def change_norm(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """Return ||theta_k - theta|| over the tensors of `reference`, in double precision, one tensor at a time."""
-    squares = (float((weights[name].double() - start.double()).square().sum()) for name, start in reference.items())
-    return math.sqrt(math.fsum(squares))

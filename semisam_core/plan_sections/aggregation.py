@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from semisam_core.aggregation import aggregation_rule
 from semisam_core.configuration import Fraction, StrictModel
+
+SUMMABLE = "weighted-mean"  # the one rule that needs nothing but a sum
+LEAST_SUMMED, MOST_SUMMED = 3, 64  # sites in a secure sum
 
 
 class Admission(StrictModel):
@@ -49,6 +53,24 @@ class Exclusion(StrictModel):
     rounds: int = Field(default=2, ge=1, le=1000)
 
 
+class SecureAggregation(StrictModel):
+    """The server learns the sum of the sites' updates, and no update (SecAgg; Bonawitz et al., CCS 2017).
+
+    `threshold`: share of a sum's sites that can complete it, more than half. `maximum_norm`: a site whose specialist or
+    feature head changed by a larger norm refuses to add it. `maximum_weight`: a site's largest weight, in quarters of a
+    scan. `stage_deadline_s`: how long a site may take for one of the four stages.
+    """
+
+    threshold: float = Field(default=0.66, gt=0.5, le=1)
+    maximum_norm: float = Field(default=1000.0, gt=0, le=10_000)
+    maximum_weight: int = Field(default=1024, ge=1, le=1024)
+    stage_deadline_s: float = Field(default=600, gt=0)
+
+    def shares_needed(self, sites: int) -> int:
+        """Return how many of so many sites can complete a sum: always more than half."""
+        return max(sites // 2 + 1, math.ceil(self.threshold * sites))
+
+
 class Aggregation(StrictModel):
     """Which updates are admitted, how they are weighted and combined, and how long the server waits for sites.
 
@@ -62,7 +84,11 @@ class Aggregation(StrictModel):
 
     A round counts if `minimum_sites` contribute. If fewer do, the server waits for others, `wait_for_quorum_s` at most;
     a site that returns within `rejoin_window_s` of a round's start still takes part in it.
+
+    With `secure` the server sees no single update, so it can neither compare updates nor reject one.
     """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("secure",)
 
     rule: str = "weighted-mean"
     trim_share: float = Field(default=0.2, ge=0.001, lt=0.5)
@@ -77,6 +103,7 @@ class Aggregation(StrictModel):
     wait_for_quorum_s: float = Field(default=600, ge=0)
     rejoin_window_s: float = Field(default=120, ge=0)
     exclusion: Exclusion = Exclusion()
+    secure: SecureAggregation | None = None
 
     @field_validator("rule")
     @classmethod
@@ -90,6 +117,28 @@ class Aggregation(StrictModel):
                 f"the rule {self.rule} needs the updates of {self.least_updates} sites "
                 f"(trim_share {self.trim_share:g}, malicious_sites {self.malicious_sites}), "
                 f"and minimum_sites is {self.minimum_sites}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_a_secure_sum(self) -> Aggregation:
+        if self.secure is None:
+            return self
+        if self.rule != SUMMABLE:
+            raise ValueError(
+                f"the rule {self.rule} compares single updates, and with secure the server sees only their sum; "
+                f"use the rule {SUMMABLE}, or secure: null"
+            )
+        if self.admission.norm_factor is not None:
+            raise ValueError(
+                "admission.norm_factor compares the norms of single updates, and with secure the server sees only "
+                "their sum; set it to null (each site then checks its own norm against secure.maximum_norm), or secure "
+                "to null"
+            )
+        if not LEAST_SUMMED <= self.minimum_sites <= MOST_SUMMED:
+            raise ValueError(
+                f"secure needs a minimum_sites from {LEAST_SUMMED} to {MOST_SUMMED}, and it is {self.minimum_sites}: "
+                "from a sum of two updates each of the two sites can tell the other's"
             )
         return self
 
