@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,25 +15,35 @@ import semisam_core
 from client.egress import EgressError, EgressGate, arriving_tensors
 from client.report import SiteReport
 from client.restore import WeightsNotAgreedError
+from client.secure import SecureAggregationError, SecureRound, UpdateTooLargeError, keys_sha256
 from client.site import NoUsableCaseError, Site
 from client.site_config import SiteConfig, load_site_config, load_site_folder
 from client.split import SplitChangedError
 from semisam_core.configuration import is_name
 from semisam_core.contract import (
+    ACTIVE,
+    ATTEMPT,
+    DROPPED,
     JOIN_SCALARS,
+    MASKED_VECTOR,
     REJECTED,
     REJECTED_ROUND,
+    SEALED_BY,
+    SECURE_RECORD,
+    SITE_KEYS,
     SPECIALIST_RECORD,
     STUDY_RECORD,
     TRAIN_SCALARS,
     RefusalRule,
     RejectionRule,
+    Stage,
     evaluation_scalars,
     same_version,
     update_spec,
 )
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.plan import Plan, plan_from_json
+from semisam_core.secure_aggregation.fixed_point import vector_spec
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +57,8 @@ RULE_OF_ERROR: tuple[tuple[type[Exception], RefusalRule], ...] = (
     (WeightsNotAgreedError, RefusalRule.WEIGHTS),
     (WeightsError, RefusalRule.GENERALIST),
     (FloatingPointError, RefusalRule.DIVERGED),
+    (UpdateTooLargeError, RefusalRule.UPDATE_TOO_LARGE),
+    (SecureAggregationError, RefusalRule.SECURE),
     (ConfigError, RefusalRule.NOTHING_TO_LEARN),
     (OSError, RefusalRule.STORAGE),
 )
@@ -85,7 +97,7 @@ def join(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train one round and reply with the specialist's tensors and the agreed scalars."""
+    """Train one round and reply with the agreed scalars and, unless they are summed securely, the tensors."""
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         report: SiteReport = site.train(arriving_tensors(message.content.array_records[SPECIALIST_RECORD]))
@@ -97,11 +109,50 @@ def train(message: Message, context: Context) -> Message:
             report.scalars,
             TRAIN_SCALARS,
             report.weights,
-            update_spec(request.plan),
+            update_spec(request.plan) if report.weights is not None else None,
             site.scans.split_sha256,
         )
 
     return _answer("train", message, context, work)
+
+
+@app.train("keys")
+def keys(message: Message, context: Context) -> Message:
+    """Begin a secure sum and reply with fresh public keys."""
+    return _take_part(Stage.KEYS, message, context, lambda secure, asked: secure.keys(asked.get(ATTEMPT)))
+
+
+@app.train("shares")
+def shares(message: Message, context: Context) -> Message:
+    """Reply with shares of this site's secrets, sealed for the other sites of the sum."""
+    return _take_part(
+        Stage.SHARES, message, context, lambda secure, asked: secure.shares(asked.get(ATTEMPT), _of(SITE_KEYS, asked))
+    )
+
+
+@app.train("masked")
+def masked(message: Message, context: Context) -> Message:
+    """Reply with the round's update, masked."""
+
+    def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
+        secure, asked = _secure(site), message.content.config_records[SECURE_RECORD]
+        vector = secure.masked(asked.get(ATTEMPT), _of(SEALED_BY, asked))
+        agreed = {MASKED_VECTOR: vector_spec(update_spec(request.plan))}
+        about = (request.run, request.round_number, request.plan.hash)
+        return gate.reply(Stage.MASKED.value, *about, {}, (), vector, agreed, site.scans.split_sha256)
+
+    return _answer(Stage.MASKED.value, message, context, work)
+
+
+@app.train("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Reply with the shares that remove the masks from the sum."""
+    return _take_part(
+        Stage.UNMASK,
+        message,
+        context,
+        lambda secure, asked: secure.unmask(asked.get(ATTEMPT), asked.get(ACTIVE), asked.get(DROPPED)),
+    )
 
 
 @app.evaluate()
@@ -116,6 +167,37 @@ def evaluate(message: Message, context: Context) -> Message:
         return gate.reply("evaluate", *about, report.scalars, agreed, split_hash=split)
 
     return _answer("evaluate", message, context, work)
+
+
+def _take_part(
+    stage: Stage,
+    message: Message,
+    context: Context,
+    act: Callable[[SecureRound, Mapping[str, object]], dict[str, bytes]],
+) -> Message:
+    """Do one stage of a secure sum and reply with its keys or shares."""
+
+    def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
+        asked = dict(message.content.config_records[SECURE_RECORD])
+        about = (request.run, request.round_number, request.plan.hash)
+        material = act(_secure(site), asked)
+        if stage is Stage.SHARES:
+            offered = _of(SITE_KEYS, asked)
+            gate.log_keys(request.run, request.round_number, sorted(offered), keys_sha256(offered))
+        return gate.reply(stage.value, *about, {}, (), split_hash=site.scans.split_sha256, material=material)
+
+    return _answer(stage.value, message, context, work)
+
+
+def _secure(site: Site) -> SecureRound:
+    if site.secure is None:
+        raise SecureAggregationError("the plan does not ask for secure aggregation")
+    return site.secure
+
+
+def _of(prefix: str, asked: Mapping[str, object]) -> dict[str, object]:
+    """Return site -> item of the items with this prefix."""
+    return {name.removeprefix(prefix): value for name, value in asked.items() if name.startswith(prefix)}
 
 
 def site_config_of(context: Context) -> SiteConfig:

@@ -14,13 +14,16 @@ from client.site_config import Egress
 from semisam_core.contract import (
     METRICS_RECORD,
     REFUSAL_RECORD,
+    SECURE_RECORD,
     SITE_RECORD,
     SPECIALIST_RECORD,
     SPLIT_HASH,
     RefusalRule,
+    Stage,
     TensorSpec,
     disagreement,
     is_sha256,
+    material_mistake,
     weights_sha256,
 )
 from semisam_core.errors import SemiSAMError
@@ -54,11 +57,12 @@ class EgressGate:
         tensors: Mapping[str, Tensor] | None = None,
         agreed_tensors: Mapping[str, TensorSpec] | None = None,
         split_hash: str | None = None,
+        material: Mapping[str, bytes] | None = None,
     ) -> RecordDict:
         """Build a reply.
 
         Args:
-            kind: join, train or evaluate.
+            kind: join, train, evaluate, or a stage of a secure sum.
             run: the run's name.
             round_number: counts from 1; 0 for join.
             plan_hash: hash of the plan this site works under.
@@ -67,6 +71,7 @@ class EgressGate:
             tensors: the specialist's tensors to send, or None.
             agreed_tensors: their agreed names, shapes and dtypes; required if there are tensors.
             split_hash: keyed hash of the run's split by patient, or None to send none.
+            material: keys and shares of a secure sum, if `kind` is one of its stages.
 
         Raises:
             EgressError: something is not agreed, not finite or over the site's limits.
@@ -90,6 +95,11 @@ class EgressGate:
             records[SPECIALIST_RECORD] = ArrayRecord(
                 {name: Array(tensors[name].detach().cpu().contiguous().numpy()) for name in tensors}
             )
+        if material is not None:
+            if mistake := material_mistake(Stage(kind), material):
+                raise EgressError(mistake)
+            entry["material"] = {name: len(value) for name, value in material.items()}
+            records[SECURE_RECORD] = ConfigRecord({**material})
         self._audit(kind, run, round_number, plan_hash, entry)
         return records
 
@@ -117,6 +127,16 @@ class EgressGate:
             OSError: the audit log cannot be written.
         """
         self._audit("rejected", run, round_number, "", {"rejected_by_the_server": rule})
+
+    def log_keys(self, run: str, round_number: int, sites: Sequence[str], sha256: str) -> None:
+        """Log with whom a secure sum is begun, and a hash of their public keys. Nothing is sent.
+
+        Sites that compare these lines see whether the server gave them the same keys.
+
+        Raises:
+            OSError: the audit log cannot be written.
+        """
+        self._audit("secure-keys", run, round_number, "", {"sites": list(sites), "keys_sha256": sha256})
 
     def _check_tensors(
         self, tensors: Mapping[str, Tensor], agreed: Mapping[str, TensorSpec] | None

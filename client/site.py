@@ -15,6 +15,7 @@ from client.progress import ProgressLog
 from client.report import SiteReport, log_gates, log_scores, mean_scores, training_scalars
 from client.restore import RoundStart, local_layers
 from client.scans import SiteScans
+from client.secure import SecureRound
 from client.site_config import SiteConfig
 from client.state import RunState
 from semisam_core.contract import split_update, travelling, with_prefix
@@ -29,6 +30,7 @@ from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.store import StoredPseudoLabel
 from semisam_core.regularizers import teaches
 from semisam_core.reporting.overview import Panel, draw_overview
+from semisam_core.secure_aggregation.weights import whole_weights
 from semisam_core.sources.head_network import FeatureHead
 from semisam_core.training import Loader, LocalRound, train_round
 
@@ -79,6 +81,8 @@ class Site:
     def train(self, weights: Mapping[str, Tensor]) -> SiteReport:
         """Refresh pseudo-labels on schedule, train one round, and store what stays here for the next.
 
+        Under secure aggregation the update is kept for the round's sum instead of being returned.
+
         Stored are the teacher, the regularizer's own networks, and, as the plan says, the specialist's local layers and
         the optimizer's moments.
 
@@ -88,8 +92,10 @@ class Site:
         Raises:
             WeightsNotAgreedError: the weights are not the plan's specialist.
             FloatingPointError: training diverged.
+            UpdateTooLargeError: under secure aggregation, the update changed by more than the plan's bound.
         """
         began = time.monotonic()
+        self._forget_secrets()
         own, head_weights = split_update(weights)
         specialist, head = self._start.specialist(own, self.round), self._start.head(head_weights)
         teacher = self._start.teacher(specialist)
@@ -128,7 +134,10 @@ class Site:
         if head is not None:
             scalars["head_steps"] = head_steps
             sent |= with_prefix(head)
-        return SiteReport(scalars, _cpu(sent))
+        if self.secure is None:
+            return SiteReport(scalars, _cpu(sent))
+        self.secure.keep(_cpu(sent), weights, whole_weights(scalars, self.plan, self.round))
+        return SiteReport(scalars)
 
     def evaluate(self, weights: Mapping[str, Tensor], final: bool) -> SiteReport:
         """Score the specialist on the classes that the validation labels mark, in each scan's own geometry.
@@ -143,6 +152,7 @@ class Site:
         Raises:
             WeightsNotAgreedError: the weights are not the plan's specialist.
         """
+        self._forget_secrets()
         own, head_weights = split_update(weights)
         specialist, head = self._start.specialist(own, self.round + 1), self._start.head(head_weights)
         cases = self.scans.usable(Role.VALIDATION)
@@ -155,6 +165,17 @@ class Site:
             self._draw(specialist, head)
         means = mean_scores(scores, self.plan.class_names, self.config.egress.validation_scores)
         return SiteReport({"validation": len(cases)} | means)
+
+    @cached_property
+    def secure(self) -> SecureRound | None:
+        """This round's part in the secure sum; None if the plan does not ask for one."""
+        if self.plan.aggregation.secure is None:
+            return None
+        return SecureRound(self.state.folder, self.config.site, self.plan, self.round)
+
+    def _forget_secrets(self) -> None:
+        if self.secure is not None:
+            self.secure.discard()
 
     @cached_property
     def _labeler(self) -> Labeler:

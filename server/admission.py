@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import Error, Message, MessageType
 from flwr.common.constant import ErrorCode
@@ -15,6 +15,7 @@ from semisam_core.contract import (
     JOIN_SCALARS,
     METRICS_RECORD,
     REFUSAL_RECORD,
+    SECURE_RECORD,
     SITE_RECORD,
     SPECIALIST_RECORD,
     SPLIT_HASH,
@@ -22,9 +23,11 @@ from semisam_core.contract import (
     TRANSIENT_REFUSALS,
     RefusalRule,
     RejectionRule,
+    Stage,
     TensorSpec,
     evaluation_scalars,
     is_sha256,
+    material_mistake,
     scalar_mistake,
 )
 from semisam_core.plan import Plan
@@ -52,12 +55,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Admitted:
-    """A reply that may be used. `split` is the keyed hash of the site's split by patient."""
+    """A reply that may be used.
+
+    Attributes:
+        site: its name.
+        scalars: the agreed scalars.
+        weights: the agreed tensors, if it carries any.
+        split: the keyed hash of the site's split by patient.
+        material: the keys or shares of a secure sum's stage.
+    """
 
     site: str
     scalars: dict[str, float]
     weights: dict[str, Tensor] | None
     split: str | None = None
+    material: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,13 +164,13 @@ def admit(
         if site is None:
             raise NotAdmittedError(RejectionRule.RECORDS, "the reply names no site")
         declared = None if joined is None else _declared(reply, site, joined)
-        _check_origin(reply, kind, round_number, plan)
+        _check_origin(reply, kind, round_number, plan, with_tensors=spec is not None)
         split = _split(reply, None if joined is None else joined.get(reply.metadata.src_node_id))
         scalars = _scalars(reply, kind, plan)
         if declared is not None:
             _check_counts(scalars, kind, plan, declared)
         weights = None if spec is None else read_tensors(reply.content.array_records[SPECIALIST_RECORD], spec)
-        return Admitted(site, scalars, weights, split)
+        return Admitted(site, scalars, weights, split, _material(reply, kind))
     except NotAdmittedError as mistake:
         return Rejected(site or NAMELESS, str(mistake), mistake.rule)
     except Exception as error:  # records are unpacked when read, and hostile ones may raise anything
@@ -191,14 +203,15 @@ def _declared(reply: Message, site: str, joined: Mapping[int, Admitted]) -> Mapp
     return known.scalars
 
 
-def _check_origin(reply: Message, kind: str, round_number: int, plan: Plan) -> None:
+def _check_origin(reply: Message, kind: str, round_number: int, plan: Plan, with_tensors: bool) -> None:
     about = reply.content.config_records[SITE_RECORD]
     number = about.get("round")
     if type(number) is not int or number != round_number or about.get("plan-hash") != plan.hash:
         raise NotAdmittedError(RejectionRule.ANOTHER_ROUND, "the reply is about another round or plan")
-    agreed = {SITE_RECORD, METRICS_RECORD} | ({SPECIALIST_RECORD} if kind == MessageType.TRAIN else set())
+    agreed = {SITE_RECORD, METRICS_RECORD} | ({SPECIALIST_RECORD} if with_tensors else set())
+    agreed |= {SECURE_RECORD} if kind in set(Stage) - {Stage.MASKED} else set()
     if missing := sorted(agreed - set(reply.content)):
-        words = {METRICS_RECORD: "scalars", SPECIALIST_RECORD: "specialist"}
+        words = {METRICS_RECORD: "scalars", SPECIALIST_RECORD: "specialist", SECURE_RECORD: "keys or shares"}
         raise NotAdmittedError(RejectionRule.RECORDS, f"the reply has no {words[missing[0]]}")
     if foreign := sorted(set(reply.content) - agreed):
         shown = [name[:60] for name in foreign[:3]]
@@ -215,17 +228,27 @@ def _split(reply: Message, joined: Admitted | None) -> str | None:
     return None if split is None else str(split)
 
 
+def _material(reply: Message, kind: str) -> dict[str, bytes]:
+    """Return the keys or shares of a secure sum's stage; empty for all other replies."""
+    if kind not in set(Stage) - {Stage.MASKED}:
+        return {}
+    material = dict(reply.content.config_records[SECURE_RECORD])
+    if mistake := material_mistake(Stage(kind), material):
+        raise NotAdmittedError(RejectionRule.SECURE, mistake)
+    return {name: value for name, value in material.items() if isinstance(value, bytes)}
+
+
 def _scalars(reply: Message, kind: str, plan: Plan) -> dict[str, float]:
     scalars = dict(reply.content.metric_records[METRICS_RECORD])
     agreed = {
         MessageType.QUERY: JOIN_SCALARS,
         MessageType.TRAIN: TRAIN_SCALARS,
         MessageType.EVALUATE: evaluation_scalars(plan),
-    }[kind]
+    }.get(kind, ())
     mistake = next(filter(None, (scalar_mistake(name, value) for name, value in scalars.items())), None)
     if foreign := sorted(set(scalars) - set(agreed)):
         mistake = f"the scalars {[name[:60] for name in foreign[:5]]} are not on the agreed list"
-    elif missing := sorted(set(REQUIRED[kind]) - set(scalars)):
+    elif missing := sorted(set(REQUIRED.get(kind, ())) - set(scalars)):
         mistake = f"the scalars {missing} are missing"
     if mistake:
         raise NotAdmittedError(RejectionRule.SCALARS, mistake)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 
-from semisam_core.contract import RejectionRule, TensorSpec
+from semisam_core.contract import SECURE_RECORD, RejectionRule, Stage, TensorSpec
 from semisam_core.plan import Plan
 from server.admission import UNREACHABLE, Admitted, Failed, NotAdmitted, Rejected, admit
 from server.messages import Clock, Mailbox, SentMessage
@@ -45,6 +45,7 @@ class Phase:
         attempts: site -> how often it was asked.
         retried: when sites were last asked again.
         reason: why the phase takes longer than usual, or empty.
+        private: makes what one site alone is sent, in a secure sum; None if all are sent the same.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Phase:
     attempts: dict[str, int] = field(default_factory=dict)
     retried: float = 0.0
     reason: str = ""
+    private: Callable[[str], ConfigRecord] | None = None
 
     def fail(self, site: str, reason: str, retryable: bool) -> None:
         """Note that a site will not contribute unless it is asked again."""
@@ -117,9 +119,12 @@ class Exchange:
     ) -> Phase:
         """Open a phase: replies of this kind and round are handled from now on. No site has been asked yet."""
         now, waits = self.clock.now(), self.plan.aggregation
+        deadline_s = waits.round_deadline_s
+        if waits.secure is not None and kind in set(Stage):
+            deadline_s = waits.secure.stage_deadline_s
         window = waits.rejoin_window_s if kind == MessageType.TRAIN else 0.0
         self.round = number
-        self._phase = Phase(kind, number, waits.round_deadline_s, content, accept, spec, now, now + window)
+        self._phase = Phase(kind, number, deadline_s, content, accept, spec, now, now + window)
         self._phase.retried = now
         self.refresh(at_once=True)
         return self._phase
@@ -142,6 +147,8 @@ class Exchange:
         for earlier in self.mailbox.awaited(phase.kind, phase.round):
             earlier.expired = earlier.expired or earlier.site == site
         content = phase.content(self._rejections.pop(site, None))
+        if phase.private is not None:
+            content[SECURE_RECORD] = phase.private(site)
         if not self.mailbox.send(node, site, phase.kind, phase.round, content, phase.deadline_s):
             self._fail(phase, Failed(site, "Flower did not accept the message"))
 
@@ -166,7 +173,7 @@ class Exchange:
             self._status("joining", self.round, sorted({*self.roster.absent(), *retrying}), self.note)
             return
         waiting = {sent.site for sent in self.mailbox.awaited(phase.kind, phase.round)}
-        name = "training" if phase.kind == MessageType.TRAIN else "evaluating"
+        name = {MessageType.TRAIN: "training", MessageType.EVALUATE: "evaluating"}.get(phase.kind, "summing")
         if phase.reason:
             name = "waiting for sites"
             waiting |= set(self.roster.absent()) | phase.retryable

@@ -89,7 +89,7 @@ class Quorum:
         content: Content,
         accept: Callable[[Admitted], None],
         review: Callable[[], Sequence[Rejected]],
-        spec: Mapping[str, TensorSpec],
+        spec: Mapping[str, TensorSpec] | None,
     ) -> Phase:
         """Let all sites of a round train; wait for more sites if too few contribute.
 
@@ -98,7 +98,7 @@ class Quorum:
             content: makes the messages.
             accept: receives each admitted reply.
             review: called when all sites have replied; drops the updates that do not fit the others and returns them.
-            spec: the agreed tensors.
+            spec: the agreed tensors; None if updates are summed securely afterwards.
 
         Raises:
             TooFewSitesError: fewer sites than the plan's minimum contributed, after all waiting.

@@ -28,15 +28,17 @@ from semisam_core.contract import (
 from semisam_core.errors import SemiSAMError
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
+from semisam_core.secure_aggregation.weights import whole_weights
 from server.admission import Admitted, Rejected
 from server.aggregation import combine, combine_heads, evidence_weights, votes
-from server.exchange import Exchange, Phase
+from server.exchange import Content, Exchange, Phase
 from server.messages import Clock, Mailbox
 from server.optimizer import ServerOptimizer
 from server.outliers import outliers
 from server.quorum import Quorum, TooFewSitesError
 from server.roster import Roster
 from server.run_folder import Checkpoint, RunFolder
+from server.secure_sum import SecureSum
 from server.updates import UpdateShelf
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,9 @@ class Study:
             lambda: self._content(0),
         )
         self._quorum = Quorum(self.plan, exchange, self.sites)
+        self._secure: SecureSum | None = None
+        if self.plan.aggregation.secure is not None:
+            self._secure = SecureSum(self.plan, exchange, self._stage_content)
 
     def execute(self) -> None:
         """Run all rounds that have not finished yet.
@@ -138,11 +143,14 @@ class Study:
         if number > 1 and self.plan.training.local_round(number) == 1:
             weights = self._new_generation(number, weights)
 
+        reports: dict[str, dict[str, float]] = {}
+
         def accept(answer: Admitted) -> None:
             if answer.weights is not None:
                 with self.folder.writing(f"the update of {answer.site}"):
                     self._shelf.add(answer.site, answer.weights, answer.scalars, weights)
-                self.folder.record("trained", round=number, site=answer.site, **answer.scalars)
+            reports[answer.site] = answer.scalars
+            self.folder.record("trained", round=number, site=answer.site, **answer.scalars)
 
         sent = _arrays(weights)
         phase = self._quorum.train(
@@ -150,9 +158,12 @@ class Study:
             lambda rejected: self._content(number, sent, rejected=rejected),
             accept,
             self._review,
-            update_spec(self.plan),
+            update_spec(self.plan) if self._secure is None else None,
         )
-        combined, record = self._combine(number, phase, weights)
+        if self._secure is None:
+            combined, record = self._combine(number, phase, weights)
+        else:
+            combined, record = self._sum(self._secure, number, phase, weights, reports)
         record |= {"rounds": self.plan.training.rounds, "seconds": round(self.clock.now() - began, 3)}
         self.folder.save_round(number, combined, self.plan, record, self._optimizer.state())
         self.folder.record("aggregated", **record)
@@ -194,6 +205,31 @@ class Study:
         return combined, {
             "round": number,
             "weights": {u.site: s for u, s in zip(updates, shares, strict=True)},
+            "failed": dict(sorted(phase.failed.items())),
+            "sha256": weights_sha256(combined),
+        }
+
+    def _sum(
+        self,
+        secure: SecureSum,
+        number: int,
+        phase: Phase,
+        weights: dict[str, Tensor],
+        reports: Mapping[str, Mapping[str, float]],
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the new global weights and what the run records about them, from the sum of the sites' updates."""
+        having = [site for site, scalars in reports.items() if whole_weights(scalars, self.plan, number).specialist > 0]
+        found = secure.mean(number, having, weights)
+        phase.done -= found.lost.keys()
+        phase.failed |= found.lost
+        head = {name: value for name, value in found.mean.tensors.items() if name.startswith(HEAD_PREFIX)}
+        specialist = {name: value for name, value in found.mean.tensors.items() if name not in head}
+        combined = self._optimizer.step(weights, specialist) | head
+        return combined, {
+            "round": number,
+            "weights": dict.fromkeys(found.sites),  # each site's own is known to the site alone
+            "total_weight": found.mean.weights.specialist,
+            "head_weight": found.mean.weights.head,
             "failed": dict(sorted(phase.failed.items())),
             "sha256": weights_sha256(combined),
         }
@@ -260,6 +296,9 @@ class Study:
         if arrays is not None:
             content[SPECIALIST_RECORD] = ArrayRecord(dict(arrays))
         return content
+
+    def _stage_content(self, number: int) -> Content:
+        return lambda rejected: self._content(number, rejected=rejected)
 
     def _report(self, phase: str, number: int, waiting_for: list[str], reason: str) -> None:
         status = {"phase": phase, "round": number, "waiting_for": waiting_for, "reason": reason}
