@@ -46,6 +46,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
         return f"round {event['round']}: {event['site']} Dice {', '.join(scores) or 'not sent'}"
     if kind == "refused":
         return f"round {event['round']}: {event['site']} is left out: {event['reason']}"
+    if kind == "sum-given-up":
+        return f"round {event['round']}: the secure sum was given up at attempt {event['attempt']}: {event['reason']}"
     if kind == "silent":
         return f"round {event['round']}: {', '.join(event['names'])} did not answer within {event['seconds']:g} s"
     return _fault(event)

@@ -11,10 +11,11 @@ from rich.console import Console
 from deployment.site.lifecycle import running
 from deployment.site.site_folder import SiteFolder, audit_log
 from engines.tables import FittingTable
+from semisam_core.contract import Stage
 from semisam_core.files import read_json_lines
 from semisam_core.text import printable
 
-ANSWERS = ("join", "train", "evaluate")
+ANSWERS = ("join", "train", "evaluate", *(stage.value for stage in Stage))
 SHOWN = 8
 
 

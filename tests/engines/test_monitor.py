@@ -20,6 +20,7 @@ EVENTS = [
     ("excluded", {"round": 2, "site": "beta", "until": 4, "reason": "x"}, "beta is left out until round 4: x"),
     ("set-aside", {"checkpoint": 2, "reason": "it is torn"}, "a checkpoint was set aside: it is torn"),
     ("resumed", {"round": 2}, "resumed from round 2"),
+    ("sum-given-up", {"round": 2, "attempt": 1, "reason": "x"}, "round 2: the secure sum was given up at attempt 1: x"),
     ("refused", {"round": 2, "site": "beta", "reason": "refused by rule storage"}, "beta is left out: refused"),
     (
         "rejoined",

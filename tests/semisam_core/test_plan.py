@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan, load_plan, plan_from_json
+from semisam_core.plan_sections.aggregation import SecureAggregation
 from tests.conftest import TINY_PLAN, tiny_plan
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "site_configs").glob("*/plan*.yaml"))
@@ -98,6 +99,16 @@ def test_a_plan_survives_serialisation(rounds: int, share: float) -> None:
         ("aggregation={rule: krum, malicious_sites: 2, minimum_sites: 6}", "krum needs .* of 7 sites"),
         ("aggregation={rule: multi-krum, minimum_sites: 4}", "multi-krum needs .* of 5 sites"),
         ("aggregation.trim_share=0.5", "less than 0.5"),
+        ("aggregation={secure: {}, rule: median, minimum_sites: 3}", "median compares single updates.* only their sum"),
+        ("aggregation={secure: {}, rule: trimmed-mean, minimum_sites: 5}", "trimmed-mean compares single updates"),
+        ("aggregation={secure: {}, rule: krum, minimum_sites: 5}", "krum compares single updates"),
+        ("aggregation={secure: {}, rule: multi-krum, minimum_sites: 5}", "multi-krum compares single updates"),
+        ("aggregation={secure: {}, minimum_sites: 3}", "norm_factor compares the norms of single updates.* null"),
+        ("aggregation={secure: {}, admission: {norm_factor: null}, minimum_sites: 2}", "from 3 to 64, and it is 2"),
+        ("aggregation={secure: {}, admission: {norm_factor: null}, minimum_sites: 65}", "from 3 to 64, and it is 65"),
+        ("aggregation.secure={threshold: 0.5}", "threshold.* greater than 0.5"),
+        ("aggregation.secure={maximum_norm: 10001}", "maximum_norm.*less than or equal to 10000"),
+        ("aggregation.secure={maximum_weight: 1025}", "maximum_weight.*less than or equal to 1024"),
         ("aggregation.malicious_sites=0", "greater than or equal to 1"),
         ("aggregation.admission.norm_factor=1.0", "greater than 1"),
         ("aggregation.server_optimizer={name: adam}", "the server optimizer adam needs a learning_rate"),
@@ -189,3 +200,17 @@ def test_a_robust_rule_needs_its_minimum_of_sites_and_a_site_alone_has_no_rule(
     assert (alone.aggregation.rule, alone.aggregation.minimum_sites) == ("weighted-mean", 1)
     assert alone.aggregation.server_optimizer.name == "none"
     assert alone.training.proximal == 0
+
+
+def test_a_secure_sum_can_be_completed_by_more_than_half_of_its_sites() -> None:
+    least, most = SecureAggregation(threshold=0.51), SecureAggregation(threshold=1)
+    assert [least.shares_needed(sites) for sites in range(3, 9)] == [2, 3, 3, 4, 4, 5]
+    assert [SecureAggregation().shares_needed(sites) for sites in range(3, 9)] == [2, 3, 4, 4, 5, 6]
+    assert [most.shares_needed(sites) for sites in range(3, 6)] == [3, 4, 5]
+
+
+def test_a_plan_without_a_secure_sum_keeps_its_hash_and_a_site_alone_has_none() -> None:
+    assert '"secure"' not in tiny_plan("aggregation.secure=null").canonical_json()
+    plan = tiny_plan("aggregation={secure: {}, admission: {norm_factor: null}, minimum_sites: 3}")
+    assert plan_from_json(plan.canonical_json()).hash == plan.hash != tiny_plan().hash
+    assert plan.alone().aggregation.secure is None
