@@ -33,6 +33,15 @@ PLAN = (
     "aggregation.join_deadline_s=200",
     "aggregation.round_deadline_s=200",
 )
+# Without generalists, one round; the site without labels counts as much as the others.
+SECURE = (
+    "pseudo_labels=null",
+    "training.rounds=1",
+    "aggregation.minimum_sites=3",
+    "aggregation.weights=equal",
+    "aggregation.admission={norm_factor: null}",
+    "aggregation.secure={stage_deadline_s: 200}",
+)
 # The real LiteMedSAM, in the last of three rounds, on every fourth slice.
 WITH_GENERALIST = (
     "pseudo_labels.generalists=[lite-medsam]",
@@ -120,6 +129,32 @@ def test_a_sites_status_counts_what_left_it(deployed: Deployment, first: Run) ->
         assert status["refused"] == {}
         sent = [line["bytes"] for line in site.audit if line["kind"] == "train"]
         assert (status["answered"]["train"], status["updates_bytes"]) == (len(sent), sum(sent))
+
+
+def test_a_deployed_secure_study_gives_the_weights_of_the_same_study_in_one_process(
+    deployed: Deployment, simulated: Path
+) -> None:
+    deployed.agree(tiny_plan(*PLAN, *SECURE))
+    deployed.lead("run", seconds=RUN_S)
+    run, alone = Run(deployed.run_folder), simulated.parent / "secure"
+    arguments = ("--plan", run.folder / "plan.yaml", "--sites", simulated.parent / "sites", "--out", alone)
+    semisam("simulate", *arguments, "--engine", "in-process", "--no-local-baseline", seconds=RUN_S)
+    assert run.state == "completed"
+    expected = [(line["sha256"], line["weights"]) for line in Run(alone).events("aggregated")]
+    assert [(line["sha256"], line["weights"]) for line in run.events("aggregated")] == expected
+    assert set(expected[0][1]) == set(HOSPITALS)
+    assert run.events("sum-given-up") == []
+    for site in deployed.hospitals.values():
+        booked = {line["kind"]: line for line in site.audit if line.get("run") == run.name}
+        assert {"train.keys", "train.shares", "train.masked", "train.unmask"} <= set(booked)
+        assert "bytes" not in booked["train"]
+        assert booked["train.masked"]["bytes"] > 0
+        assert not list((site.folder / "storage").rglob("secure"))
+    assert len({line["keys_sha256"] for site in deployed.hospitals.values() for line in _keys_of(site, run)}) == 1
+
+
+def _keys_of(site: Hospital, run: Run) -> list[dict[str, Any]]:
+    return [line for line in site.audit if line.get("run") == run.name and line["kind"] == "secure-keys"]
 
 
 @dataclass(frozen=True)
