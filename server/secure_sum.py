@@ -41,6 +41,7 @@ from semisam_core.plan import Plan
 from semisam_core.plan_sections.aggregation import MOST_SUMMED, SecureAggregation
 from semisam_core.secure_aggregation.fixed_point import Mean, decode, vector_spec
 from semisam_core.secure_aggregation.masks import (
+    SEED_BYTES,
     Vector,
     add_mask,
     is_public_key,
@@ -141,7 +142,8 @@ class SecureSum:
         """
         self._lost = {}
         wanted, least = self._wanted(number, sites)
-        give_up, attempts = self._clock.now() + self._patience_s, 0
+        give_up: float | None = None
+        attempts = 0
         while True:
             present = sorted(wanted & set(self._roster.joined))
             if len(present) >= least:
@@ -154,15 +156,20 @@ class SecureSum:
                     self._folder.record("sum-given-up", round=number, attempt=attempts, reason=str(error))
                     if attempts >= ATTEMPTS:
                         raise TooFewSitesError(self._shortage(number, str(error))) from None
-            elif self._clock.now() >= give_up:
+                continue
+            if give_up is None:
+                give_up = self._clock.now() + self._patience_s
+                self._folder.record(
+                    "waiting", round=number, sites=sorted(wanted - set(present)), seconds=self._patience_s
+                )
+            if self._clock.now() >= give_up:
                 missing = ", ".join(sorted(wanted - set(present)))
                 raise TooFewSitesError(
                     self._shortage(number, f"{len(present)} are connected, {least} are needed; missing: {missing}")
                 )
-            else:
-                self._exchange.note = f"Round {number}: the secure sum waits for more of its sites."
-                self._exchange.poll()
-                self._exchange.report()
+            self._exchange.note = f"Round {number}: the secure sum waits for more of its sites."
+            self._exchange.poll()
+            self._exchange.report()
 
     def _wanted(self, number: int, sites: Collection[str]) -> tuple[set[str], int]:
         """Return whose updates are summed, and how many of them are needed.
@@ -262,12 +269,11 @@ class SecureSum:
             check=lambda answer: None if set(answer.material) == agreed else "the shares are not those asked for",
             enough=lambda: len(attempt.shares) >= needed,
         )
-        released = attempt.shares
-        if len(released) < needed:
-            reason = f"{len(released)} of {len(active)} sites released their shares, {needed} are needed"
+        if len(attempt.shares) < needed:
+            reason = f"{len(attempt.shares)} of {len(active)} sites released their shares, {needed} are needed"
             raise TooFewSitesError(self._shortage(number, reason))
         try:
-            total = self._unmasked(attempt, released, dropped, needed)
+            total = self._unmasked(attempt, dropped, needed)
             mean = decode(total, weights, self._spec, len(active), self._settings)
         except ValueError as error:
             raise TooFewSitesError(
@@ -277,25 +283,27 @@ class SecureSum:
         lost = {site: self._lost.get(site, "not connected when the updates were summed") for site in wanted}
         return SecureMean(mean, active, {site: why for site, why in sorted(lost.items()) if site not in attempt.active})
 
-    def _unmasked(
-        self, attempt: _Attempt, released: Mapping[str, Mapping[str, bytes]], dropped: Collection[str], needed: int
-    ) -> Vector:
+    def _unmasked(self, attempt: _Attempt, dropped: Collection[str], needed: int) -> Vector:
         """Return the sum without masks.
 
         Raises:
             ValueError: a share is wrong.
         """
-        total, holders = attempt.total, list(attempt.keys)
-        assert total is not None
+
+        def recovered(name: str) -> bytes:
+            shares = {holder: each[name] for holder, each in attempt.shares.items()}
+            return recover_secret(shares, needed, list(attempt.keys))
+
+        total = attempt.total
+        if total is None:
+            raise ValueError("there is no masked vector")
         for site in attempt.active:
-            name = SEED_SHARE + site
-            seed = recover_secret({holder: each[name] for holder, each in released.items()}, needed, holders)
-            if len(seed) != 32:
+            seed = recovered(SEED_SHARE + site)
+            if len(seed) != SEED_BYTES:
                 raise ValueError("a seed is malformed")
             add_mask(total, seed, -1)
         for site in dropped:
-            name = KEY_SHARE + site
-            private = recover_secret({holder: each[name] for holder, each in released.items()}, needed, holders)
+            private = recovered(KEY_SHARE + site)
             if public_half(private) != attempt.keys[site][0]:
                 raise ValueError(f"the recovered key of {site} is not its own")
             for other in attempt.active:

@@ -101,6 +101,33 @@ def test_a_study_by_flwr_run_gives_the_weights_of_the_same_study_in_one_process(
 
 
 @pytest.mark.slow
+def test_a_secure_study_by_flwr_run_gives_the_weights_of_the_same_study_in_one_process(
+    make_site: MakeSite, tmp_path: Path
+) -> None:
+    for k, name in enumerate(("alpha", "beta", "gamma")):
+        make_site(name, first_seed=10 * k, shape=(24, 24, 8))
+    plan = tiny_plan(
+        "pseudo_labels=null",
+        "training.rounds=1",
+        "aggregation.secure={stage_deadline_s: 300}",
+        "aggregation.admission={norm_factor: null}",
+        "aggregation.minimum_sites=3",
+        "aggregation.weights=equal",
+        "aggregation.join_deadline_s=300",
+    )
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan.model_dump(mode="json")))
+    hashes = []
+    for engine in ("flower", "in-process"):
+        code, output = _run(_command((path, tmp_path / "sites"), tmp_path / engine, "--engine", engine))
+        assert code == 0, output
+        lines = read_json_lines(tmp_path / engine / "metrics.jsonl")
+        hashes += [(line["sha256"], line["weights"]) for line in lines if line["event"] == "aggregated"]
+    assert hashes[0] == hashes[1]
+    assert set(hashes[0][1]) == {"alpha", "beta", "gamma"}
+
+
+@pytest.mark.slow
 def test_a_failed_study_exits_with_one_though_flower_reports_nothing(study: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("alpha", "beta"):
         for image in (tmp_path / "data" / name / "images").iterdir():
