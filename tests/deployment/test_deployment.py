@@ -70,13 +70,17 @@ def first(deployed: Deployment) -> Run:
 @pytest.fixture(scope="module")
 def simulated(deployed: Deployment, first: Run) -> Path:
     """Return the run folder of the same study run in one process, next to its sites' storage."""
-    place = deployed.folder / "simulated"
+    return _in_one_process(deployed, first, deployed.folder / "simulated")
+
+
+def _in_one_process(deployed: Deployment, run: Run, place: Path) -> Path:
+    """Repeat a run in one process, with sites of its own; return its run folder."""
     for name, site in deployed.hospitals.items():
         content = yaml.safe_load((site.folder / "site.yaml").read_text())
         content["storage"]["folder"] = str(place / "storage" / name)
         (place / "sites").mkdir(parents=True, exist_ok=True)
         (place / "sites" / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    arguments = ("--plan", first.folder / "plan.yaml", "--sites", place / "sites", "--out", place / "run")
+    arguments = ("--plan", run.folder / "plan.yaml", "--sites", place / "sites", "--out", place / "run")
     semisam("simulate", *arguments, "--engine", "in-process", "--no-local-baseline", seconds=RUN_S)
     return place / "run"
 
@@ -131,14 +135,11 @@ def test_a_sites_status_counts_what_left_it(deployed: Deployment, first: Run) ->
         assert (status["answered"]["train"], status["updates_bytes"]) == (len(sent), sum(sent))
 
 
-def test_a_deployed_secure_study_gives_the_weights_of_the_same_study_in_one_process(
-    deployed: Deployment, simulated: Path
-) -> None:
+def test_a_deployed_secure_study_gives_the_weights_of_the_same_study_in_one_process(deployed: Deployment) -> None:
     deployed.agree(tiny_plan(*PLAN, *SECURE))
     deployed.lead("run", seconds=RUN_S)
-    run, alone = Run(deployed.run_folder), simulated.parent / "secure"
-    arguments = ("--plan", run.folder / "plan.yaml", "--sites", simulated.parent / "sites", "--out", alone)
-    semisam("simulate", *arguments, "--engine", "in-process", "--no-local-baseline", seconds=RUN_S)
+    run = Run(deployed.run_folder)
+    alone = _in_one_process(deployed, run, deployed.folder / "secure")
     assert run.state == "completed"
     expected = [(line["sha256"], line["weights"]) for line in Run(alone).events("aggregated")]
     assert [(line["sha256"], line["weights"]) for line in run.events("aggregated")] == expected
