@@ -10,6 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from client.audit_log import AuditLog
 from client.site_config import Egress
 from semisam_core.contract import (
     METRICS_RECORD,
@@ -24,7 +25,7 @@ from semisam_core.contract import (
     weights_sha256,
 )
 from semisam_core.errors import SemiSAMError
-from semisam_core.files import append_json_line, utc_stamp
+from semisam_core.files import utc_stamp
 
 
 class EgressError(SemiSAMError):
@@ -32,16 +33,16 @@ class EgressError(SemiSAMError):
 
 
 class EgressGate:
-    """Builds every reply, and logs each in the site's append-only audit log before it is sent.
+    """Builds every reply, and logs each in the site's audit log before it is sent.
 
     Args:
         site: the site's name; besides hashes and rules the only text that leaves.
         limits: the site's own limits.
-        log: the audit log, JSON lines.
+        log: the audit log's file.
     """
 
     def __init__(self, site: str, limits: Egress, log: Path) -> None:
-        self._site, self._limits, self._log = site, limits, log
+        self._site, self._limits, self._log = site, limits, AuditLog(log)
 
     def reply(
         self,
@@ -141,7 +142,7 @@ class EgressGate:
             "round": round_number,
             "plan": plan_hash,
         }
-        append_json_line(self._log, head | dict(entry))
+        self._log.append(head | dict(entry))
 
 
 def arriving_tensors(record: ArrayRecord) -> dict[str, Tensor]:
