@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 import semisam_core
-from client.egress import EgressError, EgressGate, arriving_tensors
+from client.egress import EgressError, EgressGate, ManifestNotApprovedError, arriving_tensors
+from client.manifest import EVALUATE, JOIN, TRAIN, manifest_of
 from client.report import SiteReport
 from client.restore import WeightsNotAgreedError
 from client.site import NoUsableCaseError, Site
@@ -20,17 +21,13 @@ from client.site_config import SiteConfig, load_site_config, load_site_folder
 from client.split import SplitChangedError
 from semisam_core.configuration import is_name
 from semisam_core.contract import (
-    JOIN_SCALARS,
     REJECTED,
     REJECTED_ROUND,
     SPECIALIST_RECORD,
     STUDY_RECORD,
-    TRAIN_SCALARS,
     RefusalRule,
     RejectionRule,
-    evaluation_scalars,
     same_version,
-    update_spec,
 )
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.plan import Plan, plan_from_json
@@ -39,8 +36,12 @@ logger = logging.getLogger(__name__)
 
 app = ClientApp()
 
+# In the node config: the hash of the manifest approved at this site; an empty one fits none.
+APPROVED_MANIFEST = "approved-manifest"
+
 # The rule that a message is refused by when the work raises one of these; the first that fits.
 RULE_OF_ERROR: tuple[tuple[type[Exception], RefusalRule], ...] = (
+    (ManifestNotApprovedError, RefusalRule.MANIFEST_NOT_APPROVED),
     (EgressError, RefusalRule.EGRESS),
     (SplitChangedError, RefusalRule.SPLIT_CHANGED),
     (NoUsableCaseError, RefusalRule.NO_USABLE_CASE),
@@ -75,12 +76,10 @@ def join(message: Message, context: Context) -> Message:
     """Check this site's data and generalists against the plan and reply with counts."""
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
-        report = site.join()
-        return gate.reply(
-            "join", request.run, 0, request.plan.hash, report.scalars, JOIN_SCALARS, split_hash=site.scans.split_sha256
-        )
+        report, split = site.join(), site.scans.split_sha256
+        return gate.reply(JOIN, request.run, 0, request.plan.hash, report.scalars, split_hash=split)
 
-    return _answer("join", message, context, work)
+    return _answer(JOIN, message, context, work)
 
 
 @app.train()
@@ -89,19 +88,10 @@ def train(message: Message, context: Context) -> Message:
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         report: SiteReport = site.train(arriving_tensors(message.content.array_records[SPECIALIST_RECORD]))
-        return gate.reply(
-            "train",
-            request.run,
-            request.round_number,
-            request.plan.hash,
-            report.scalars,
-            TRAIN_SCALARS,
-            report.weights,
-            update_spec(request.plan),
-            site.scans.split_sha256,
-        )
+        about, split = (request.run, request.round_number, request.plan.hash), site.scans.split_sha256
+        return gate.reply(TRAIN, *about, report.scalars, report.weights, split)
 
-    return _answer("train", message, context, work)
+    return _answer(TRAIN, message, context, work)
 
 
 @app.evaluate()
@@ -111,11 +101,10 @@ def evaluate(message: Message, context: Context) -> Message:
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         weights = arriving_tensors(message.content.array_records[SPECIALIST_RECORD])
         report = site.evaluate(weights, request.final)
-        agreed, split = evaluation_scalars(request.plan), site.scans.split_sha256
-        about = (request.run, request.round_number, request.plan.hash)
-        return gate.reply("evaluate", *about, report.scalars, agreed, split_hash=split)
+        about, split = (request.run, request.round_number, request.plan.hash), site.scans.split_sha256
+        return gate.reply(EVALUATE, *about, report.scalars, split_hash=split)
 
-    return _answer("evaluate", message, context, work)
+    return _answer(EVALUATE, message, context, work)
 
 
 def site_config_of(context: Context) -> SiteConfig:
@@ -150,7 +139,7 @@ def _answer(
     """Do the work and reply. Whatever fails, only the name of a rule leaves."""
     try:
         config = site_config_of(context)
-        gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl")
+        gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl", _approved(context))
         return Message(_work(kind, message, config, gate, work), reply_to=message)
     except ConfigError as error:
         logger.error("This site cannot work: %s", error)
@@ -159,6 +148,12 @@ def _answer(
         logger.error("This site cannot write its audit log, so it sends nothing", exc_info=error)
         rule = RefusalRule.AUDIT_LOG
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, rule.value), reply_to=message)
+
+
+def _approved(context: Context) -> str | None:
+    """Return the hash of the manifest that people approved. A deployed site's own worker always names one."""
+    named = context.node_config.get(APPROVED_MANIFEST)
+    return None if named is None else str(named)
 
 
 def _work(
@@ -172,6 +167,7 @@ def _work(
     _log_rejection(message, gate, run)
     try:
         request = _request_of(message)
+        gate.agree(manifest_of(config, request.plan))
         site = Site(config, request.plan, request.run, request.round_number)
         return work(site, gate, request)
     except _RefusedError as refused:

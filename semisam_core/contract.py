@@ -79,6 +79,7 @@ class RefusalRule(StrEnum):
     SPLIT_CHANGED = "split-changed"
     AUDIT_LOG = "audit-log"
     CODE_NOT_APPROVED = "code-not-approved"
+    MANIFEST_NOT_APPROVED = "manifest-not-approved"
     CODE_ALTERED = "code-altered"
     PROCESS_ENDED = "process-ended"
     OUT_OF_TIME = "out-of-time"
@@ -129,16 +130,27 @@ def evaluation_scalars(plan: Plan) -> tuple[str, ...]:
     return ("validation", *(f"{score}.{name}" for name in plan.class_names for score in CLASS_SCORES))
 
 
+def scalar_range(name: str) -> tuple[float, float]:
+    """Return the lowest and the highest value that a scalar may have."""
+    kind = name.partition(".")[0]
+    return -math.inf if kind in ANY_SIGN else 0.0, 1.0 if kind in SHARES else math.inf
+
+
+def is_count(name: str) -> bool:
+    """Return whether a scalar is a whole number."""
+    return name.partition(".")[0] in COUNTS
+
+
 def scalar_mistake(name: str, value: object) -> str | None:
     """Return why a scalar's value is invalid, or None."""
-    kind = name.partition(".")[0]
+    lowest, highest = scalar_range(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return f"the scalar {name} is not a finite number"
-    if value < 0 and kind not in ANY_SIGN:
+    if value < lowest:
         return f"the scalar {name} is negative"
-    if kind in COUNTS and not isinstance(value, int):
+    if is_count(name) and not isinstance(value, int):
         return f"the scalar {name} is a count but not a whole number"
-    if kind in SHARES and value > 1:
+    if value > highest:
         return f"the scalar {name} is a share but exceeds 1"
     return None
 

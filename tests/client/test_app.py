@@ -14,7 +14,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import semisam_core
 from client.app import app
+from client.manifest import manifest_of
 from client.site import Site
+from client.site_config import load_site_config
 from semisam_core.contract import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule, RejectionRule
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
@@ -112,6 +114,19 @@ def test_an_invalid_message_is_refused_by_rule(
     make_site: MakeSite, plan: Plan, study: dict[str, Any], rule: RefusalRule
 ) -> None:
     assert _rule(_send(make_site(), _message(plan, MessageType.TRAIN, 1, **study))) == rule.value
+
+
+def test_a_deployed_site_answers_under_the_approved_manifest_only(make_site: MakeSite, plan: Plan) -> None:
+    path = make_site()
+    approved = manifest_of(load_site_config(path), plan).hash
+    context = _context({"site-config": str(path), "approved-manifest": approved})
+    assert "metrics" in app(_message(plan, MessageType.QUERY, 0, weights=False), context).content
+    for other in (tiny_plan("training.rounds=3"), tiny_plan("specialist.arguments.channels=[4, 16]")):
+        reply = app(_message(other, MessageType.TRAIN, 1), context)
+        assert _rule(reply) == "manifest-not-approved"
+    assert "specialist" in app(_message(tiny_plan("seed=4"), MessageType.TRAIN, 1), context).content
+    none = _context({"site-config": str(path), "approved-manifest": ""})
+    assert _rule(app(_message(plan, MessageType.QUERY, 0, weights=False), none)) == "manifest-not-approved"
 
 
 def test_a_message_without_a_study_or_without_weights_is_refused(make_site: MakeSite, plan: Plan) -> None:

@@ -133,6 +133,9 @@ def test_lines_cut_from_the_end_are_missed_although_the_rest_is_a_chain(
         kept, cut = lines[: max(0, len(lines) - cut)], max(0, cut - len(lines))
         path.write_bytes(b"".join(kept)) if kept else path.unlink()
     assert any("were written" in each for each in check_log(_log(folder)).problems)
+    _log(folder).append({"kind": "train", "round": ENTRIES})
+    assert "log-broken" in [entry["kind"] for entry in read_entries(_log(folder))]
+    assert any("does not end as it did" in each or "missing" in each for each in check_log(_log(folder)).problems)
 
 
 @pytest.mark.parametrize("change", ["count", "last", "size", "files", "signature", "no json", "gone", "secret"])
@@ -159,6 +162,7 @@ def test_a_whole_log_put_back_is_found_by_a_seal_that_was_noted_elsewhere(tmp_pa
         _log(tmp_path / "log").append({"round": number})
     shutil.copytree(tmp_path / "log", tmp_path / "copy")
     _log(tmp_path / "log").append({"round": 3})
+    _log(tmp_path / "copy").append({"round": 7})
     seal = check_log(_log(tmp_path / "log")).seal
     assert seal.startswith("4:")
     _log(tmp_path / "log").append({"round": 4})

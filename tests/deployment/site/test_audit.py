@@ -11,6 +11,7 @@ import torch
 
 from client.audit_log import AuditLog
 from client.egress import EgressGate
+from client.manifest import Manifest, MessageItems, ScalarItem
 from client.site_config import Egress
 from deployment.site.site_folder import SiteFolder, audit_log, book
 from semisam_core.contract import RefusalRule, TensorSpec, weights_sha256
@@ -26,8 +27,9 @@ def site(tmp_path: Path) -> Path:
     folder = joined(tmp_path)
     log = audit_log(SiteFolder.at(folder).config())
     gate = EgressGate("alpha", Egress(), log.path)
-    spec = {"a": TensorSpec((2, 3), torch.float32)}
-    gate.reply("train", "run", 1, "p" * 64, {"steps": 2}, ["steps"], WEIGHTS, spec)
+    items = MessageItems(1, {"steps": ScalarItem(0, 9, True)}, {}, {"a": TensorSpec((2, 3), torch.float32)})
+    gate.agree(Manifest("alpha", 1, {"train": items}))
+    gate.reply("train", "run", 1, "p" * 64, {"steps": 2}, WEIGHTS)
     gate.refuse("train", "run", 2, RefusalRule.STORAGE, f"no space at {SECRET_PATH}")
     return folder
 
