@@ -89,7 +89,7 @@ def train(message: Message, context: Context) -> Message:
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         report: SiteReport = site.train(arriving_tensors(message.content.array_records[SPECIALIST_RECORD]))
         about, split = (request.run, request.round_number, request.plan.hash), site.scans.split_sha256
-        return gate.reply(TRAIN, *about, report.scalars, report.weights, split)
+        return gate.reply(TRAIN, *about, report.scalars, report.weights, split, report.patients)
 
     return _answer(TRAIN, message, context, work)
 
@@ -102,7 +102,7 @@ def evaluate(message: Message, context: Context) -> Message:
         weights = arriving_tensors(message.content.array_records[SPECIALIST_RECORD])
         report = site.evaluate(weights, request.final)
         about, split = (request.run, request.round_number, request.plan.hash), site.scans.split_sha256
-        return gate.reply(EVALUATE, *about, report.scalars, split_hash=split)
+        return gate.reply(EVALUATE, *about, report.scalars, split_hash=split, patients=report.patients)
 
     return _answer(EVALUATE, message, context, work)
 

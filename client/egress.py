@@ -10,9 +10,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from client.audit_log import AuditLog
-from client.manifest import Manifest, MessageItems, refusal_items
+from client.manifest import Manifest, MessageItems, counts_word, refusal_items
 from client.site_config import Egress
 from semisam_core.contract import (
+    COUNTS_WORD,
     METRICS_RECORD,
     REFUSAL_RECORD,
     SITE_RECORD,
@@ -71,6 +72,7 @@ class EgressGate:
         scalars: Mapping[str, float | int],
         tensors: Mapping[str, Tensor] | None = None,
         split_hash: str | None = None,
+        patients: Mapping[str, int] | None = None,
     ) -> RecordDict:
         """Build a reply.
 
@@ -82,6 +84,7 @@ class EgressGate:
             scalars: the scalars to send.
             tensors: the tensors to send, or None.
             split_hash: keyed hash of the run's split by patient, or None to send none.
+            patients: scalar -> about how many patients it is; needed of each that has a minimum.
 
         Raises:
             EgressError: something is not in the manifest, not as it says, or over the site's limits.
@@ -90,9 +93,12 @@ class EgressGate:
         agreed = self._messages.get(kind)
         if agreed is None:
             raise EgressError(f"no {kind} is in the manifest")
-        sent = _released(scalars, agreed)
+        sent = _released(scalars, agreed, patients or {})
         about: dict[str, str | int] = {"site": self._site, "round": round_number, "plan-hash": plan_hash}
+        about[COUNTS_WORD] = counts_word(self._limits)
         entry: dict[str, object] = {"scalars": sent}
+        if withheld := sorted(set(scalars) - set(sent)):
+            entry["withheld"] = withheld
         if split_hash is not None:
             about[SPLIT_HASH] = entry["split"] = split_hash
         records = RecordDict({METRICS_RECORD: MetricRecord(dict(sent)), SITE_RECORD: _texts(about, agreed)})
@@ -152,11 +158,13 @@ class EgressGate:
         self._log.append(head | dict(entry))
 
 
-def _released(scalars: Mapping[str, float | int], agreed: MessageItems) -> dict[str, float | int]:
-    """Return scalars as they may leave.
+def _released(
+    scalars: Mapping[str, float | int], agreed: MessageItems, patients: Mapping[str, int]
+) -> dict[str, float | int]:
+    """Return scalars as they may leave: rounded, without those about too few patients.
 
     Raises:
-        EgressError: one is not in the manifest, or not as it says.
+        EgressError: one is not in the manifest or not as it says, or nothing says about how many patients it is.
     """
     if unknown := sorted(set(scalars) - set(agreed.scalars)):
         raise EgressError(f"the scalars {unknown} are not in the manifest")
@@ -165,7 +173,10 @@ def _released(scalars: Mapping[str, float | int], agreed: MessageItems) -> dict[
         item = agreed.scalars[name]
         if mistake := item.mistake(value):
             raise EgressError(f"the scalar {name} {mistake}")
-        sent[name] = item.rounding(value)
+        if item.minimum_patients and name not in patients:
+            raise EgressError(f"nothing says about how many patients the scalar {name} is")
+        if not item.minimum_patients or patients[name] >= item.minimum_patients:
+            sent[name] = item.rounding(value)
     return sent
 
 

@@ -66,7 +66,8 @@ def write_fingerprint(
     scalars = fingerprint(facts, plan.task, config.egress.minimum_patients)
     gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl")
     gate.agree(manifest_of(config, plan))
-    reply = gate.reply(FINGERPRINT, "", 0, plan.hash, scalars)
+    known = dict.fromkeys(scalars, len({each.patient for each in facts}))
+    reply = gate.reply(FINGERPRINT, "", 0, plan.hash, scalars, patients=known)
     content = {
         "version": VERSION,
         "site": config.site,

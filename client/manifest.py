@@ -12,12 +12,17 @@ from typing import Any
 
 from client.site_config import Egress, SiteConfig
 from semisam_core.contract import (
+    BUCKETED_COUNTS,
     CLASS_SCORES,
+    COUNTS_WORD,
+    EXACT_COUNTS,
     JOIN_SCALARS,
+    PATIENTLESS,
     SPLIT_HASH,
     TRAIN_SCALARS,
     RefusalRule,
     TensorSpec,
+    counts_patients,
     evaluation_scalars,
     is_count,
     scalar_range,
@@ -25,7 +30,7 @@ from semisam_core.contract import (
 )
 from semisam_core.data.fingerprint import fingerprint_scalars, rounding_of
 from semisam_core.plan import Plan
-from semisam_core.small_numbers import EXACT, Rounding
+from semisam_core.small_numbers import EXACT, IN_BUCKETS, Rounding
 
 VERSION = 1
 JOIN, TRAIN, EVALUATE, FINGERPRINT, REFUSAL = "join", "train", "evaluate", "fingerprint", "refusal"
@@ -44,12 +49,14 @@ class ScalarItem:
         highest: the highest value; infinity for none.
         whole: whether it is a whole number.
         rounding: how it is coarsened.
+        minimum_patients: about fewer patients than this it is withheld; 0 if it always leaves.
     """
 
     lowest: float
     highest: float
     whole: bool
     rounding: Rounding = EXACT
+    minimum_patients: int = 0
 
     def mistake(self, value: object) -> str | None:
         """Return why a value may not leave, or None."""
@@ -167,16 +174,22 @@ def manifest_of(config: SiteConfig, plan: Plan) -> Manifest:
     rounds, egress = plan.training.rounds, config.egress
     texts = _texts(config.site, plan.training.rounds)
     evaluations = (rounds - 1) // plan.evaluation.every_rounds + 1  # of due rounds, and of the last specialist
-    limit = egress.maximum_update_mb * 1e6
+    limit, counts = egress.maximum_update_mb * 1e6, counts_word(egress)
     messages = {
-        JOIN: MessageItems(1, _agreed(JOIN_SCALARS, egress), texts),
+        JOIN: MessageItems(1, _agreed(JOIN_SCALARS, egress), texts | {COUNTS_WORD: TextItem(counts, len(counts))}),
         TRAIN: MessageItems(rounds, _agreed(TRAIN_SCALARS, egress), texts, update_spec(plan), limit),
         EVALUATE: MessageItems(evaluations, _agreed(_allowed_scores(plan, egress), egress), texts),
         REFUSAL: refusal_items(config.site),
     }
     if egress.fingerprint:
-        messages[FINGERPRINT] = MessageItems(1, _fingerprint_items(plan), {"site": texts["site"]})
+        items = _fingerprint_items(plan, egress.minimum_patients)
+        messages[FINGERPRINT] = MessageItems(1, items, {"site": texts["site"]})
     return Manifest(config.site, rounds, messages)
+
+
+def counts_word(egress: Egress) -> str:
+    """Return the word by which a site that joins says how its counts of scans are to be read."""
+    return EXACT_COUNTS if egress.numbers == "exact" else BUCKETED_COUNTS
 
 
 def refusal_items(site: str) -> MessageItems:
@@ -192,7 +205,18 @@ def refusal_items(site: str) -> MessageItems:
 
 
 def _agreed(names: Iterable[str], egress: Egress) -> dict[str, ScalarItem]:
-    return {name: ScalarItem(*scalar_range(name), is_count(name)) for name in names}
+    return {name: _item(name, egress) for name in names}
+
+
+def _item(name: str, egress: Egress) -> ScalarItem:
+    """Return what is agreed of a scalar of the contract. Whatever is not known to say nothing of patients may."""
+    kind, whole = name.partition(".")[0], is_count(name)
+    if egress.numbers == "exact":
+        return ScalarItem(*scalar_range(name), whole)
+    digits = EXACT if whole else Rounding("digits", egress.significant_digits)
+    rounding = IN_BUCKETS if counts_patients(name) else digits
+    always = kind in PATIENTLESS or (whole and kind not in CLASS_SCORES)
+    return ScalarItem(*scalar_range(name), whole, rounding, 0 if always else egress.minimum_patients)
 
 
 def _allowed_scores(plan: Plan, egress: Egress) -> list[str]:
@@ -201,12 +225,13 @@ def _allowed_scores(plan: Plan, egress: Egress) -> list[str]:
     return [name for name in evaluation_scalars(plan) if name.partition(".")[0] not in kept]
 
 
-def _fingerprint_items(plan: Plan) -> dict[str, ScalarItem]:
+def _fingerprint_items(plan: Plan, minimum: int) -> dict[str, ScalarItem]:
     items = {}
     for name in fingerprint_scalars(plan.task):
         kind = name.partition(".")[0]
         lowest = 0.0 if kind in UNSIGNED else -math.inf
-        items[name] = ScalarItem(lowest, math.inf, kind == "patients", rounding_of(name))
+        count = kind == "patients"
+        items[name] = ScalarItem(lowest, math.inf, count, rounding_of(name), 0 if count else minimum)
     return items
 
 
@@ -225,4 +250,5 @@ def _scalar_json(item: ScalarItem) -> dict[str, Any]:
         "highest": item.highest if math.isfinite(item.highest) else None,
         "whole": item.whole,
         "rounding": str(item.rounding),
+        "minimum_patients": item.minimum_patients,
     }

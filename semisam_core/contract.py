@@ -31,6 +31,9 @@ HEAD_PREFIX = (
 # In the site record of a reply to join, train and evaluate: the keyed hash of the site's split by patient, the same in
 # every round of a run. 64 hexadecimal digits.
 SPLIT_HASH = "split-hash"
+# In the site record of a reply to join: whether the site's counts of scans are EXACT_COUNTS or the lowest of a bucket
+# (`small_numbers.BUCKETS`). Without the word they are exact.
+COUNTS_WORD, EXACT_COUNTS, BUCKETED_COUNTS = "counts", "exact", "buckets"
 # In the study record, if the server rejected this site's last reply: the RejectionRule and the round.
 REJECTED, REJECTED_ROUND = "rejected", "rejected-round"
 
@@ -56,6 +59,8 @@ TRAIN_SCALARS = (
 CLASS_SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm", "surface_dice", "cases", "missing_distances")
 # Which values a scalar may take, by its name up to the first dot. All others may be any non-negative number.
 COUNTS = frozenset({*JOIN_SCALARS, "accepted", "gated", "steps", "head_steps", "cases", "missing_distances"})
+# Numbers that say nothing of single patients, whatever their number: of models, of the plan's steps, and a duration.
+PATIENTLESS = frozenset({"generalists", "steps", "head_steps", "seconds"})
 SHARES = frozenset({"confidence", "dice", "jaccard", "surface_dice"})
 ANY_SIGN = frozenset({"loss"})
 
@@ -139,6 +144,11 @@ def scalar_range(name: str) -> tuple[float, float]:
 def is_count(name: str) -> bool:
     """Return whether a scalar is a whole number."""
     return name.partition(".")[0] in COUNTS
+
+
+def counts_patients(name: str) -> bool:
+    """Return whether a scalar is a count that depends on how many scans or patients a site has."""
+    return is_count(name) and name.partition(".")[0] not in PATIENTLESS
 
 
 def scalar_mistake(name: str, value: object) -> str | None:

@@ -25,16 +25,21 @@ def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: f
         updates: admitted updates.
         policy: `samples`: labeled and unlabeled scans; `equal`; `evidence`: labeled scans plus unlabeled_share *
             exp(-5 (1 - progress)^2) * accepted pseudo-labels / classes (a scan has up to one per class); `confidence`:
-            the same with the sum of the pseudo-labels' mean confidences instead of their number.
+            the same with the sum of the pseudo-labels' mean confidences instead of their number. A site that withheld
+            its confidence, because it is of few patients, counts with the mean of the others.
         progress: finished share of the study's rounds, in [0, 1].
         classes: the plan's number of foreground classes.
 
     Raises:
         ValueError: no update has any weight.
     """
+    sent = [each.scalars["confidence"] for each in updates if "confidence" in each.scalars]
+    usual = sum(sent) / len(sent) if sent else 1.0
     raw = [
-        _evidence(update.scalars, policy, progress, classes) if update.scalars["steps"] > 0 else 0.0
-        for update in updates
+        _evidence({"confidence": usual, **each.scalars}, policy, progress, classes)
+        if each.scalars["steps"] > 0
+        else 0.0
+        for each in updates
     ]
     total = sum(raw)
     if total <= 0:

@@ -40,7 +40,7 @@ def examine(folder: SiteFolder, progress: Console, data: bool, server: bool) -> 
     config, plan = _config(folder, deployment, findings), _plan(folder, deployment, findings)
     if config is not None:
         findings += [*_check_code(folder.code(config), deployment), check_storage(config.storage.folder)]
-        findings.append(_check_log(config))
+        findings += [_check_log(config), _check_numbers(config)]
     if config is not None and plan is not None:
         findings.append(_check_manifest(folder.code(config), deployment, manifest_of(config, plan)))
         findings += check_generalists(config, plan)
@@ -146,6 +146,17 @@ def _check_manifest(store: CodeStore, deployment: Deployment, manifest: Manifest
             "refuse; see `semisam site manifest`, then run `semisam site approve invitation.zip`.",
         )
     return fine("manifest", f"{manifest.hash[:12]}; at most {manifest.most_bytes / 1e6:,.1f} MB in the whole study.")
+
+
+def _check_numbers(config: SiteConfig) -> Finding:
+    egress = config.egress
+    if egress.numbers == "exact":
+        return warning(
+            "small numbers",
+            "egress.numbers is exact: counts, scores and losses leave as they are, also those of a single patient. "
+            "For data that is neither public nor generated, write rounded.",
+        )
+    return fine("small numbers", f"scores and losses of fewer than {egress.minimum_patients} patients do not leave.")
 
 
 def _check_log(config: SiteConfig) -> Finding:

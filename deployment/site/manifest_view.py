@@ -61,4 +61,4 @@ def _range(item: ScalarItem) -> str:
 
 
 def _withheld(item: ScalarItem) -> str:
-    return ""
+    return f"below {item.minimum_patients} patients" if item.minimum_patients else ""

@@ -80,8 +80,8 @@ def test_join_train_and_evaluate_reply_with_agreed_records_only(make_site: MakeS
     assert set(evaluate.content) == {"metrics", "site"}
     about = {"site": "alpha", "plan-hash": plan.hash}
     split = join.content.config_records["site"]["split-hash"]
-    for number, reply in ((0, join), (1, train), (1, evaluate)):
-        assert dict(reply.content.config_records["site"]) == about | {"round": number, "split-hash": split}
+    for number, reply, more in ((0, join, {"counts": "exact"}), (1, train, {}), (1, evaluate, {})):
+        assert dict(reply.content.config_records["site"]) == about | {"round": number, "split-hash": split} | more
 
 
 def test_every_reply_is_in_the_audit_log(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:

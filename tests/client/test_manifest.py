@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from client.manifest import MessageItems, ScalarItem, manifest_of
-from client.site_config import SiteConfig, load_site_config
-from semisam_core.contract import JOIN_SCALARS, TRAIN_SCALARS, evaluation_scalars, update_spec
+from client.site_config import Egress, SiteConfig, load_site_config
+from semisam_core.contract import JOIN_SCALARS, TRAIN_SCALARS, evaluation_scalars, is_count, update_spec
 from semisam_core.data.fingerprint import fingerprint_scalars
 from semisam_core.plan import Plan
+from semisam_core.small_numbers import IN_BUCKETS
 from tests.conftest import tiny_plan, write_site
 
 MakeSite = Callable[..., Path]
@@ -34,6 +35,30 @@ def test_it_lists_what_the_contract_agrees_for_each_message(tmp_path: Path, plan
     assert not any(found[kind].tensors for kind in found if kind != "train")
     assert set(found["refusal"].texts) == {"site", "round", "plan-hash", "rule"}
     assert found["refusal"].scalars == {}
+
+
+def test_by_default_counts_are_bucketed_and_numbers_about_few_patients_withheld(tmp_path: Path, plan: Plan) -> None:
+    config = _config(tmp_path)
+    careful = config.model_copy(update={"egress": Egress()})
+    found = manifest_of(careful, plan).messages
+    rules = {
+        name: (str(each.rounding), each.minimum_patients)
+        for kind in ("join", "train", "evaluate")
+        for name, each in found[kind].scalars.items()
+    }
+    counts, digits = str(IN_BUCKETS), "2 significant digits"
+    always = {"generalists": "exact", "steps": "exact", "head_steps": "exact", "seconds": digits}
+    for name, rule in rules.items():
+        if name in always:
+            assert rule == (always[name], 0)
+        elif name.partition(".")[0] in ("cases", "missing_distances"):
+            assert rule == (counts, 5)
+        elif is_count(name):
+            assert rule == (counts, 0)
+        else:
+            assert rule == (digits, 5), name
+    assert found["join"].texts["counts"].pattern == "buckets"
+    assert found["fingerprint"].scalars["volume_ml.blob.median"].minimum_patients == 5
 
 
 def test_what_the_site_keeps_is_not_listed(tmp_path: Path, plan: Plan) -> None:
@@ -73,6 +98,9 @@ def test_bytes_are_those_of_the_tensors_numbers_and_texts(tmp_path: Path, plan: 
         {"plan": ["task.classes=[{name: lesion, value: 1}]"]},
         {"site": {"egress": {"maximum_update_mb": 9.0}}},
         {"site": {"egress": {"validation_scores": []}}},
+        {"site": {"egress": {"numbers": "rounded"}}},
+        {"site": {"egress": {"numbers": "rounded", "minimum_patients": 6}}},
+        {"site": {"egress": {"numbers": "rounded", "significant_digits": 3}}},
         {"site": {"egress": {"fingerprint": False}}},
     ],
 )
@@ -94,6 +122,7 @@ def test_its_json_is_whole_and_plain(tmp_path: Path, plan: Plan) -> None:
         "highest": 1,
         "whole": False,
         "rounding": "exact",
+        "minimum_patients": 0,
     }
     name, spec = next(iter(update_spec(plan).items()))
     assert content["messages"]["train"]["tensors"][name] == {"shape": list(spec.shape), "dtype": "float32"}

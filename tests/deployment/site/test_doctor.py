@@ -185,6 +185,12 @@ def test_a_limit_that_was_changed_after_the_approval_is_a_problem(site: Path, ke
     assert "semisam site approve" in _found(_look(site), "manifest", Level.PROBLEM)
 
 
+def test_exact_numbers_are_warned_of_at_a_hospital(site: Path) -> None:
+    assert "fewer than 5 patients do not leave" in _found(_look(site), "small numbers", Level.OK)
+    change(site, "egress.numbers=exact")
+    assert "egress.numbers is exact" in _found(_look(site), "small numbers", Level.WARNING)
+
+
 def test_an_altered_audit_log_is_a_problem(site: Path) -> None:
     assert "is whole, 1 entries" in _found(_look(site), "audit log", Level.OK)
     (site / "storage" / "audit.jsonl").write_text("{}\n")
