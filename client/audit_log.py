@@ -147,12 +147,11 @@ class AuditLog:
 
     def _continued(self, secret: bytes | None) -> tuple[Head, list[dict[str, Any]]]:
         """Return where the log ends, and the entries to make about what was found there."""
-        if secret is None and not self.full_file(1).exists():
-            content = _read(self.path)
-            if _last_in_chain(content) is None:
-                begins = _own(BEGINS, lines=len(content.splitlines()), **_outside(content))
-                return Head(size=len(content)), [begins] if content else []
         head, reason = self.head()
+        begun = secret is not None and (head is None or head.count > 0)
+        if not begun and not self.full_file(1).exists() and _last_in_chain(content := _read(self.path)) is None:
+            begins = _own(BEGINS, lines=len(content.splitlines()), **_outside(content))
+            return Head(size=len(content)), [begins] if content else []
         if head is None:
             return self._broken(Head(files=self._files()), reason)
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -259,11 +258,16 @@ def _repaired(head: Head, unconfirmed: bytes) -> tuple[Head, list[dict[str, Any]
     """Return the head after lines that follow it but that no writer confirmed, and the entry about them."""
     if not unconfirmed:
         return head, []
-    lines, rest = 0, unconfirmed
-    while b"\n" in rest and head.follows(line := rest.partition(b"\n")[0]):
-        head, rest, lines = head.after(line, 0), rest.partition(b"\n")[2], lines + 1
-    entry = _own(REPAIRED, unconfirmed_lines=lines, **_outside(rest))
-    return Head(head.count, head.last, head.files, head.size + len(rest)), [entry]
+    *whole, torn = unconfirmed.split(b"\n")
+    lines, outside = 0, b""
+    for line in whole:
+        if head.follows(line):
+            head, outside, lines = head.after(line, len(outside)), b"", lines + 1
+        else:
+            outside += line + b"\n"
+    outside += torn
+    entry = _own(REPAIRED, unconfirmed_lines=lines, **_outside(outside))
+    return Head(head.count, head.last, head.files, head.size + len(outside)), [entry]
 
 
 def _last_in_chain(content: bytes) -> tuple[int, str] | None:

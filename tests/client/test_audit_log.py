@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.audit_check import check_log, read_entries
-from client.audit_log import AuditLog
+from client.audit_log import AuditLog, Head
 from semisam_core.errors import ConfigError
 from semisam_core.files import append_json_line
 
@@ -208,6 +208,41 @@ def test_what_a_killed_writer_left_is_on_record_and_the_log_is_whole_again(tmp_p
     assert found.problems == []
     (note,) = found.notes
     assert "1 lines before this one and 8 bytes were never confirmed" in note
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"kind": "trai'])
+@pytest.mark.parametrize("old", [b"", b'{"round": 0}\n', b'{"round": 0}'])
+def test_a_kill_at_any_step_of_the_first_entries_leaves_a_whole_log(tmp_path: Path, old: bytes, torn: bytes) -> None:
+    """Every state that a kill can leave on disk while a log is begun, and while what a kill left is put on record."""
+    states = []
+
+    class Killed(AuditLog):
+        def _save(self, head: Head, secret: bytes) -> None:
+            states.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+            super()._save(head, secret)
+            states.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+
+    log = Killed(tmp_path / "audit.jsonl")
+    if old:
+        (tmp_path / "audit.jsonl").write_bytes(old)
+    log.append({"round": 1})
+    with (tmp_path / "audit.jsonl").open("ab") as file:
+        file.write(torn)
+    log.append({"round": 2})
+    assert len(states) >= 6
+    for number, state in enumerate(states):
+        for junk in (b"", b'{"again'):
+            folder = tmp_path / f"{number}{len(junk)}"
+            folder.mkdir()
+            for name, content in state.items():
+                (folder / name).write_bytes(content)
+            with (folder / "audit.jsonl").open("ab") as file:
+                file.write(junk)
+            _log(folder).append({"round": 3})
+            found = check_log(_log(folder))
+            assert found.problems == [], (number, junk)
+            assert bool(found.notes) or not (junk or old)
+            shutil.rmtree(folder)
 
 
 def test_a_kill_between_renaming_a_full_file_and_saying_so_is_no_fault(tmp_path: Path) -> None:
