@@ -36,10 +36,8 @@ def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: f
     sent = [each.scalars["confidence"] for each in updates if "confidence" in each.scalars]
     usual = sum(sent) / len(sent) if sent else 1.0
     raw = [
-        _evidence({"confidence": usual, **each.scalars}, policy, progress, classes)
-        if each.scalars["steps"] > 0
-        else 0.0
-        for each in updates
+        _evidence(update.scalars, policy, progress, classes, usual) if update.scalars["steps"] > 0 else 0.0
+        for update in updates
     ]
     total = sum(raw)
     if total <= 0:
@@ -47,7 +45,9 @@ def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: f
     return [value / total for value in raw]
 
 
-def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float, classes: int) -> float:
+def _evidence(
+    scalars: Mapping[str, float], policy: Aggregation, progress: float, classes: int, usual_confidence: float
+) -> float:
     if policy.weights == "equal":
         return 1.0
     if policy.weights == "samples":
@@ -55,7 +55,7 @@ def _evidence(scalars: Mapping[str, float], policy: Aggregation, progress: float
     ramp = math.exp(-5 * (1 - progress) ** 2)
     pseudo_labels = scalars["accepted"]
     if policy.weights == "confidence":
-        pseudo_labels *= scalars["confidence"]
+        pseudo_labels *= scalars.get("confidence", usual_confidence)
     return float(scalars["labeled"] + policy.unlabeled_share * ramp * pseudo_labels / classes)
 
 
