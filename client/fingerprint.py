@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from client.egress import EgressError, EgressGate
 from client.manifest import FINGERPRINT, manifest_of
 from client.site_config import SiteConfig, annotated_classes, inventory
-from semisam_core.contract import METRICS_RECORD
+from semisam_core.contract import METRICS_RECORD, SITE_RECORD
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.fingerprint import CaseFacts, fingerprint
 from semisam_core.data.geometry import Geometry, axis_change
@@ -70,7 +70,7 @@ def write_fingerprint(
     reply = gate.reply(FINGERPRINT, "", 0, plan.hash, scalars, patients=known)
     content = {
         "version": VERSION,
-        "site": config.site,
+        "site": reply[SITE_RECORD]["site"],
         "task": json.loads(plan.task.model_dump_json()),
         "fingerprint": dict(reply[METRICS_RECORD].items()),
     }

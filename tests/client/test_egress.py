@@ -143,6 +143,39 @@ def test_the_approved_manifest_lets_its_items_leave(tmp_path: Path) -> None:
     assert SPECIALIST_RECORD in _reply(gate)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    scalars=st.dictionaries(
+        st.sampled_from(["steps", "loss", "share", "patient"]),
+        st.one_of(st.integers(-5, 5), st.floats(-2, 2), st.just(math.nan), st.booleans()),
+    ),
+    patients=st.dictionaries(st.sampled_from(["loss", "share"]), st.integers(0, 9)),
+)
+def test_whatever_the_work_reports_only_what_the_manifest_lists_leaves(
+    tmp_path_factory: pytest.TempPathFactory, scalars: dict[str, Any], patients: dict[str, int]
+) -> None:
+    items = {
+        "steps": ScalarItem(0, math.inf, True, IN_BUCKETS),
+        "loss": ScalarItem(-math.inf, math.inf, False, Rounding("digits", 2), minimum_patients=5),
+        "share": ScalarItem(0, 1, False, Rounding("digits", 1), minimum_patients=3),
+    }
+    log = tmp_path_factory.mktemp("site") / "audit.jsonl"
+    gate = EgressGate("alpha", Egress(), log)
+    gate.agree(Manifest("alpha", 1, {"evaluate": MessageItems(1, items, TEXTS)}))
+    try:
+        reply = gate.reply("evaluate", "run", 1, "hash", scalars, patients=patients)
+    except EgressError:
+        assert not log.exists()
+        return
+    sent = dict(reply.metric_records["metrics"])
+    assert set(sent) <= set(items)
+    for name, value in sent.items():
+        assert items[name].mistake(value) is None
+        assert items[name].rounding(value) == value  # type: ignore[arg-type]
+        assert patients.get(name, 0) >= items[name].minimum_patients
+    assert read_json_lines(log)[0]["scalars"] == sent
+
+
 def test_numbers_leave_rounded_as_the_manifest_says_and_are_logged_so(tmp_path: Path) -> None:
     rounded = {
         "steps": ScalarItem(0, math.inf, True, IN_BUCKETS),
