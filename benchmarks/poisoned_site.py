@@ -120,6 +120,7 @@ def _write_site(folder: Path, number: int, name: str) -> Path:
         "device": "cpu",
         "threads": 1,
         "storage": {"folder": str(folder / "storage" / name)},
+        "egress": {"numbers": "exact"},
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli.audit_commands import app as audit_app
 from cli.data_commands import app as data_app
 from cli.errors import readable_errors
 from cli.import_command import import_scans
@@ -28,6 +29,7 @@ app.add_typer(lead_app, name="lead")
 app.add_typer(site_app, name="site")
 lead_app.command("plan")(derive_plan)
 site_app.command()(fingerprint)
+site_app.add_typer(audit_app, name="audit")
 app.command("import")(import_scans)
 app.command()(predict)
 app.command()(export)

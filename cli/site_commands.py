@@ -52,6 +52,7 @@ def init(
             )
         console.print(f"\nNext:\n  {say}", highlight=False, soft_wrap=True)
         console.print("  edit site.yaml: folders of images and labels, which cases are labeled", highlight=False)
+        console.print("  semisam site manifest: what would leave", highlight=False)
         console.print(f"  semisam site approve {invitation.resolve()}", highlight=False, soft_wrap=True)
         console.print("  semisam site doctor\n  semisam site start", highlight=False)
 
@@ -96,6 +97,25 @@ def approve(
             raise typer.Exit(1)
         keep(offer, site, config, store)
         console.print("Approved. A running site takes up a new plan when it is restarted.")
+
+
+@app.command()
+def manifest(folder: FolderOption = HERE, as_json: JsonOption = False) -> None:
+    """Print all that would leave this site, per round and over the whole study. `approve` covers its hash.
+
+    Example: semisam site manifest --folder atrium-north
+    """
+    with readable_errors():
+        from client.manifest import manifest_of
+        from deployment.site.manifest_view import show_manifest
+        from deployment.site.site_folder import SiteFolder
+
+        site = SiteFolder.at(folder)
+        listed = manifest_of(site.config(), site.plan())
+        if as_json:
+            typer.echo(json.dumps(listed.as_json() | {"hash": listed.hash}, indent=2, ensure_ascii=False))
+        else:
+            show_manifest(listed, console)
 
 
 @app.command()
@@ -216,4 +236,4 @@ def withdraw(
         )
         console.print(f"Still on this machine: {site.path} (key, plan, logs) and", soft_wrap=True)
         console.print(f"{config.storage.folder} (audit log, teachers, pseudo-labels, embeddings, prepared scans,")
-        console.print("approved code). Keep audit.jsonl; the rest can be deleted.")
+        console.print("approved code). Keep audit.jsonl and the other audit files; the rest can be deleted.")

@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 import semisam_core
-from client.egress import EgressError, EgressGate, arriving_tensors
+from client.egress import EgressError, EgressGate, ManifestNotApprovedError, arriving_tensors
+from client.manifest import EVALUATE, JOIN, TRAIN, manifest_of
 from client.report import SiteReport
 from client.restore import WeightsNotAgreedError
 from client.secure import SecureAggregationError, SecureRound, UpdateTooLargeError, keys_sha256
@@ -24,8 +25,6 @@ from semisam_core.contract import (
     ACTIVE,
     ATTEMPT,
     DROPPED,
-    JOIN_SCALARS,
-    MASKED_VECTOR,
     REJECTED,
     REJECTED_ROUND,
     SEALED_BY,
@@ -33,24 +32,24 @@ from semisam_core.contract import (
     SITE_KEYS,
     SPECIALIST_RECORD,
     STUDY_RECORD,
-    TRAIN_SCALARS,
     RefusalRule,
     RejectionRule,
     Stage,
-    evaluation_scalars,
     same_version,
-    update_spec,
 )
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.plan import Plan, plan_from_json
-from semisam_core.secure_aggregation.fixed_point import vector_spec
 
 logger = logging.getLogger(__name__)
 
 app = ClientApp()
 
+# In the node config: the hash of the manifest approved at this site; an empty one fits none.
+APPROVED_MANIFEST = "approved-manifest"
+
 # The rule that a message is refused by when the work raises one of these; the first that fits.
 RULE_OF_ERROR: tuple[tuple[type[Exception], RefusalRule], ...] = (
+    (ManifestNotApprovedError, RefusalRule.MANIFEST_NOT_APPROVED),
     (EgressError, RefusalRule.EGRESS),
     (SplitChangedError, RefusalRule.SPLIT_CHANGED),
     (NoUsableCaseError, RefusalRule.NO_USABLE_CASE),
@@ -87,12 +86,10 @@ def join(message: Message, context: Context) -> Message:
     """Check this site's data and generalists against the plan and reply with counts."""
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
-        report = site.join()
-        return gate.reply(
-            "join", request.run, 0, request.plan.hash, report.scalars, JOIN_SCALARS, split_hash=site.scans.split_sha256
-        )
+        report, split = site.join(), site.scans.split_sha256
+        return gate.reply(JOIN, request.run, 0, request.plan.hash, report.scalars, split_hash=split)
 
-    return _answer("join", message, context, work)
+    return _answer(JOIN, message, context, work)
 
 
 @app.train()
@@ -101,19 +98,10 @@ def train(message: Message, context: Context) -> Message:
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         report: SiteReport = site.train(arriving_tensors(message.content.array_records[SPECIALIST_RECORD]))
-        return gate.reply(
-            "train",
-            request.run,
-            request.round_number,
-            request.plan.hash,
-            report.scalars,
-            TRAIN_SCALARS,
-            report.weights,
-            update_spec(request.plan) if report.weights is not None else None,
-            site.scans.split_sha256,
-        )
+        about, split = (request.run, request.round_number, request.plan.hash), site.scans.split_sha256
+        return gate.reply(TRAIN, *about, report.scalars, report.weights, split, report.patients)
 
-    return _answer("train", message, context, work)
+    return _answer(TRAIN, message, context, work)
 
 
 @app.train("keys")
@@ -137,9 +125,8 @@ def masked(message: Message, context: Context) -> Message:
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         secure, asked = _secure(site), message.content.config_records[SECURE_RECORD]
         vector = secure.masked(asked.get(ATTEMPT), _of(SEALED_BY, asked))
-        agreed = {MASKED_VECTOR: vector_spec(update_spec(request.plan))}
         about = (request.run, request.round_number, request.plan.hash)
-        return gate.reply(Stage.MASKED.value, *about, {}, (), vector, agreed, site.scans.split_sha256)
+        return gate.reply(Stage.MASKED.value, *about, {}, vector, site.scans.split_sha256)
 
     return _answer(Stage.MASKED.value, message, context, work)
 
@@ -162,11 +149,10 @@ def evaluate(message: Message, context: Context) -> Message:
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
         weights = arriving_tensors(message.content.array_records[SPECIALIST_RECORD])
         report = site.evaluate(weights, request.final)
-        agreed, split = evaluation_scalars(request.plan), site.scans.split_sha256
-        about = (request.run, request.round_number, request.plan.hash)
-        return gate.reply("evaluate", *about, report.scalars, agreed, split_hash=split)
+        about, split = (request.run, request.round_number, request.plan.hash), site.scans.split_sha256
+        return gate.reply(EVALUATE, *about, report.scalars, split_hash=split, patients=report.patients)
 
-    return _answer("evaluate", message, context, work)
+    return _answer(EVALUATE, message, context, work)
 
 
 def _take_part(
@@ -184,7 +170,7 @@ def _take_part(
         if stage is Stage.SHARES:
             offered = _of(SITE_KEYS, asked)
             gate.log_keys(request.run, request.round_number, sorted(offered), keys_sha256(offered))
-        return gate.reply(stage.value, *about, {}, (), split_hash=site.scans.split_sha256, material=material)
+        return gate.reply(stage.value, *about, {}, split_hash=site.scans.split_sha256, material=material)
 
     return _answer(stage.value, message, context, work)
 
@@ -232,7 +218,7 @@ def _answer(
     """Do the work and reply. Whatever fails, only the name of a rule leaves."""
     try:
         config = site_config_of(context)
-        gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl")
+        gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl", _approved(context))
         return Message(_work(kind, message, config, gate, work), reply_to=message)
     except ConfigError as error:
         logger.error("This site cannot work: %s", error)
@@ -241,6 +227,12 @@ def _answer(
         logger.error("This site cannot write its audit log, so it sends nothing", exc_info=error)
         rule = RefusalRule.AUDIT_LOG
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, rule.value), reply_to=message)
+
+
+def _approved(context: Context) -> str | None:
+    """Return the hash of the manifest that people approved. A deployed site's own worker always names one."""
+    named = context.node_config.get(APPROVED_MANIFEST)
+    return None if named is None else str(named)
 
 
 def _work(
@@ -254,6 +246,7 @@ def _work(
     _log_rejection(message, gate, run)
     try:
         request = _request_of(message)
+        gate.agree(manifest_of(config, request.plan))
         site = Site(config, request.plan, request.run, request.round_number)
         return work(site, gate, request)
     except _RefusedError as refused:

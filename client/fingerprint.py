@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from client.egress import EgressError, EgressGate
+from client.manifest import FINGERPRINT, manifest_of
 from client.site_config import SiteConfig, annotated_classes, inventory
-from semisam_core.contract import METRICS_RECORD
+from semisam_core.contract import METRICS_RECORD, SITE_RECORD
 from semisam_core.data.cases import Case, Role
-from semisam_core.data.fingerprint import CaseFacts, fingerprint, fingerprint_scalars
+from semisam_core.data.fingerprint import CaseFacts, fingerprint
 from semisam_core.data.geometry import Geometry, axis_change
 from semisam_core.data.nifti import check_memory, open_nifti
 from semisam_core.data.scans import load_original_label, read_onto
@@ -64,10 +65,12 @@ def write_fingerprint(
         progress(len(cases), len(cases))
     scalars = fingerprint(facts, plan.task, config.egress.minimum_patients)
     gate = EgressGate(config.site, config.egress, config.storage.folder / "audit.jsonl")
-    reply = gate.reply("fingerprint", "", 0, plan.hash, scalars, fingerprint_scalars(plan.task))
+    gate.agree(manifest_of(config, plan))
+    known = dict.fromkeys(scalars, len({each.patient for each in facts}))
+    reply = gate.reply(FINGERPRINT, "", 0, plan.hash, scalars, patients=known)
     content = {
         "version": VERSION,
-        "site": config.site,
+        "site": reply[SITE_RECORD]["site"],
         "task": json.loads(plan.task.model_dump_json()),
         "fingerprint": dict(reply[METRICS_RECORD].items()),
     }

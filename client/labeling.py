@@ -15,6 +15,7 @@ from client.evidence import SiteEvidence
 from client.progress import ProgressLog
 from client.scans import ScanPair
 from client.site_config import SiteConfig, annotated_classes, usable_generalists
+from semisam_core.data.patients import read_patients
 from semisam_core.data.scans import resample
 from semisam_core.errors import WeightsError
 from semisam_core.files import append_json_line
@@ -26,6 +27,7 @@ from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes, backg
 from semisam_core.pseudo_labels.fusion import PseudoLabel, make_pseudo_label
 from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.store import PseudoLabelStore, StoredPseudoLabel
+from semisam_core.small_numbers import Rounding
 from semisam_core.sources.feature_head import FeatureHeadSource, FeatureReader, train_head
 from semisam_core.sources.head_network import FeatureHead
 from semisam_core.sources.labeling import LabelRecord
@@ -222,12 +224,30 @@ class Labeler:
                 for view in head.views
             }
             train_head(head, scans, settings, seed, self._device)
-            head.log_volumes.copy_(_log_volumes(known, spacing, head.log_volumes))
+            head.log_volumes.copy_(self._log_volumes(labeled, spacing, head.log_volumes))
         except (RuntimeError, ValueError, FloatingPointError) as error:
             logger.warning("The feature head was not trained in this round: %s", error)
             head.load_state_dict(sent)
             return 0
         return settings.steps_per_round
+
+    def _log_volumes(self, labeled: Scans, spacing_mm: tuple[float, float, float], otherwise: Tensor) -> Tensor:
+        """Return `FeatureHead.log_volumes` over the labels that show each class, (K,); `otherwise` where none does.
+
+        Unless the site sends exact numbers, the mean is rounded, and `otherwise` also where it would be of too few
+        patients.
+        """
+        egress, voxel_ml, found = self._config.egress, math.prod(spacing_mm) / 1000, otherwise.clone()
+        exact = egress.numbers == "exact"
+        patients = read_patients(self._config.data.images) or {}
+        first = list(labeled)[:CALIBRATION_SCANS]
+        known = [(patients.get(case, case), label) for case, load in first for _, label in _labeled([(case, load)])]
+        for k in range(len(found)):
+            seen = [(who, voxels) for who, label in known if (voxels := int((label == k + 1).sum()))]
+            if len({who for who, _ in seen}) >= (1 if exact else egress.minimum_patients):
+                mean_ml = voxel_ml * sum(voxels for _, voxels in seen) / len(seen)
+                found[k] = math.log1p(mean_ml if exact else Rounding("digits", egress.significant_digits)(mean_ml))
+        return found
 
     def _feature_reader(self) -> FeatureReader | None:
         """Return what reads features for the plan's head; None without a head, or at a site without its generalist."""
@@ -310,19 +330,6 @@ def _labeled(scans: Scans) -> Iterator[tuple[ScanPair, Tensor]]:
         pair = load()
         if pair is not None and pair.for_generalists.label is not None:
             yield pair, pair.for_generalists.label
-
-
-def _log_volumes(
-    known: Sequence[tuple[ScanPair, Tensor]], spacing_mm: tuple[float, float, float], otherwise: Tensor
-) -> Tensor:
-    """Return `FeatureHead.log_volumes` over the labels that show each class, (K,); `otherwise` where none does."""
-    voxel_ml = math.prod(spacing_mm) / 1000
-    found = otherwise.clone()
-    for k in range(len(found)):
-        seen = [voxels for _, label in known if (voxels := int((label == k + 1).sum()))]
-        if seen:
-            found[k] = math.log1p(voxel_ml * sum(seen) / len(seen))
-    return found
 
 
 def _expected_volumes(head: FeatureHead | None, calibration: Calibration, classes: int) -> list[float | None]:

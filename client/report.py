@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
 from torch import Tensor
 
+from semisam_core.contract import CLASS_SCORES
 from semisam_core.evaluation import ClassScore, summarise
 from semisam_core.files import append_json_line
 from semisam_core.prompting import Refusal
@@ -20,10 +21,11 @@ Scalars = dict[str, float | int]
 
 @dataclass(frozen=True)
 class SiteReport:
-    """The scalars to send, and the weights (train only)."""
+    """The scalars to send, about how many patients each of the sensitive ones is, and the weights (train only)."""
 
     scalars: Scalars
     weights: dict[str, Tensor] | None = None
+    patients: Mapping[str, int] = field(default_factory=dict)
 
 
 def training_scalars(
@@ -48,6 +50,40 @@ def training_scalars(
     scalars |= {f"loss.{term}": value for term, value in result.losses.items()}
     scalars |= {f"gradient.{term}": value for term, value in result.gradients.items()}
     return scalars
+
+
+def training_patients(scalars: Iterable[str], labeled: int, trained: int, pseudo_labeled: int) -> dict[str, int]:
+    """Return about how many patients each mean of a training round is.
+
+    Args:
+        scalars: the names of the round's scalars.
+        labeled: patients with labels.
+        trained: patients with scans for training.
+        pseudo_labeled: patients with an accepted pseudo-label.
+    """
+    of_term = {"supervised": labeled, "consistency": trained, "generalist": pseudo_labeled}
+    found = {name: of_term[term] for name in scalars if (term := name.partition(".")[2]) in of_term}
+    return found | {"confidence": pseudo_labeled}
+
+
+def score_patients(
+    scores: Sequence[Sequence[ClassScore | None]], patients: Sequence[str], names: Sequence[str]
+) -> dict[str, int]:
+    """Return over how many patients each mean score of each class is.
+
+    Args:
+        scores: per case, each class's scores, or None where there are none.
+        patients: whose each case is.
+        names: the class names.
+    """
+    found = {}
+    for k, name in enumerate(names):
+        scored = [(case[k], patient) for case, patient in zip(scores, patients, strict=True)]
+        for score in CLASS_SCORES:
+            found[f"{score}.{name}"] = len(
+                {patient for each, patient in scored if each is not None and getattr(each, score, 0) is not None}
+            )
+    return found
 
 
 def count_gates(scans: Iterable[Sequence[Refusal | None]]) -> Scalars:

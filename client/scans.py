@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -61,9 +61,9 @@ class SiteScans:
         self._config, self._plan, self._progress = config, plan, progress
         self._found: Inventory = inventory(config, plan)
         self.split_sha256: str | None = None
+        self._patients = read_patients(config.data.images) or {}
         if run_folder is not None:
-            patients = read_patients(config.data.images) or {}
-            split = run_split(run_folder, config.storage.folder, self._found, patients)
+            split = run_split(run_folder, config.storage.folder, self._found, self._patients)
             kept = tuple(case for case in self._found.cases if case.id in split.roles)
             self._found, self.split_sha256 = replace(self._found, cases=kept), split.sha256
         self._checked = False
@@ -112,6 +112,14 @@ class SiteScans:
             "validation": len(self.usable(Role.VALIDATION)),
             "quarantined": len(self._quarantined),
         }
+
+    def patient(self, case: Case) -> str:
+        """Return whose scan a case is; one that the manifest does not name counts as a patient of its own."""
+        return self._patients.get(case.id, case.id)
+
+    def patients(self, cases: Iterable[Case]) -> int:
+        """Return of how many patients cases are."""
+        return len({self.patient(case) for case in cases})
 
     def load(self, case: Case) -> Scan | None:
         """Return a case on the plan's grid, its label reduced to the annotated classes; None if it is quarantined."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import torch
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from client.labeling import Labeler
 from client.progress import ProgressLog
-from client.report import SiteReport, log_gates, log_scores, mean_scores, training_scalars
+from client.report import (
+    SiteReport,
+    log_gates,
+    log_scores,
+    mean_scores,
+    score_patients,
+    training_patients,
+    training_scalars,
+)
 from client.restore import RoundStart, local_layers
 from client.scans import SiteScans
 from client.secure import SecureRound
@@ -134,10 +142,11 @@ class Site:
         if head is not None:
             scalars["head_steps"] = head_steps
             sent |= with_prefix(head)
+        patients = self._patients(scalars, labels)
         if self.secure is None:
-            return SiteReport(scalars, _cpu(sent))
+            return SiteReport(scalars, _cpu(sent), patients)
         self.secure.keep(_cpu(sent), weights, whole_weights(scalars, self.plan, self.round))
-        return SiteReport(scalars)
+        return SiteReport(scalars, patients=patients)
 
     def evaluate(self, weights: Mapping[str, Tensor], final: bool) -> SiteReport:
         """Score the specialist on the classes that the validation labels mark, in each scan's own geometry.
@@ -164,7 +173,9 @@ class Site:
         if final:
             self._draw(specialist, head)
         means = mean_scores(scores, self.plan.class_names, self.config.egress.validation_scores)
-        return SiteReport({"validation": len(cases)} | means)
+        owners = [self.scans.patient(case) for case in cases]
+        patients = score_patients(scores, owners, self.plan.class_names)
+        return SiteReport({"validation": len(cases)} | means, patients=patients)
 
     @cached_property
     def secure(self) -> SecureRound | None:
@@ -180,6 +191,12 @@ class Site:
     @cached_property
     def _labeler(self) -> Labeler:
         return Labeler(self.config, self.plan, self.state.folder, self.device, self.progress)
+
+    def _patients(self, scalars: Iterable[str], labels: Mapping[str, StoredPseudoLabel]) -> dict[str, int]:
+        """Return about how many patients each mean of a training round is."""
+        labeled, trained = self.scans.usable(Role.LABELED), self.scans.usable(Role.LABELED, Role.UNLABELED)
+        accepted = [case for case in trained if _accepted(labels.get(case.id))]
+        return training_patients(scalars, *(self.scans.patients(cases) for cases in (labeled, trained, accepted)))
 
     def _loaders(self, labels: Mapping[str, StoredPseudoLabel]) -> tuple[list[Loader], list[Loader]]:
         """Return loaders of labeled and of unlabeled scans, the latter with their pseudo-labels.

@@ -124,14 +124,19 @@ class Egress(StrictModel):
         feature_head: whether the plan's feature head may be trained on this site's labels. If not, the site sends back
             the one that it was sent. The head carries the mean volume of each labeled structure.
         fingerprint: whether aggregates over the scans may be written for the lead, before there is a plan.
-        minimum_patients: fewer patients than this have no aggregate in a fingerprint.
+        numbers: `rounded` puts counts of scans into buckets, rounds all other numbers, and withholds those about fewer
+            patients than the minimum; `exact` sends every number as it is, for public or generated data.
+        minimum_patients: a number about fewer patients than this is withheld, in a fingerprint also under `exact`.
+        significant_digits: of scores, losses and all else that is neither a count nor in a fingerprint.
     """
 
     maximum_update_mb: float = Field(default=500.0, gt=0)
     validation_scores: tuple[str, ...] = CLASS_SCORES
     feature_head: bool = True
     fingerprint: bool = True
+    numbers: Literal["rounded", "exact"] = "rounded"
     minimum_patients: int = Field(default=5, ge=1)
+    significant_digits: int = Field(default=2, ge=1, le=6)
 
     @field_validator("validation_scores")
     @classmethod

@@ -59,9 +59,15 @@ egress:
   # Whether a plan's feature head may be trained on this site's labels; if not, it is sent back as it came. With it goes
   # the mean volume of each labeled structure: with one labeled scan, that of one patient.
   feature_head: true
+  # rounded: counts of scans leave as 0, 1-4, 5-9, 10-19, 20-49, ..., all other numbers with few significant digits, and
+  # scores and losses about fewer patients than minimum_patients not at all. exact: every number as it is; only for data
+  # that is public or generated.
+  numbers: {numbers}
+  significant_digits: 2
   # Whether `semisam site fingerprint` may write rounded aggregates over patients (spacing, extent, intensities,
-  # volumes) for the lead to derive the plan from; and the number of patients below which it writes none.
+  # volumes) for the lead to derive the plan from.
   fingerprint: true
+  # The number of patients below which a number about them is withheld, in a fingerprint and in every reply.
   minimum_patients: 5
 """
 
@@ -90,6 +96,7 @@ def write_for_import(folder: Path, labels: bool) -> tuple[Path, bool]:
         split="{validation_share: 0.2, labeled_patients: all, seed: 0}" if labels else "null",
         generalists="{lite-medsam: {weights: packaged}}",
         storage="storage",
+        numbers="rounded",
     )
     write_atomically(path, content.encode())
     return path, True

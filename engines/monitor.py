@@ -19,12 +19,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from engines.results import bucketed, count_words
+
 TAIL_BYTES = 4096
 
 
-def describe(event: Mapping[str, Any]) -> str | None:
-    """Return an event in words, or None for one that people need not see."""
+def describe(event: Mapping[str, Any], in_buckets: bool = False) -> str | None:
+    """Return an event in words, or None for one that people need not see.
+
+    Args:
+        event: a line of the metrics.
+        in_buckets: whether the site's counts are the lowest of a bucket.
+    """
     kind = event.get("event")
+
+    def count(name: str) -> str:
+        return count_words(event.get(name, 0), in_buckets)
+
     if kind == "aggregated":
         left = event["rounds"] - event["round"]
         return (
@@ -33,17 +44,18 @@ def describe(event: Mapping[str, Any]) -> str | None:
         )
     if kind in ("joined", "rejoined"):
         return (
-            f"{event['site']} {kind}: {event['labeled']:.0f} labeled, {event['unlabeled']:.0f} unlabeled, "
-            f"{event['validation']:.0f} validation, {event['quarantined']:.0f} quarantined"
+            f"{event['site']} {kind}: {count('labeled')} labeled, {count('unlabeled')} unlabeled, "
+            f"{count('validation')} validation, {count('quarantined')} quarantined"
         )
     if kind == "trained":
         return (
             f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps, "
-            f"pseudo-labels {event['accepted']:.0f} accepted, {event.get('gated', 0):.0f} gated{_gradients(event)}"
+            f"pseudo-labels {count('accepted')} accepted, {count('gated')} gated{_gradients(event)}"
         )
     if kind == "evaluated":
         scores = [f"{key[5:]} {value:.3f}" for key, value in event.items() if key.startswith("dice.")]
-        return f"round {event['round']}: {event['site']} Dice {', '.join(scores) or 'not sent'}"
+        withheld = "withheld" if in_buckets and event["validation"] else "not sent"
+        return f"round {event['round']}: {event['site']} Dice {', '.join(scores) or withheld}"
     if kind == "refused":
         return f"round {event['round']}: {event['site']} is left out: {event['reason']}"
     if kind == "sum-given-up":
@@ -57,8 +69,8 @@ def _gradients(event: Mapping[str, Any]) -> str:
     """Return each loss term's share of the gradients, so that a term that teaches nothing is seen at once."""
     norms = {key.partition(".")[2]: value for key, value in event.items() if key.startswith("gradient.")}
     total = sum(norms.values())
-    if len(norms) < 2 or total <= 0:
-        return ""
+    if len(norms) < 2 or total <= 0 or (event.get("labeled", 0) > 0 and "supervised" not in norms):
+        return ""  # without a term that was withheld, shares would be of something else
     return "; gradient " + ", ".join(f"{term} {norm / total:.0%}" for term, norm in norms.items())
 
 
@@ -90,6 +102,7 @@ class RunMonitor:
         self._sites: dict[str, TaskID] = {}
         self._phases: dict[str, str] = {}
         self._said: set[tuple[str, int, str]] = set()
+        self._in_buckets: set[str] = set()
 
     def __enter__(self) -> RunMonitor:
         self._progress.start()
@@ -109,9 +122,11 @@ class RunMonitor:
             self._show_site(site, storage)
 
     def _show(self, event: Mapping[str, Any]) -> None:
+        if bucketed(event):
+            self._in_buckets.add(str(event["site"]))
         if event.get("event") == "aggregated":
             self._progress.update(self._rounds, completed=event["round"], total=event["rounds"], note="")
-        if (text := describe(event)) is not None:
+        if (text := describe(event, str(event.get("site")) in self._in_buckets)) is not None:
             self._say(text)
 
     def _say(self, text: str) -> None:

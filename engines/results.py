@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from engines.tables import FittingTable
+from semisam_core.contract import BUCKETED_COUNTS, COUNTS_WORD
 from semisam_core.files import read_json_lines
+from semisam_core.small_numbers import bucket_words
 from server.metrics_log import counted
 
 UNLABELED = (
@@ -26,6 +28,7 @@ class SiteResult:
         prompting_dice: on those of them with a pseudo-label, of the specialist that prompted it.
         pseudo_label_dice: on the same, of the pseudo-label.
         unlabeled_dice: on all of them, of the final specialist.
+        bucketed: whether the site's counts are the lowest of a bucket; its scores are then withheld if of few patients.
     """
 
     site: str
@@ -45,6 +48,7 @@ class SiteResult:
     prompting_dice: float | None = None
     pseudo_label_dice: float | None = None
     unlabeled_dice: float | None = None
+    bucketed: bool = False
 
 
 def collect(run_folder: Path, local_folders: Mapping[str, Path], classes: Sequence[str]) -> list[SiteResult]:
@@ -75,6 +79,7 @@ def collect(run_folder: Path, local_folders: Mapping[str, Path], classes: Sequen
                     federated_dice=federated.get(f"dice.{name}"),
                     federated_hd95_mm=federated.get(f"hd95_mm.{name}"),
                     missing_distances=int(federated.get(f"missing_distances.{name}", 0)),
+                    bucketed=bucketed(joined[site]),
                 )
             )
     return results
@@ -112,17 +117,32 @@ def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> 
         numbers_from=2,
     )
     for r in results:
-        missing = f" ({r.missing_distances} missing)" if r.missing_distances else ""
+        missing = f" ({count_words(r.missing_distances, r.bucketed)} missing)" if r.missing_distances else ""
         table.add(
             r.site,
             r.target,
-            f"{r.labeled} / {r.unlabeled}",
-            f"{r.accepted} / {r.gated}",
+            f"{count_words(r.labeled, r.bucketed)} / {count_words(r.unlabeled, r.bucketed)}",
+            f"{count_words(r.accepted, r.bucketed)} / {count_words(r.gated, r.bucketed)}",
             *([" / ".join(_number(each, 3) for each in _unlabeled(r))] if hidden else []),
-            f"{_number(r.local_dice, 3)} / {_number(r.federated_dice, 3)}",
-            f"{_number(r.local_hd95_mm, 1)} / {_number(r.federated_hd95_mm, 1)}{missing}",
+            f"{_number(r.local_dice, 3)} / {_federated(r, r.federated_dice, 3)}",
+            f"{_number(r.local_hd95_mm, 1)} / {_federated(r, r.federated_hd95_mm, 1)}{missing}",
         )
     return table
+
+
+def bucketed(joined: Mapping[str, Any]) -> bool:
+    """Return whether a site's counts are the lowest of a bucket, by the record of its joining."""
+    return joined.get(COUNTS_WORD) == BUCKETED_COUNTS
+
+
+def count_words(count: float, in_bucket: bool) -> str:
+    """Return a count for people: `7`, or `5-9` of one in a bucket."""
+    return bucket_words(int(count)) if in_bucket else f"{count:.0f}"
+
+
+def _federated(r: SiteResult, value: float | None, digits: int) -> str:
+    """Return a score; a site in buckets that scored scans and sent none withheld it."""
+    return "withheld" if value is None and r.bucketed and r.validation else _number(value, digits)
 
 
 def _unlabeled(r: SiteResult) -> tuple[float | None, float | None, float | None]:

@@ -11,6 +11,7 @@ from typing import Any
 import monai
 import torch
 
+from engines.results import bucketed, count_words
 from release.model import TrainedModel, lacking
 from semisam_core.configuration import read_yaml
 from semisam_core.errors import ConfigError
@@ -19,6 +20,7 @@ from semisam_core.generalists.registry import generalist_spec
 from semisam_core.reporting.bootstrap import estimate
 
 SCORES = ("dice", "hd95_mm")
+ROLES = ("labeled", "unlabeled", "validation")
 LIMITS = (
     "It was scored on the sites' own validation scans only. Other scanners, protocols and patients are untested.",
     "Scores are means over each site's scans; scores of single scans never left the sites. With fewer than about ten "
@@ -51,7 +53,7 @@ def facts(run: Path, model: TrainedModel) -> dict[str, Any]:
         "rounds": plan.training.rounds,
         "steps_per_round": plan.training.steps_per_round,
         "sites": [
-            {"site": name, **{key: int(each.get(key, 0)) for key in ("labeled", "unlabeled", "validation")}}
+            {"site": name, **{key: _count(each.get(key, 0), bucketed(each)) for key in ROLES}}
             for name, each in sorted(sites.items())
         ],
         "scores": _scores(lines, plan.class_names, model.round),
@@ -65,6 +67,11 @@ def facts(run: Path, model: TrainedModel) -> dict[str, Any]:
             "monai": monai.__version__,
         },
     }
+
+
+def _count(count: float, in_bucket: bool) -> int | str:
+    """Return a site's number of scans, or of one in a bucket its range."""
+    return count_words(count, True) if in_bucket else int(count)
 
 
 def _scores(lines: Sequence[Mapping[str, Any]], classes: Sequence[str], number: int | None) -> list[dict[str, Any]]:
@@ -121,7 +128,7 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         ]
         lines += [_row(each) for each in card["scores"]]
     else:
-        lines.append("None were sent by the sites.")
+        lines.append("None were sent by the sites. Sites withhold scores of few patients.")
     lines += ["", "## Limits", "", *(f"- {each}" for each in card["limits"])]
     lines += ["", "## Models that made pseudo-labels", ""]
     for each in card["generalists"]:

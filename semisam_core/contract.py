@@ -33,6 +33,9 @@ HEAD_PREFIX = (
 # In the site record of a reply to join, train and evaluate: the keyed hash of the site's split by patient, the same in
 # every round of a run. 64 hexadecimal digits.
 SPLIT_HASH = "split-hash"
+# In the site record of a reply to join: whether the site's counts of scans are EXACT_COUNTS or the lowest of a bucket
+# (`small_numbers.BUCKETS`). Without the word they are exact.
+COUNTS_WORD, EXACT_COUNTS, BUCKETED_COUNTS = "counts", "exact", "buckets"
 # In the study record, if the server rejected this site's last reply: the RejectionRule and the round.
 REJECTED, REJECTED_ROUND = "rejected", "rejected-round"
 
@@ -58,6 +61,8 @@ TRAIN_SCALARS = (
 CLASS_SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm", "surface_dice", "cases", "missing_distances")
 # Which values a scalar may take, by its name up to the first dot. All others may be any non-negative number.
 COUNTS = frozenset({*JOIN_SCALARS, "accepted", "gated", "steps", "head_steps", "cases", "missing_distances"})
+# Numbers that say nothing of single patients, whatever their number: of models, of the plan's steps, and a duration.
+PATIENTLESS = frozenset({"generalists", "steps", "head_steps", "seconds"})
 SHARES = frozenset({"confidence", "dice", "jaccard", "surface_dice"})
 ANY_SIGN = frozenset({"loss"})
 
@@ -110,6 +115,7 @@ class RefusalRule(StrEnum):
     SECURE = "secure-aggregation"
     AUDIT_LOG = "audit-log"
     CODE_NOT_APPROVED = "code-not-approved"
+    MANIFEST_NOT_APPROVED = "manifest-not-approved"
     CODE_ALTERED = "code-altered"
     PROCESS_ENDED = "process-ended"
     OUT_OF_TIME = "out-of-time"
@@ -174,16 +180,32 @@ def evaluation_scalars(plan: Plan) -> tuple[str, ...]:
     return ("validation", *(f"{score}.{name}" for name in plan.class_names for score in CLASS_SCORES))
 
 
+def scalar_range(name: str) -> tuple[float, float]:
+    """Return the lowest and the highest value that a scalar may have."""
+    kind = name.partition(".")[0]
+    return -math.inf if kind in ANY_SIGN else 0.0, 1.0 if kind in SHARES else math.inf
+
+
+def is_count(name: str) -> bool:
+    """Return whether a scalar is a whole number."""
+    return name.partition(".")[0] in COUNTS
+
+
+def counts_patients(name: str) -> bool:
+    """Return whether a scalar is a count that depends on how many scans or patients a site has."""
+    return is_count(name) and name.partition(".")[0] not in PATIENTLESS
+
+
 def scalar_mistake(name: str, value: object) -> str | None:
     """Return why a scalar's value is invalid, or None."""
-    kind = name.partition(".")[0]
+    lowest, highest = scalar_range(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return f"the scalar {name} is not a finite number"
-    if value < 0 and kind not in ANY_SIGN:
+    if value < lowest:
         return f"the scalar {name} is negative"
-    if kind in COUNTS and not isinstance(value, int):
+    if is_count(name) and not isinstance(value, int):
         return f"the scalar {name} is a count but not a whole number"
-    if kind in SHARES and value > 1:
+    if value > highest:
         return f"the scalar {name} is a share but exceeds 1"
     return None
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from semisam_core.configuration import is_name
 from semisam_core.contract import (
+    BUCKETED_COUNTS,
+    COUNTS_WORD,
+    EXACT_COUNTS,
     JOIN_SCALARS,
     METRICS_RECORD,
     REFUSAL_RECORD,
@@ -25,17 +28,19 @@ from semisam_core.contract import (
     RejectionRule,
     Stage,
     TensorSpec,
+    counts_patients,
     evaluation_scalars,
     is_sha256,
     material_mistake,
     scalar_mistake,
 )
 from semisam_core.plan import Plan
+from semisam_core.small_numbers import BUCKETS, bucket_middle, bucket_top
 from server.arrays import NotAdmittedError, read_tensors
 
 REQUIRED: Mapping[str, Sequence[str]] = {
     MessageType.QUERY: ("labeled", "unlabeled", "validation", "quarantined"),
-    MessageType.TRAIN: ("labeled", "unlabeled", "accepted", "confidence", "steps"),
+    MessageType.TRAIN: ("labeled", "unlabeled", "accepted", "steps"),
     MessageType.EVALUATE: ("validation",),
 }
 SPLIT_CHANGED = "the site's split by patient is not the one that it joined with"
@@ -63,6 +68,7 @@ class Admitted:
         weights: the agreed tensors, if it carries any.
         split: the keyed hash of the site's split by patient.
         material: the keys or shares of a secure sum's stage.
+        bucketed: whether the site's counts of scans are the lowest of a bucket (`small_numbers.BUCKETS`).
     """
 
     site: str
@@ -70,6 +76,16 @@ class Admitted:
     weights: dict[str, Tensor] | None
     split: str | None = None
     material: Mapping[str, bytes] = field(default_factory=dict)
+    bucketed: bool = False
+
+    @property
+    def estimates(self) -> dict[str, float]:
+        """The scalars, with the middle of its bucket for each count that is in one: what weights are made from."""
+        if not self.bucketed:
+            return self.scalars
+        return {
+            name: bucket_middle(int(value)) if counts_patients(name) else value for name, value in self.scalars.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -165,12 +181,14 @@ def admit(
             raise NotAdmittedError(RejectionRule.RECORDS, "the reply names no site")
         declared = None if joined is None else _declared(reply, site, joined)
         _check_origin(reply, kind, round_number, plan, with_tensors=spec is not None)
-        split = _split(reply, None if joined is None else joined.get(reply.metadata.src_node_id))
-        scalars = _scalars(reply, kind, plan)
+        split, scalars = _split(reply, declared), _scalars(reply, kind, plan)
+        bucketed = _bucketed(reply) if declared is None else declared.bucketed
+        if bucketed:
+            _check_buckets(scalars)
         if declared is not None:
             _check_counts(scalars, kind, plan, declared)
         weights = None if spec is None else read_tensors(reply.content.array_records[SPECIALIST_RECORD], spec)
-        return Admitted(site, scalars, weights, split, _material(reply, kind))
+        return Admitted(site, scalars, weights, split, _material(reply, kind), bucketed)
     except NotAdmittedError as mistake:
         return Rejected(site or NAMELESS, str(mistake), mistake.rule)
     except Exception as error:  # records are unpacked when read, and hostile ones may raise anything
@@ -196,11 +214,11 @@ def _site_name(reply: Message) -> str | None:
     return name if is_name(name) else None
 
 
-def _declared(reply: Message, site: str, joined: Mapping[int, Admitted]) -> Mapping[str, float]:
+def _declared(reply: Message, site: str, joined: Mapping[int, Admitted]) -> Admitted:
     known = joined.get(reply.metadata.src_node_id)
     if known is None or known.site != site:
         raise NotAdmittedError(RejectionRule.ANOTHER_SITE, "the reply is not from the site that joined from its node")
-    return known.scalars
+    return known
 
 
 def _check_origin(reply: Message, kind: str, round_number: int, plan: Plan, with_tensors: bool) -> None:
@@ -255,13 +273,36 @@ def _scalars(reply: Message, kind: str, plan: Plan) -> dict[str, float]:
     return {name: float(value) for name, value in scalars.items() if isinstance(value, int | float)}
 
 
-def _check_counts(scalars: Mapping[str, float], kind: str, plan: Plan, declared: Mapping[str, float]) -> None:
-    """Compare counts with what the site declared when it joined; quarantined scans may have been repaired since."""
+def _bucketed(reply: Message) -> bool:
+    """Return whether a site that joins will send counts of scans in buckets."""
+    word = reply.content.config_records[SITE_RECORD].get(COUNTS_WORD, EXACT_COUNTS)
+    if word not in (EXACT_COUNTS, BUCKETED_COUNTS):
+        raise NotAdmittedError(RejectionRule.RECORDS, "the word on how the site counts is not an agreed one")
+    return word == BUCKETED_COUNTS
+
+
+def _check_buckets(scalars: Mapping[str, float]) -> None:
+    foreign = [name for name, value in scalars.items() if counts_patients(name) and value not in BUCKETS]
+    if foreign:
+        reason = f"{foreign[0]} is {scalars[foreign[0]]:g}, which begins no bucket, from a site that sends buckets"
+        raise NotAdmittedError(RejectionRule.COUNTS, reason)
+
+
+def _check_counts(scalars: Mapping[str, float], kind: str, plan: Plan, joined: Admitted) -> None:
+    """Compare counts with what the site declared when it joined; quarantined scans may have been repaired since.
+
+    A count in a bucket may be any of the bucket: what it limits is compared with the bucket's highest.
+    """
+
+    def most(count: float) -> float:
+        return bucket_top(int(count)) if joined.bucketed else count
+
+    declared = {name: most(count) for name, count in joined.scalars.items()}
     roles = {MessageType.TRAIN: ("labeled", "unlabeled"), MessageType.EVALUATE: ("validation",)}.get(kind, ())
     limits = [(role, scalars[role], declared[role] + declared["quarantined"]) for role in roles]
     if kind == MessageType.TRAIN:
         scans = sum(declared[name] for name in ("labeled", "unlabeled", "quarantined"))
-        pairs = scalars["unlabeled"] * len(plan.class_names) if plan.pseudo_labels is not None else 0.0
+        pairs = most(scalars["unlabeled"]) * len(plan.class_names) if plan.pseudo_labels is not None else 0.0
         limits += [
             ("labeled + unlabeled", scalars["labeled"] + scalars["unlabeled"], scans),
             ("accepted + gated", scalars["accepted"] + scalars.get("gated", 0.0), pairs),
@@ -270,10 +311,10 @@ def _check_counts(scalars: Mapping[str, float], kind: str, plan: Plan, declared:
         ]
     if kind == MessageType.EVALUATE:
         cases = [name for name in scalars if name.partition(".")[0] in ("cases", "missing_distances")]
-        limits += [(name, scalars[name], scalars["validation"]) for name in cases]
-    for name, found, most in limits:
-        if found > most:
-            raise NotAdmittedError(RejectionRule.COUNTS, f"{name} is {found:g} but can be at most {most:g}")
+        limits += [(name, scalars[name], most(scalars["validation"])) for name in cases]
+    for name, found, limit in limits:
+        if found > limit:
+            raise NotAdmittedError(RejectionRule.COUNTS, f"{name} is {found:g} but can be at most {limit:g}")
 
 
 def _head_steps(plan: Plan) -> int:

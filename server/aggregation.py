@@ -21,14 +21,17 @@ def evidence_weights(updates: Sequence[Update], policy: Aggregation, progress: f
 
     Args:
         updates: admitted updates.
-        policy: says what counts, see `evidence`.
+        policy: says what counts, see `evidence`. A site that withheld its confidence, because it is of few patients,
+            counts with the mean of the others.
         progress: finished share of the study's rounds, in [0, 1].
         classes: the plan's number of foreground classes.
 
     Raises:
         ValueError: no update has any weight.
     """
-    raw = [evidence(update.scalars, policy, progress, classes) for update in updates]
+    sent = [each.scalars["confidence"] for each in updates if "confidence" in each.scalars]
+    usual = {"confidence": sum(sent) / len(sent) if sent else 1.0}
+    raw = [evidence({**usual, **update.scalars}, policy, progress, classes) for update in updates]
     total = sum(raw)
     if total <= 0:
         raise ValueError("no site had anything to learn from in this round")

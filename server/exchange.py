@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 
-from semisam_core.contract import SECURE_RECORD, RejectionRule, Stage, TensorSpec
+from semisam_core.contract import BUCKETED_COUNTS, COUNTS_WORD, SECURE_RECORD, RejectionRule, Stage, TensorSpec
 from semisam_core.plan import Plan
 from server.admission import UNREACHABLE, Admitted, Failed, NotAdmitted, Rejected, admit
 from server.messages import Clock, Mailbox, SentMessage
@@ -243,7 +244,9 @@ class Exchange:
         if reason is not None:
             self._decline(sent, answer.site, reason, transient=False)
             return
-        self.folder.record("rejoined" if again else "joined", round=self.round, site=answer.site, **answer.scalars)
+        about: dict[str, Any] = {COUNTS_WORD: BUCKETED_COUNTS} if answer.bucketed else {}
+        event = "rejoined" if again else "joined"
+        self.folder.record(event, round=self.round, site=answer.site, **about, **answer.scalars)
         self._include(answer.site, sent.node)
 
     def _decline(self, sent: SentMessage, site: str, reason: str, transient: bool) -> None:

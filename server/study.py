@@ -148,8 +148,8 @@ class Study:
         def accept(answer: Admitted) -> None:
             if answer.weights is not None:
                 with self.folder.writing(f"the update of {answer.site}"):
-                    self._shelf.add(answer.site, answer.weights, answer.scalars, weights)
-            reports[answer.site] = answer.scalars
+                    self._shelf.add(answer.site, answer.weights, answer.estimates, weights)
+            reports[answer.site] = answer.estimates
             self.folder.record("trained", round=number, site=answer.site, **answer.scalars)
 
         sent = _arrays(weights)

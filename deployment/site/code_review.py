@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from client.manifest import Manifest, manifest_of
 from client.site_config import SiteConfig
 from deployment.invitation import Invitation, read_invitation
 from deployment.site.bundle import MAXIMUM_PACKED, Bundle, BundleError, FileChange, compare, read_bundle
@@ -78,11 +79,27 @@ def show_offer(offer: Offer, folder: SiteFolder, store: CodeStore, console: Cons
             console.print(printable(change.diff), markup=False, highlight=False, soft_wrap=True)
     if offer.invitation is not None:
         _show_plan(offer.invitation, folder, console)
+    _show_manifest(offered_manifest(offer, folder), store, console)
+
+
+def offered_manifest(offer: Offer, folder: SiteFolder) -> Manifest:
+    """Return what may leave if an offer is approved.
+
+    Raises:
+        ConfigError: the site's YAML or plan is invalid.
+    """
+    plan = offer.invitation.plan if offer.invitation is not None else folder.plan()
+    return manifest_of(folder.config(), plan)
 
 
 def plan_differences(before: Plan, after: Plan) -> list[str]:
     """Return one line per key of the plan that differs: key: before -> after."""
-    old, new = (_flat(json.loads(plan.canonical_json())) for plan in (before, after))
+    return differences(*(json.loads(plan.canonical_json()) for plan in (before, after)))
+
+
+def differences(before: Any, after: Any) -> list[str]:
+    """Return one line per key of nested mappings that differs: key: before -> after."""
+    old, new = _flat(before), _flat(after)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(set(old) | set(new))
@@ -91,13 +108,14 @@ def plan_differences(before: Plan, after: Plan) -> list[str]:
 
 
 def approve(offer: Offer, folder: SiteFolder, config: SiteConfig, store: CodeStore) -> None:
-    """Log the approval, then store the code and the invitation's plan, if there is one.
+    """Log the approval of code and manifest, then store both and the invitation's plan, if there is one.
 
     Raises:
         OSError: the storage cannot be written.
     """
-    book(config, "approve", code=offer.bundle.hash, plan=offer.invitation.plan.hash if offer.invitation else "")
-    store.approve(offer.bundle)
+    manifest, plan = offered_manifest(offer, folder), offer.invitation.plan.hash if offer.invitation else ""
+    book(config, "approve", code=offer.bundle.hash, plan=plan, manifest=manifest.hash)
+    store.approve(offer.bundle, manifest)
     if offer.invitation is not None:
         folder.adopt(offer.invitation)
 
@@ -131,6 +149,23 @@ def _show_plan(invitation: Invitation, folder: SiteFolder, console: Console) -> 
         console.print(f"Server: {here.address} -> {invitation.address}", markup=False, highlight=False)
     if invitation.ca_certificate != folder.ca_file.read_bytes():
         console.print("The server's certificate authority has changed. Ask the lead to confirm this.")
+
+
+def _show_manifest(manifest: Manifest, store: CodeStore, console: Console) -> None:
+    """Print what may leave: in short, and how it differs from what was approved last."""
+    for kind, items in manifest.messages.items():
+        console.print(
+            f"May leave in {kind}: {len(items.scalars)} numbers, {len(items.texts)} texts, {len(items.tensors)} "
+            f"tensors, {items.most_bytes:,} bytes at most",
+            highlight=False,
+        )
+    last = store.last_manifest()
+    if last is not None:
+        for line in differences(last, manifest.as_json()) or ["What may leave is unchanged."]:
+            console.print(printable(line), markup=False, highlight=False)
+    console.print(
+        f"Manifest {manifest.hash}; `semisam site manifest` prints all of it.", highlight=False, soft_wrap=True
+    )
 
 
 def _flat(value: Any, key: str = "") -> dict[str, str]:

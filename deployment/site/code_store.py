@@ -9,11 +9,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from client.manifest import Manifest
 from deployment.invitation import sha256
 from deployment.site.bundle import Bundle, BundleError, read_bundle
 from semisam_core.errors import SemiSAMError
 from semisam_core.files import utc_stamp, write_atomically, write_json
+
+MANIFEST = "manifest.json"  # beside the code, for people; the hash that counts is in the list
 
 
 class CodeAlteredError(SemiSAMError):
@@ -22,12 +26,13 @@ class CodeAlteredError(SemiSAMError):
 
 @dataclass(frozen=True)
 class Approval:
-    """One approval. `revoked` is empty while it is in force."""
+    """One approval. `revoked` is empty while it is in force; `manifest` is the hash of what may leave under it."""
 
     hash: str
     component: str
     approved: str
     revoked: str = ""
+    manifest: str = ""
 
 
 class CodeStore:
@@ -62,8 +67,12 @@ class CodeStore:
         """
         return [entry for entry in self.approvals() if not entry.revoked]
 
-    def approve(self, bundle: Bundle) -> None:
+    def approve(self, bundle: Bundle, manifest: Manifest) -> None:
         """Store and unpack a bundle, and add it to the list.
+
+        Args:
+            bundle: the code.
+            manifest: what may leave while it runs.
 
         Raises:
             OSError: the storage cannot be written; nothing is approved.
@@ -78,9 +87,10 @@ class CodeStore:
             target.write_bytes(content)
             target.chmod(0o444)
         write_atomically(temporary / "code.fab", bundle.content)
+        write_json(temporary / MANIFEST, manifest.as_json())
         os.replace(temporary, place)
         kept = [entry for entry in self.approvals() if entry.hash != bundle.hash or entry.revoked]
-        self._write([*kept, Approval(bundle.hash, bundle.component, utc_stamp())])
+        self._write([*kept, Approval(bundle.hash, bundle.component, utc_stamp(), manifest=manifest.hash)])
 
     def revoke(self, code_hash: str) -> Approval:
         """Revoke an approval and delete its code. The first 8 digits of the hash are enough.
@@ -104,6 +114,14 @@ class CodeStore:
         """
         approved = self.approved()
         return self._bundle(approved[-1].hash) if approved else None
+
+    def last_manifest(self) -> Any:
+        """Return the JSON of the manifest that was approved last with code that is still approved, or None."""
+        approved = self.approved()
+        try:
+            return json.loads(_read(self._folder / approved[-1].hash / MANIFEST)) if approved else None
+        except (CodeAlteredError, ValueError):
+            return None  # approved before there were manifests
 
     def verified(self, code_hash: str) -> tuple[Bundle, Path]:
         """Return an approved bundle and the folder of its files, after comparing the two byte by byte.

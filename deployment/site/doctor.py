@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import Progress
 
+from client.audit_check import check_log
+from client.manifest import Manifest, manifest_of
 from client.site_config import SiteConfig
 from deployment.invitation import installed_versions
 from deployment.site.code_store import CodeAlteredError, CodeStore
 from deployment.site.doctor_data import check_data, check_generalists, check_machine, check_storage
 from deployment.site.doctor_server import check_server
 from deployment.site.findings import Finding, Level, fine, problem, warning
-from deployment.site.site_folder import Deployment, SiteFolder
+from deployment.site.site_folder import Deployment, SiteFolder, audit_log
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan
 from semisam_core.text import printable
@@ -38,7 +40,9 @@ def examine(folder: SiteFolder, progress: Console, data: bool, server: bool) -> 
     config, plan = _config(folder, deployment, findings), _plan(folder, deployment, findings)
     if config is not None:
         findings += [*_check_code(folder.code(config), deployment), check_storage(config.storage.folder)]
+        findings += [_check_log(config), _check_numbers(config)]
     if config is not None and plan is not None:
+        findings.append(_check_manifest(folder.code(config), deployment, manifest_of(config, plan)))
         findings += check_generalists(config, plan)
         findings += check_machine(config, plan)
         with Progress(console=progress, transient=True) as bar:
@@ -127,3 +131,39 @@ def _check_code(store: CodeStore, deployment: Deployment) -> list[Finding]:
     if deployment.code_hash not in {entry.hash for entry in approved}:
         return [warning("code", "the invitation's code is not approved; if the lead runs it, this site refuses.")]
     return [fine("code", "the invitation's code is approved and its copy is unaltered.")]
+
+
+def _check_manifest(store: CodeStore, deployment: Deployment, manifest: Manifest) -> Finding:
+    """Compare what would leave now with what was approved together with the invitation's code."""
+    try:
+        approved = {entry.hash: entry.manifest for entry in store.approved()}
+    except CodeAlteredError:
+        return warning("manifest", "the list of approvals cannot be read.")
+    if approved.get(deployment.code_hash, manifest.hash) != manifest.hash:
+        return problem(
+            "manifest",
+            "plan.yaml or egress in site.yaml lets other things leave than what was approved, so the site would "
+            "refuse; see `semisam site manifest`, then run `semisam site approve invitation.zip`.",
+        )
+    return fine("manifest", f"{manifest.hash[:12]}; at most {manifest.most_bytes / 1e6:,.1f} MB in the whole study.")
+
+
+def _check_numbers(config: SiteConfig) -> Finding:
+    egress = config.egress
+    if egress.numbers == "exact":
+        return warning(
+            "small numbers",
+            "egress.numbers is exact: counts, scores and losses leave as they are, also those of a single patient. "
+            "For data that is neither public nor generated, write rounded.",
+        )
+    return fine("small numbers", f"scores and losses of fewer than {egress.minimum_patients} patients do not leave.")
+
+
+def _check_log(config: SiteConfig) -> Finding:
+    try:
+        check = check_log(audit_log(config))
+    except OSError as error:
+        return problem("audit log", f"cannot be read ({error}).")
+    if check.problems:
+        return problem("audit log", f"is not as it was written: {check.problems[0]}; see `semisam site audit verify`.")
+    return fine("audit log", f"is whole, {check.entries} entries.")

@@ -99,5 +99,6 @@ def _site_yaml(invitation: Invitation, generalists: list[str], images: Path | No
         split="null",
         generalists="{" + ", ".join(f"{name}: {{weights: packaged}}" for name in generalists) + "}",
         storage="storage",
+        numbers="rounded",
     )
     return filled.replace("\nthreads: 1\n", "\n# threads: 8\n")

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from pydantic import Field
 
+from client.audit_log import AuditLog
 from client.site_config import SiteConfig, load_site_config
 from deployment.invitation import Invitation
 from deployment.site.code_store import CodeStore
 from semisam_core.configuration import Name, StrictModel, parse
 from semisam_core.errors import ConfigError
-from semisam_core.files import append_json_line, utc_stamp, write_atomically, write_json
+from semisam_core.files import utc_stamp, write_atomically, write_json
 from semisam_core.plan import Plan, load_plan
 
 
@@ -145,9 +146,9 @@ class SiteFolder:
         write_json(self.deployment_file, content.model_dump())
 
 
-def audit_log(config: SiteConfig) -> Path:
+def audit_log(config: SiteConfig) -> AuditLog:
     """Return the site's audit log."""
-    return config.storage.folder / "audit.jsonl"
+    return AuditLog(config.storage.folder / "audit.jsonl")
 
 
 def make_storage(config: SiteConfig) -> None:
@@ -166,4 +167,4 @@ def book(config: SiteConfig, kind: str, **entry: str) -> None:
         OSError: the log cannot be written.
     """
     make_storage(config)
-    append_json_line(audit_log(config), {"time": utc_stamp(), "site": config.site, "kind": kind, **entry})
+    audit_log(config).append({"time": utc_stamp(), "site": config.site, "kind": kind, **entry})

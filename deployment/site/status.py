@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
+from client.audit_check import read_entries
 from deployment.site.lifecycle import running
 from deployment.site.site_folder import SiteFolder, audit_log
 from engines.tables import FittingTable
 from semisam_core.contract import Stage
-from semisam_core.files import read_json_lines
 from semisam_core.text import printable
 
 ANSWERS = ("join", "train", "evaluate", *(stage.value for stage in Stage))
@@ -60,7 +60,7 @@ def site_status(folder: SiteFolder) -> SiteStatus:
         ConfigError: a file of the site is wrong.
     """
     config, deployment = folder.config(), folder.deployment()
-    entries = [entry for entry in read_json_lines(audit_log(config)) if isinstance(entry, dict)]
+    entries = list(read_entries(audit_log(config)))
     sent = [entry for entry in entries if entry.get("kind") in ANSWERS and "refused" not in entry]
     found = running(folder)
     return SiteStatus(

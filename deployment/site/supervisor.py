@@ -149,7 +149,7 @@ class Supervisor:
         self._starts += 1
         self._supernode = self._start(tree, secret, port)
         runtime = Runtime(f"{LOOPBACK}:{port}", secret)
-        gate = EgressGate(self._config.site, self._config.egress, audit_log(self._config))
+        gate = EgressGate(self._config.site, self._config.egress, audit_log(self._config).path)
         runner = Runner(
             runtime,
             self._folder.code(self._config),

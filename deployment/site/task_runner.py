@@ -35,7 +35,7 @@ from google.protobuf.message import DecodeError
 
 from client.egress import EgressGate
 from deployment.invitation import sha256
-from deployment.site.code_store import CodeAlteredError, CodeStore
+from deployment.site.code_store import Approval, CodeAlteredError, CodeStore
 from deployment.site.supernode_client import Arrived, Heartbeat, Outgoing, Runtime, UnansweredError, answer, fetch
 from deployment.site.worker_pool import OutOfTimeError, Workers
 from semisam_core.contract import RefusalRule
@@ -115,8 +115,8 @@ class Runner:
         content = arrived.given.fab.content
         offered = sha256(content)
         try:
-            self._check(arrived, offered)
-            outgoing = self._run(arrived, offered)
+            approval = self._check(arrived, offered)
+            outgoing = self._run(arrived, approval)
             outcome = SubStatus.COMPLETED
         except _RefusedError as refused:
             logger.warning("Refused by rule %s: %s", refused.rule.value, refused)
@@ -124,23 +124,24 @@ class Runner:
             outcome = SubStatus.FAILED
         answer(client, arrived, outgoing, outcome)
 
-    def _check(self, arrived: Arrived, offered: str) -> None:
+    def _check(self, arrived: Arrived, offered: str) -> Approval:
         """Check the hash of the bundle's content, not the hash that came with it; nothing is unpacked."""
         if arrived.kind != TaskType.CLIENT_APP.value:
             raise _RefusedError(RefusalRule.CODE_NOT_APPROVED, "the task is not for a ClientApp")
-        self._check_approved(offered, "the server wants to run code that is not approved here")
+        return self._check_approved(offered, "the server wants to run code that is not approved here")
 
-    def _check_approved(self, code_hash: str, otherwise: str) -> None:
+    def _check_approved(self, code_hash: str, otherwise: str) -> Approval:
         try:
-            approved = {entry.hash for entry in self._code.approved()}
+            approved = {entry.hash: entry for entry in self._code.approved()}
         except CodeAlteredError as error:
             raise _RefusedError(RefusalRule.CODE_ALTERED, str(error)) from None
         if code_hash not in approved:
             raise _RefusedError(RefusalRule.CODE_NOT_APPROVED, otherwise)
+        return approved[code_hash]
 
-    def _run(self, arrived: Arrived, code_hash: str) -> Outgoing:
+    def _run(self, arrived: Arrived, approval: Approval) -> Outgoing:
         try:
-            bundle, code = self._code.verified(code_hash)
+            bundle, code = self._code.verified(approval.hash)
         except CodeAlteredError as error:
             raise _RefusedError(RefusalRule.CODE_ALTERED, str(error)) from None
         try:
@@ -155,11 +156,12 @@ class Runner:
                 "packages": list(bundle.packages),
                 "component": bundle.component,
                 "site_file": str(self._site_file),
+                "manifest": approval.manifest,
                 "run_id": arrived.given.run.run_id,
                 "node_id": arrived.given.context.node_id,
                 "series_id": arrived.given.context.series_id,
             }
-            tick = partial(self._tick_while_approved, code_hash)
+            tick = partial(self._tick_while_approved, approval)
             ended_well = self._workers.run(job, self._seconds, tick)
             tick()
             if not ended_well or not (task / "reply").is_dir():
@@ -173,9 +175,12 @@ class Runner:
         finally:
             shutil.rmtree(task, ignore_errors=True)
 
-    def _tick_while_approved(self, code_hash: str) -> None:
+    def _tick_while_approved(self, approval: Approval) -> None:
         self._tick()
-        self._check_approved(code_hash, "the approval of this code was revoked while it ran")
+        now = self._check_approved(approval.hash, "the approval of this code was revoked while it ran")
+        if now.manifest != approval.manifest:
+            reason = "another manifest was approved while it ran"
+            raise _RefusedError(RefusalRule.MANIFEST_NOT_APPROVED, reason)
 
     def _refusal(self, arrived: Arrived, rule: RefusalRule, reason: str, offered: str) -> Outgoing:
         meta = arrived.message.metadata

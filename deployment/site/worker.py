@@ -82,7 +82,7 @@ def work(job: dict[str, Any]) -> None:
 
     Args:
         job: `task`, the folder with the message; `code`, the copy of the bundle; `packages` and `component` of the
-            bundle; `site_file`; `run_id`, `node_id`, `series_id`.
+            bundle; `site_file`; `manifest`, the hash of the one that was approved; `run_id`, `node_id`, `series_id`.
     """
     task = Path(job["task"])
     message = _message(task)
@@ -93,7 +93,7 @@ def work(job: dict[str, Any]) -> None:
     context = Context(
         run_id=job["run_id"],
         node_id=job["node_id"],
-        node_config={"site-config": job["site_file"]},
+        node_config={"site-config": job["site_file"], "approved-manifest": job["manifest"]},
         state=RecordDict(),
         run_config={},
         series_id=job["series_id"],

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semisam_core.plan_sections.task import Task
+from semisam_core.small_numbers import IN_BUCKETS, Rounding, bucket
 
 AXES = ("right-left", "posterior-anterior", "inferior-superior")
-BUCKETS = (0, 1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 INTENSITIES = ("p0_5", "median", "p99_5")
-SPACING_STEP_MM, EXTENT_STEP_MM = 0.05, 5.0
-DIGITS = 2
+ROUNDING = {"patients": IN_BUCKETS, "spacing_mm": Rounding("step", 0.05), "extent_mm": Rounding("step", 5.0)}
+OTHERS = Rounding("digits", 2)
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,17 @@ def fingerprint_scalars(task: Task) -> tuple[str, ...]:
     return tuple(names)
 
 
+def rounding_of(name: str) -> Rounding:
+    """Return how a scalar of a fingerprint is rounded."""
+    return ROUNDING.get(name.partition(".")[0], OTHERS)
+
+
 def fingerprint(cases: Sequence[CaseFacts], task: Task, minimum_patients: int) -> dict[str, float | int]:
     """Return the rounded aggregates over patients, each patient's scans averaged first.
 
     With fewer patients than the minimum nothing but `patients: 0` is returned; of a class and of the foreground nothing
-    with fewer labeled patients. Numbers of patients are rounded down to one of `BUCKETS`. The order of the scans
-    changes no bit.
+    with fewer labeled patients. Numbers of patients are rounded down to one of `small_numbers.BUCKETS`. The order of
+    the scans changes no bit.
 
     Args:
         cases: the site's scans.
@@ -72,14 +77,16 @@ def fingerprint(cases: Sequence[CaseFacts], task: Task, minimum_patients: int) -
     patients = list(by_patient.values())
     if len(patients) < max(1, minimum_patients):
         return {"patients": 0}
-    found: dict[str, float | int] = {"patients": _bucket(len(patients))}
+    found: dict[str, float | int] = {"patients": bucket(len(patients))}
     for k, axis in enumerate(AXES):
         spacing = [_mean(case.spacing_mm[k] for case in own) for own in patients]
         for which, share in (("p10", 10), ("median", 50), ("p90", 90)):
-            found[f"spacing_mm.{axis}.{which}"] = _to_step(np.percentile(spacing, share), SPACING_STEP_MM)
+            name = f"spacing_mm.{axis}.{which}"
+            found[name] = rounding_of(name)(float(np.percentile(spacing, share)))
         extent = [_mean(case.extent_mm[k] for case in own) for own in patients]
         for which, share in (("median", 50), ("p90", 90)):
-            found[f"extent_mm.{axis}.{which}"] = _to_step(np.percentile(extent, share), EXTENT_STEP_MM)
+            name = f"extent_mm.{axis}.{which}"
+            found[name] = rounding_of(name)(float(np.percentile(extent, share)))
     found |= _intensities("intensity", [[case.intensities for case in own] for own in patients], task)
     labeled = [inside for own in patients if (inside := [c.foreground for c in own if c.foreground is not None])]
     if len(labeled) >= max(1, minimum_patients):
@@ -89,15 +96,16 @@ def fingerprint(cases: Sequence[CaseFacts], task: Task, minimum_patients: int) -
         volumes = [_mean(own) for own in known if own]
         if len(volumes) >= max(1, minimum_patients):
             for which, share in (("p10", 10), ("median", 50), ("p90", 90)):
-                found[f"volume_ml.{target.name}.{which}"] = _to_digits(np.percentile(volumes, share))
+                name = f"volume_ml.{target.name}.{which}"
+                found[name] = rounding_of(name)(float(np.percentile(volumes, share)))
     return found
 
 
 def _intensities(where: str, patients: Sequence[Sequence[NDArray[np.float64]]], task: Task) -> dict[str, float]:
     """Return the medians over patients of each channel's percentiles."""
     return {
-        f"{where}.{channel}.{which}": _to_digits(
-            np.median([_mean(float(each[c, k]) for each in own) for own in patients])
+        f"{where}.{channel}.{which}": OTHERS(
+            float(np.median([_mean(float(each[c, k]) for each in own) for own in patients]))
         )
         for c, channel in enumerate(task.channels)
         for k, which in enumerate(INTENSITIES)
@@ -108,15 +116,3 @@ def _mean(values: Iterable[float]) -> float:
     """Return the mean; exactly summed, so that it does not depend on the order."""
     known = list(values)
     return math.fsum(known) / len(known)
-
-
-def _bucket(count: int) -> int:
-    return max(each for each in BUCKETS if each <= max(count, 0))
-
-
-def _to_step(value: float, step: float) -> float:
-    return round(max(step, round(value / step) * step), 4)
-
-
-def _to_digits(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")

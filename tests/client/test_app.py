@@ -14,7 +14,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import semisam_core
 from client.app import app
+from client.manifest import manifest_of
 from client.site import Site
+from client.site_config import load_site_config
 from semisam_core.contract import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule, RejectionRule
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
@@ -78,8 +80,8 @@ def test_join_train_and_evaluate_reply_with_agreed_records_only(make_site: MakeS
     assert set(evaluate.content) == {"metrics", "site"}
     about = {"site": "alpha", "plan-hash": plan.hash}
     split = join.content.config_records["site"]["split-hash"]
-    for number, reply in ((0, join), (1, train), (1, evaluate)):
-        assert dict(reply.content.config_records["site"]) == about | {"round": number, "split-hash": split}
+    for number, reply, more in ((0, join, {"counts": "exact"}), (1, train, {}), (1, evaluate, {})):
+        assert dict(reply.content.config_records["site"]) == about | {"round": number, "split-hash": split} | more
 
 
 def test_every_reply_is_in_the_audit_log(make_site: MakeSite, tmp_path: Path, plan: Plan) -> None:
@@ -112,6 +114,19 @@ def test_an_invalid_message_is_refused_by_rule(
     make_site: MakeSite, plan: Plan, study: dict[str, Any], rule: RefusalRule
 ) -> None:
     assert _rule(_send(make_site(), _message(plan, MessageType.TRAIN, 1, **study))) == rule.value
+
+
+def test_a_deployed_site_answers_under_the_approved_manifest_only(make_site: MakeSite, plan: Plan) -> None:
+    path = make_site()
+    approved = manifest_of(load_site_config(path), plan).hash
+    context = _context({"site-config": str(path), "approved-manifest": approved})
+    assert "metrics" in app(_message(plan, MessageType.QUERY, 0, weights=False), context).content
+    for other in (tiny_plan("training.rounds=3"), tiny_plan("specialist.arguments.channels=[4, 16]")):
+        reply = app(_message(other, MessageType.TRAIN, 1), context)
+        assert _rule(reply) == "manifest-not-approved"
+    assert "specialist" in app(_message(tiny_plan("seed=4"), MessageType.TRAIN, 1), context).content
+    none = _context({"site-config": str(path), "approved-manifest": ""})
+    assert _rule(app(_message(plan, MessageType.QUERY, 0, weights=False), none)) == "manifest-not-approved"
 
 
 def test_a_message_without_a_study_or_without_weights_is_refused(make_site: MakeSite, plan: Plan) -> None:

@@ -92,6 +92,22 @@ def test_the_head_carries_the_mean_volume_of_the_labels_it_was_trained_on(make_s
     assert float(sent[f"{HEAD_PREFIX}log_volumes"][0].expm1()) == pytest.approx(mean_ml, rel=1e-4)
 
 
+@pytest.mark.parametrize(("minimum", "leaves"), [(1, True), (2, False)])
+def test_the_mean_volume_of_too_few_patients_stays_and_that_of_enough_leaves_rounded(
+    make_site: MakeSite, minimum: int, leaves: bool
+) -> None:
+    plan = _plan()
+    exact, _ = _train(make_site(), plan)
+    path = make_site(egress={"numbers": "rounded", "minimum_patients": minimum, "significant_digits": 1})
+    sent, scalars = _train(path, plan, "careful")
+    assert scalars["head_steps"] == 30
+    name = f"{HEAD_PREFIX}log_volumes"
+    whole = float(exact[name][0].expm1())
+    expected = float(f"{whole:.1g}") if leaves else 0.0
+    assert float(sent[name][0].expm1()) == pytest.approx(expected, abs=1e-4)
+    assert abs(expected - whole) > 1e-3
+
+
 def test_a_site_without_labels_is_told_the_volume_of_the_others(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:

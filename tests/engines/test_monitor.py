@@ -49,6 +49,21 @@ def test_without_terms_to_compare_nothing_is_said_of_gradients(tmp_path: Path, n
     assert "gradient" not in _said(tmp_path, "trained", TRAINED | norms)
 
 
+def test_counts_in_buckets_are_shown_as_ranges_and_withheld_numbers_are_named(tmp_path: Path) -> None:
+    said = io.StringIO()
+    with RunMonitor("study", tmp_path, {}, Console(file=said, width=200)):
+        record, counts = RunFolder(tmp_path).record, {"labeled": 1, "unlabeled": 10, "validation": 1, "quarantined": 0}
+        record("joined", round=0, site="beta", counts="buckets", **counts)
+        gradients = {"gradient.consistency": 0.1, "gradient.generalist": 0.1}  # the labels' term was withheld
+        record("trained", **TRAINED | {"accepted": 5, "gated": 0} | counts | gradients)
+        record("evaluated", round=2, site="beta", validation=1)
+        record("joined", round=0, site="alpha", **counts)
+    assert "beta joined: 1-4 labeled, 10-19 unlabeled, 1-4 validation, 0 quarantined" in said.getvalue()
+    assert "5-9 accepted, 0 gated\n" in said.getvalue()
+    assert "beta Dice withheld" in said.getvalue()
+    assert "alpha joined: 1 labeled, 10 unlabeled" in said.getvalue()
+
+
 def _said(folder: Path, event: str, content: dict[str, Any]) -> str:
     said = io.StringIO()
     with RunMonitor("study", folder, {}, Console(file=said, width=200)):

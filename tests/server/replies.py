@@ -47,10 +47,14 @@ def train_records(plan: Plan) -> dict[str, Any]:
 
 
 def answer(
-    plan: Plan, records: Mapping[str, Any], declared: Mapping[str, float] | None = None, split: str | None = None
+    plan: Plan,
+    records: Mapping[str, Any],
+    declared: Mapping[str, float] | None = None,
+    split: str | None = None,
+    bucketed: bool = False,
 ) -> Admitted | NotAdmitted:
     """Return what admission makes of these records from site alpha's node."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, NODE
     reply = Message(RecordDict(dict(records)), reply_to=Message(RecordDict(), NODE, MessageType.TRAIN))
-    joined = {NODE: Admitted("alpha", dict(declared or DECLARED), None, split)}
+    joined = {NODE: Admitted("alpha", dict(declared or DECLARED), None, split, bucketed)}
     return admit(reply, MessageType.TRAIN, 1, plan, specialist_spec(plan), joined)

@@ -106,7 +106,6 @@ def test_only_refusals_that_may_pass_are_worth_asking_again(plan: Plan, rule: Re
         ({"metrics": MetricRecord(SCALARS | {"confidence": 1.01})}, "confidence is a share but exceeds 1"),
         ({"metrics": MetricRecord(SCALARS | {"confidence": -0.01})}, "confidence is negative"),
         ({"metrics": MetricRecord(SCALARS | {"confidence": float("nan")})}, "confidence is not a finite number"),
-        ({"metrics": MetricRecord({k: v for k, v in SCALARS.items() if k != "confidence"})}, "are missing"),
         ({"specialist": None}, "no specialist"),
         ({"specialist": ArrayRecord({"x": Array(torch.ones(2).numpy())})}, "agreed tensors are missing"),
     ],

@@ -21,6 +21,16 @@ def _update(site: str, value: float, **scalars: float) -> MemoryUpdate:
     return MemoryUpdate(site, {"w": torch.full((2, 2), value)}, counts)
 
 
+def test_a_withheld_confidence_counts_as_the_mean_of_the_others() -> None:
+    policy = Aggregation(weights="confidence", unlabeled_share=1.0)
+    scalars = {"labeled": 0.0, "accepted": 4.0}
+    known = [_update("a", 0, **scalars | {"confidence": 0.2}), _update("b", 0, **scalars | {"confidence": 0.6})]
+    silent = _update("c", 0, **scalars)
+    without = MemoryUpdate("c", silent.weights, {k: v for k, v in silent.scalars.items() if k != "confidence"})
+    assert evidence_weights([*known, without], policy, 1.0) == pytest.approx([0.2 / 1.2, 0.6 / 1.2, 0.4 / 1.2])
+    assert evidence_weights([without, without], policy, 1.0) == pytest.approx([0.5, 0.5])
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=6),

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from semisam_core.configuration import StrictModel, is_name, parse
-from semisam_core.data.fingerprint import AXES, BUCKETS, INTENSITIES, fingerprint_scalars
+from semisam_core.data.fingerprint import AXES, INTENSITIES, fingerprint_scalars
 from semisam_core.data.nifti import LARGEST_VOXEL_MM, LONGEST_EXTENT_MM
 from semisam_core.errors import ConfigError
 from semisam_core.plan_sections.task import Task
+from semisam_core.small_numbers import BUCKETS
 
 UNLIKE_SPACING, UNLIKE_VOLUME = 2.0, 1.5  # ratio to the median over all sites' patients
 UNLIKE_CT = 150.0  # HU

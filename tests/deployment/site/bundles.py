@@ -25,6 +25,7 @@ from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 
 from client.egress import EgressGate
+from client.manifest import Manifest
 from client.site_config import Egress
 from deployment.site.bundle import read_bundle
 from deployment.site.code_store import CodeStore
@@ -33,6 +34,7 @@ from deployment.site.task_runner import Runner
 from deployment.site.worker_pool import Workers
 from engines.processes import ProcessTree
 
+MANIFEST = Manifest("north", 1, {})
 PYPROJECT = """\
 [project]
 name = "fedsemisam"
@@ -85,6 +87,7 @@ def answer(message, context):
         answer.metadata.__dict__["_reply_to_message_id"] = "0" * 64
         return answer
     said = {"say": wish, "site-config": str(context.node_config["site-config"]), "file": __file__,
+            "manifest": str(context.node_config["approved-manifest"]),
             "run-config": len(context.run_config), "cli": "cli" in sys.modules}
     return Message(RecordDict({"said": ConfigRecord(said)}), reply_to=message)
 """
@@ -196,7 +199,7 @@ def runner_of(link: FakeLink, secret: bytes, folder: Path, *approved: bytes, sec
     folder.mkdir(parents=True, exist_ok=True)
     store = CodeStore(folder / "storage" / "code")
     for content in approved:
-        store.approve(read_bundle(content, "test"))
+        store.approve(read_bundle(content, "test"), MANIFEST)
     with ProcessTree() as tree:
         workers = Workers(tree, folder / "worker.log")
         runtime = Runtime(link.address, secret)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,23 @@ def test_changes_of_the_plan_are_shown_and_recorded(site: Path, tmp_path: Path) 
     said = semisam("site", "approve", invite(tmp_path, None, "training.rounds=7"), "--folder", site, "--yes")
     assert "training.rounds: 2 -> 7" in said.output
     assert "rounds: 7" in (site / "plan.yaml").read_text()
+
+
+def test_the_approval_covers_what_may_leave(site: Path, tmp_path: Path) -> None:
+    listed = json.loads(semisam("site", "manifest", "--folder", site, "--json").stdout)
+    (approval,) = json.loads((site / "storage" / "code" / "approved.json").read_text())
+    booked = read_json_lines(site / "storage" / "audit.jsonl")[-1]
+    assert approval["manifest"] == booked["manifest"] == listed["hash"]
+    said = semisam(
+        "site", "approve", invite(tmp_path, None, "evaluation.every_rounds=2"), "--folder", site, typed="n\n"
+    )
+    assert "messages.evaluate.times: 2 -> 1" in said.output
+
+
+def test_a_plan_that_lets_nothing_else_leave_keeps_the_manifest(site: Path, tmp_path: Path) -> None:
+    said = semisam("site", "approve", invite(tmp_path, None, "seed=7"), "--folder", site, typed="n\n")
+    assert "seed: 0 -> 7" in said.output
+    assert "What may leave is unchanged." in said.output
 
 
 def test_an_invitation_for_another_site_is_refused(site: Path, tmp_path: Path) -> None:

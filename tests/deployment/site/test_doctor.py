@@ -176,6 +176,27 @@ def test_a_patch_too_large_for_memory_is_a_problem(site: Path, tmp_path: Path) -
     assert "GiB" in _found(_look(site), "memory", Level.PROBLEM)
 
 
+@pytest.mark.parametrize(
+    "key", ["egress.validation_scores=[dice]", "egress.maximum_update_mb=5", "egress.fingerprint=false"]
+)
+def test_a_limit_that_was_changed_after_the_approval_is_a_problem(site: Path, key: str) -> None:
+    assert _found(_look(site), "manifest", Level.OK)
+    change(site, key)
+    assert "semisam site approve" in _found(_look(site), "manifest", Level.PROBLEM)
+
+
+def test_exact_numbers_are_warned_of_at_a_hospital(site: Path) -> None:
+    assert "fewer than 5 patients do not leave" in _found(_look(site), "small numbers", Level.OK)
+    change(site, "egress.numbers=exact")
+    assert "egress.numbers is exact" in _found(_look(site), "small numbers", Level.WARNING)
+
+
+def test_an_altered_audit_log_is_a_problem(site: Path) -> None:
+    assert "is whole, 1 entries" in _found(_look(site), "audit log", Level.OK)
+    (site / "storage" / "audit.jsonl").write_text("{}\n")
+    assert "semisam site audit verify" in _found(_look(site), "audit log", Level.PROBLEM)
+
+
 def test_a_nearly_full_disk_is_reported(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
     from types import SimpleNamespace

@@ -11,13 +11,15 @@ import httpx
 import psutil
 import pytest
 
+from client.manifest import Manifest
 from deployment.invitation import sha256
 from deployment.site import supernode_client as runtime
+from deployment.site.bundle import read_bundle
 from deployment.site.code_store import CodeStore
 from deployment.site.supernode_client import Runtime, UnansweredError
 from deployment.site.task_runner import Runner
 from semisam_core.files import read_json_lines
-from tests.deployment.site.bundles import ECHO, FakeLink, echo_fab, fake_link, runner_of
+from tests.deployment.site.bundles import ECHO, MANIFEST, FakeLink, echo_fab, fake_link, runner_of
 
 SECRET = b"known to two"
 GOOD = echo_fab()
@@ -53,6 +55,7 @@ def test_approved_code_learns_paths_from_the_site_only(link: FakeLink, runner: R
     assert runner.work()
     said = link.reply(asked).content.config_records["said"]
     assert said["site-config"] == str(tmp_path / "site.yaml")
+    assert said["manifest"] == MANIFEST.hash
     assert said["run-config"] == 0
 
 
@@ -144,6 +147,20 @@ def test_revoking_an_approval_ends_work_in_progress(link: FakeLink, runner: Runn
     worked.join(20)
     assert not worked.is_alive()
     assert link.reply(asked).content.config_records["refusal"]["rule"] == "code-not-approved"
+
+
+def test_approving_another_manifest_ends_work_in_progress(link: FakeLink, runner: Runner, tmp_path: Path) -> None:
+    asked = link.send(GOOD, "sleep")
+    worked = threading.Thread(target=runner.work, daemon=True)
+    worked.start()
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("task-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    store = CodeStore(tmp_path / "storage" / "code")
+    store.approve(read_bundle(GOOD, "test"), Manifest("north", 2, {}))
+    worked.join(20)
+    assert not worked.is_alive()
+    assert link.reply(asked).content.config_records["refusal"]["rule"] == "manifest-not-approved"
 
 
 def test_a_message_leaves_nothing_on_disk(link: FakeLink, runner: Runner, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semisam_core.data.fingerprint import BUCKETS, CaseFacts, fingerprint, fingerprint_scalars
+from semisam_core.data.fingerprint import CaseFacts, fingerprint, fingerprint_scalars
+from semisam_core.small_numbers import BUCKETS
 from tests.conftest import tiny_plan
 
 TASK = tiny_plan("pseudo_labels.generalists=[lite-medsam]").task
