@@ -17,9 +17,9 @@ class Privacy(StrictModel):
     """Local training with differential privacy (DP-SGD, Abadi et al., CCS 2016) whose unit is the patient.
 
     At each step every patient of the site is drawn with probability `sampling_rate`. The gradient of each drawn
-    patient's loss, over `patches_per_patient` patches of its labeled scans and as many of its unlabeled ones, is clipped
-    to `clipping_norm`. Gaussian noise with a standard deviation of `noise_multiplier` * `clipping_norm` is added to
-    their sum, which is divided by the expected number of patients. `training.labeled_batch` and
+    patient's loss, over `patches_per_patient` patches of its labeled scans and as many of its unlabeled ones, is
+    clipped to `clipping_norm`. Gaussian noise with a standard deviation of `noise_multiplier` * `clipping_norm` is
+    added to their sum, which is divided by the expected number of patients. `training.labeled_batch` and
     `training.unlabeled_batch` have no effect.
 
     Nothing that was learned from other patients' labels is used: generalists all count the same, and pseudo-labels are
