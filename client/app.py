@@ -13,6 +13,8 @@ from flwr.common.constant import ErrorCode
 
 import semisam_core
 from client.egress import EgressError, EgressGate, arriving_tensors
+from client.privacy import PrivacyBudgetError, PrivacyLimitError
+from client.privacy_ledger import LedgerError
 from client.report import SiteReport
 from client.restore import WeightsNotAgreedError
 from client.site import NoUsableCaseError, Site
@@ -25,11 +27,11 @@ from semisam_core.contract import (
     REJECTED_ROUND,
     SPECIALIST_RECORD,
     STUDY_RECORD,
-    TRAIN_SCALARS,
     RefusalRule,
     RejectionRule,
     evaluation_scalars,
     same_version,
+    train_scalars,
     update_spec,
 )
 from semisam_core.errors import ConfigError, WeightsError
@@ -38,6 +40,7 @@ from semisam_core.plan import Plan, plan_from_json
 logger = logging.getLogger(__name__)
 
 app = ClientApp()
+SIMULATION = "simulation"  # in the node config of sites that one researcher runs in one process
 
 # The rule that a message is refused by when the work raises one of these; the first that fits.
 RULE_OF_ERROR: tuple[tuple[type[Exception], RefusalRule], ...] = (
@@ -45,6 +48,9 @@ RULE_OF_ERROR: tuple[tuple[type[Exception], RefusalRule], ...] = (
     (SplitChangedError, RefusalRule.SPLIT_CHANGED),
     (NoUsableCaseError, RefusalRule.NO_USABLE_CASE),
     (WeightsNotAgreedError, RefusalRule.WEIGHTS),
+    (PrivacyLimitError, RefusalRule.PRIVACY_LIMITS),
+    (PrivacyBudgetError, RefusalRule.PRIVACY_BUDGET),
+    (LedgerError, RefusalRule.PRIVACY_LEDGER),
     (WeightsError, RefusalRule.GENERALIST),
     (FloatingPointError, RefusalRule.DIVERGED),
     (ConfigError, RefusalRule.NOTHING_TO_LEARN),
@@ -95,7 +101,7 @@ def train(message: Message, context: Context) -> Message:
             request.round_number,
             request.plan.hash,
             report.scalars,
-            TRAIN_SCALARS,
+            train_scalars(request.plan),
             report.weights,
             update_spec(request.plan),
             site.scans.split_sha256,
@@ -121,14 +127,21 @@ def evaluate(message: Message, context: Context) -> Message:
 def site_config_of(context: Context) -> SiteConfig:
     """Return the config of the site that this process serves.
 
-    A deployed SuperNode names its own YAML (node config ``site-config``); nothing from the wire can override it. In a
+    A SuperNode names its own YAML (node config ``site-config``); nothing from the wire can override it. In a
     simulation the run config names a folder of YAMLs and the partition picks one.
 
     Raises:
-        ConfigError: neither is given, or the file is invalid.
+        ConfigError: neither is given, the file is invalid, or a deployed site's noise could be taken away.
     """
     if "site-config" in context.node_config:
-        return load_site_config(Path(str(context.node_config["site-config"])))
+        path = Path(str(context.node_config["site-config"]))
+        config = load_site_config(path)
+        if config.privacy.noise != "secure" and SIMULATION not in context.node_config:
+            raise ConfigError(
+                f"{path}: privacy.noise = {config.privacy.noise!r} is for simulations: whoever knows the plan can take "
+                "such noise away. Accepted at a deployed site: secure."
+            )
+        return config
     if "partition-id" not in context.node_config:
         raise ConfigError("this SuperNode names no site file; start it with --node-config 'site-config=\"<path>\"'.")
     folder = str(context.run_config.get("sites", ""))

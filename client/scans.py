@@ -60,10 +60,10 @@ class SiteScans:
     def __init__(self, config: SiteConfig, plan: Plan, progress: ProgressLog, run_folder: Path | None = None) -> None:
         self._config, self._plan, self._progress = config, plan, progress
         self._found: Inventory = inventory(config, plan)
+        self._patients = read_patients(config.data.images) or {}
         self.split_sha256: str | None = None
         if run_folder is not None:
-            patients = read_patients(config.data.images) or {}
-            split = run_split(run_folder, config.storage.folder, self._found, patients)
+            split = run_split(run_folder, config.storage.folder, self._found, self._patients)
             kept = tuple(case for case in self._found.cases if case.id in split.roles)
             self._found, self.split_sha256 = replace(self._found, cases=kept), split.sha256
         self._checked = False
@@ -103,6 +103,25 @@ class SiteScans:
         """Return the cases in these roles that are not quarantined."""
         self.check()
         return [c for c in self._found.cases if c.role in roles and c.id not in self._quarantined]
+
+    def patients(self) -> dict[str, list[Case]]:
+        """Return patient -> the usable cases of theirs that are trained on, with or without a label."""
+        found: dict[str, list[Case]] = {}
+        for case in self.usable(Role.LABELED, Role.UNLABELED):
+            found.setdefault(self._patients.get(case.id, case.id), []).append(case)
+        return found
+
+    def identities(self) -> set[str]:
+        """Return everything by which the patients that are trained on may be recognised: pseudonyms and file contents.
+
+        Raises:
+            OSError: a file cannot be read any more.
+        """
+        found = set()
+        for patient, cases in self.patients().items():
+            files = (path for case in cases for path in case.images)
+            found |= {f"patient|{patient}", *(f"file|{self._index.sha256(path)}" for path in files)}
+        return found
 
     def counts(self) -> dict[str, float | int]:
         """Return the numbers of usable cases by role, and of quarantined cases."""

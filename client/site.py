@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from client.labeling import Labeler
+from client.privacy import Cost, SitePrivacy
 from client.progress import ProgressLog
-from client.report import SiteReport, log_gates, log_scores, mean_scores, training_scalars
+from client.report import Scalars, SiteReport, log_gates, log_scores, mean_scores, training_scalars
 from client.restore import RoundStart, local_layers
-from client.scans import SiteScans
+from client.scans import ScanPair, SiteScans
 from client.site_config import SiteConfig
 from client.state import RunState
-from semisam_core.contract import split_update, travelling, with_prefix
+from semisam_core.contract import PRIVATE_TRAIN_SCALARS, split_update, travelling, weights_sha256, with_prefix
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.scans import keep_classes, load_original_label
 from semisam_core.errors import SemiSAMError
 from semisam_core.evaluation import ClassScore, score_case
-from semisam_core.files import write_json
+from semisam_core.files import append_json_line, write_json
 from semisam_core.inference import predict, segment_original, segmentation
 from semisam_core.optimizers import moments
 from semisam_core.plan import Plan
+from semisam_core.privacy.randomness import SecureRandomness, SeededRandomness
 from semisam_core.pseudo_labels.fusion import PseudoLabel
 from semisam_core.regularizers import teaches
 from semisam_core.reporting.overview import Panel, draw_overview
 from semisam_core.sources.head_network import FeatureHead
-from semisam_core.training import Loader, LocalRound, train_round
+from semisam_core.training import Loader, LocalRound, TrainingResult, train_round
+
+logger = logging.getLogger(__name__)
 
 
 class NoUsableCaseError(SemiSAMError):
@@ -53,7 +58,7 @@ class Site:
     """
 
     def __init__(self, config: SiteConfig, plan: Plan, run: str, round_number: int) -> None:
-        self.config, self.plan, self.round = config, plan, round_number
+        self.config, self.plan, self.run, self.round = config, plan, run, round_number
         self.state = RunState(config.storage.folder, run)
         self.progress = ProgressLog(self.state.folder / "progress.jsonl", round_number)
         if config.threads is not None:
@@ -61,6 +66,7 @@ class Site:
         self.device = config.torch_device()
         self.scans = SiteScans(config, plan, self.progress, self.state.folder)
         self._start = RoundStart(plan, self.state, round_number, self.device)
+        self._privacy = SitePrivacy(config, plan)
 
     def join(self) -> SiteReport:
         """Check and prepare every case, quarantine the bad ones, and report counts.
@@ -68,19 +74,24 @@ class Site:
         Raises:
             NoUsableCaseError: nothing is left to train on or to score.
             WeightsError: a generalist's weights are missing or altered.
+            PrivacyLimitError: the plan has less privacy than this site demands.
+            PrivacyBudgetError: the patients have spent too much for another round.
+            LedgerError: the privacy ledger cannot be trusted.
         """
         self.scans.check(again=True)
         quarantined = self.scans.quarantined
         write_json(self.state.folder / "quarantine.json", [{"case": q.id, "reason": q.reason} for q in quarantined])
         if not self.scans.usable(*Role):
             raise NoUsableCaseError(f"site {self.config.site}: all {len(quarantined)} cases are quarantined.")
+        self._privacy.check_join(self.scans.identities() if self.plan.privacy is not None else ())
         return SiteReport(self.scans.counts() | {"generalists": len(self._labeler.generalists)})
 
     def train(self, weights: Mapping[str, Tensor]) -> SiteReport:
         """Refresh pseudo-labels on schedule, train one round, and store what stays here for the next.
 
         Stored are the teacher, the regularizer's own networks, and, as the plan says, the specialist's local layers and
-        the optimizer's moments.
+        the optimizer's moments. A private round is booked in the site's ledger before its first step; what it sends is
+        stored too, so that the same round asked for again sends the same and spends nothing.
 
         Args:
             weights: the tensors as the server sent them, the specialist's and the feature head's.
@@ -88,18 +99,33 @@ class Site:
         Raises:
             WeightsNotAgreedError: the weights are not the plan's specialist.
             FloatingPointError: training diverged.
+            PrivacyLimitError: the plan has less privacy than this site demands.
+            PrivacyBudgetError: the round would spend more than this site allows.
+            LedgerError: the privacy ledger cannot be trusted.
         """
+        if self.plan.privacy is None:
+            self._privacy.check_limits()
+            return self._train(weights)
+        asked = hashlib.sha256(f"{self.plan.hash}|{weights_sha256(weights)}".encode()).hexdigest()
+        if (kept := self.state.load_update(self.round, asked)) is not None:
+            return SiteReport(kept[1], kept[0])
+        report = self._train(weights)
+        self.state.save_update(self.round, asked, report.weights or {}, report.scalars)
+        return report
+
+    def _train(self, weights: Mapping[str, Tensor]) -> SiteReport:
         began = time.monotonic()
         own, head_weights = split_update(weights)
         specialist, head = self._start.specialist(own, self.round), self._start.head(head_weights)
+        cost = self._booked()
         teacher = self._start.teacher(specialist)
         regularizer = self._start.regularizer()
         optimizer = self._start.optimizer(specialist)
-        known = self.scans.pair_loaders(Role.LABELED)
+        known = self._known()
         labels = self._labeler.labels(self.round, teacher, self.scans.pair_loaders(Role.UNLABELED), known, head)
         seed = derive_seed(self.plan.seed, self.config.site, self.round)
         head_steps = self._labeler.train_head(head, known, self.round, seed) if head is not None else 0
-        labeled, unlabeled = self._loaders(labels)
+        labeled, unlabeled = self._loaders(labels) if self.plan.privacy is None else ([], [])
         local = LocalRound(
             plan=self.plan,
             specialist=specialist,
@@ -114,7 +140,7 @@ class Site:
             annotated=self.scans.annotated,
             progress=lambda done, total: self.progress("train", done, total, "steps"),
         )
-        result = train_round(local)
+        result = train_round(local) if self.plan.privacy is None else self._train_privately(local, labels)
         self.state.save_teacher(self.round, _cpu(teacher.state_dict()))
         if regularizer is not None and regularizer.auxiliary is not None:
             self.state.save_networks(self.round, regularizer.auxiliary.state())
@@ -128,7 +154,37 @@ class Site:
         if head is not None:
             scalars["head_steps"] = head_steps
             sent |= with_prefix(head)
-        return SiteReport(scalars, _cpu(sent))
+        return SiteReport(scalars if self.plan.privacy is None else self._sendable(scalars, cost), _cpu(sent))
+
+    def _booked(self) -> Cost | None:
+        """Book the round, if it is private and there is anybody to train on, and return what it costs."""
+        if self.plan.privacy is None or not self.scans.patients():
+            return None
+        return self._privacy.book(self.run, self.round, self.scans.identities())
+
+    def _train_privately(self, local: LocalRound, labels: Mapping[str, PseudoLabel]) -> TrainingResult:
+        from semisam_core.privacy.training import Patient, train_private_round  # imports Opacus
+
+        patients = []
+        for patient, cases in sorted(self.scans.patients().items()):
+            labeled, unlabeled = self._loaders(labels, cases)
+            patients.append(Patient(patient, labeled, unlabeled))
+        if self.config.privacy.noise == "secure":
+            return train_private_round(local, patients, SecureRandomness())
+        logger.warning("The noise of this round comes from a seed: it protects nobody. Set privacy.noise to secure.")
+        seed = derive_seed(self.plan.seed, f"{self.config.site}|noise", self.round)
+        return train_private_round(local, patients, SeededRandomness(seed))
+
+    def _sendable(self, scalars: Scalars, cost: Cost | None) -> Scalars:
+        """Log all scalars of a private round here, and return those that may be sent."""
+        epsilon = {} if cost is None else cost.scalars()
+        append_json_line(self.state.folder / "training.jsonl", {"round": self.round, **scalars, **epsilon})
+        shown = scalars | epsilon if self.config.egress.epsilon else scalars
+        return {name: value for name, value in shown.items() if name in PRIVATE_TRAIN_SCALARS}
+
+    def _known(self) -> list[tuple[str, Callable[[], ScanPair | None]]]:
+        """Return (case, loader) of the scans whose labels help with other patients' scans; none under privacy."""
+        return self.scans.pair_loaders(Role.LABELED) if self.plan.privacy is None else []
 
     def evaluate(self, weights: Mapping[str, Tensor], final: bool) -> SiteReport:
         """Score the specialist on the classes that the validation labels mark, in each scan's own geometry.
@@ -160,17 +216,24 @@ class Site:
     def _labeler(self) -> Labeler:
         return Labeler(self.config, self.plan, self.state.folder, self.device, self.progress)
 
-    def _loaders(self, labels: Mapping[str, PseudoLabel]) -> tuple[list[Loader], list[Loader]]:
+    def _loaders(
+        self, labels: Mapping[str, PseudoLabel], cases: Sequence[Case] | None = None
+    ) -> tuple[list[Loader], list[Loader]]:
         """Return loaders of labeled and of unlabeled scans, the latter with their pseudo-labels.
 
         A scan without an accepted pseudo-label is left out if the regularizer does not learn from it either.
+
+        Args:
+            labels: case -> pseudo-label.
+            cases: those to load; None for all that are trained on.
         """
-        labeled = [self.scans.training_loader(case) for case in self.scans.usable(Role.LABELED)]
+        cases = self.scans.usable(Role.LABELED, Role.UNLABELED) if cases is None else cases
+        labeled = [self.scans.training_loader(case) for case in cases if case.role is Role.LABELED]
         regularized = teaches(self.plan.regularizer.name, len(labeled))
         unlabeled = [
             self.scans.training_loader(case, labels.get(case.id))
-            for case in self.scans.usable(Role.UNLABELED)
-            if regularized or _accepted(labels.get(case.id))
+            for case in cases
+            if case.role is Role.UNLABELED and (regularized or _accepted(labels.get(case.id)))
         ]
         return labeled, unlabeled
 
@@ -200,7 +263,7 @@ class Site:
             return
         found = segmentation(predict(specialist, scan.image, self.plan, self.device), self.plan)
         pair = self.scans.load_pair(cases[0])
-        labeled = self.scans.pair_loaders(Role.LABELED)
+        labeled = self._known()
         pseudo = (
             self._labeler.ask(cases[0].id, pair, specialist, labeled, head) if pair and self._labeler.active else None
         )

@@ -125,6 +125,7 @@ class Egress(StrictModel):
             the one that it was sent. The head carries the mean volume of each labeled structure.
         fingerprint: whether aggregates over the scans may be written for the lead, before there is a plan.
         minimum_patients: fewer patients than this have no aggregate in a fingerprint.
+        epsilon: whether the epsilon of each private round, and the total of its patients, is sent with the update.
     """
 
     maximum_update_mb: float = Field(default=500.0, gt=0)
@@ -132,6 +133,7 @@ class Egress(StrictModel):
     feature_head: bool = True
     fingerprint: bool = True
     minimum_patients: int = Field(default=5, ge=1)
+    epsilon: bool = False
 
     @field_validator("validation_scores")
     @classmethod
@@ -140,6 +142,27 @@ class Egress(StrictModel):
         if unknown:
             raise ValueError(f"unknown scores {unknown}; accepted: {', '.join(CLASS_SCORES)}")
         return value
+
+
+class PrivacyLimits(StrictModel):
+    """What a site allows to be spent of its patients' privacy. A plan cannot loosen it.
+
+    Attributes:
+        required: refuse plans without a privacy section.
+        maximum_epsilon: refuse a round after which the patients would have spent more, over all studies of the ledger.
+        minimum_noise: refuse plans with a smaller noise multiplier.
+        maximum_delta: refuse plans with a larger delta.
+        ledger: folder of the ledger, outside of any one study; None for a folder in the site's storage.
+        noise: `secure` from the operating system's cryptographic generator; `seeded` repeats a simulation bit by bit
+            and protects nobody, so a deployed site refuses to work with it.
+    """
+
+    required: bool = False
+    maximum_epsilon: float = Field(default=10.0, gt=0)
+    minimum_noise: float = Field(default=0.3, ge=0)
+    maximum_delta: float = Field(default=1e-5, gt=0, le=1e-3)
+    ledger: Path | None = None
+    noise: Literal["secure", "seeded"] = "secure"
 
 
 class SiteConfig(StrictModel):
@@ -153,6 +176,12 @@ class SiteConfig(StrictModel):
     threads: int | None = Field(default=None, ge=1, le=1024)
     storage: Storage
     egress: Egress = Egress()
+    privacy: PrivacyLimits = PrivacyLimits()
+
+    @property
+    def ledger_folder(self) -> Path:
+        """The folder of the site's privacy ledger."""
+        return self.privacy.ledger or self.storage.folder / "privacy"
 
     @field_validator("generalists")
     @classmethod
@@ -204,7 +233,12 @@ def load_site_config(path: Path) -> SiteConfig:
         for name, entry in config.generalists.items()
     }
     storage = config.storage.model_copy(update={"folder": absolute(config.storage.folder, "storage.folder")})
-    return config.model_copy(update={"data": data, "generalists": generalists, "storage": storage})
+    ledger = config.privacy.ledger
+    privacy = config.privacy.model_copy(
+        update={"ledger": absolute(ledger, "privacy.ledger") if ledger is not None else None}
+    )
+    changed = {"data": data, "generalists": generalists, "storage": storage, "privacy": privacy}
+    return config.model_copy(update=changed)
 
 
 def load_site_folder(folder: Path) -> list[SiteConfig]:

@@ -57,6 +57,7 @@ def write_site_files(
             labels=flow_yaml(str(labels)),
             generalists=flow_yaml({name: {"weights": "packaged"} for name in generalists}),
             storage=flow_yaml(str(storage / site)),
+            ledger="null",
             **_case_lists(rows, site, counts[site], everything),
         )
         for site in sites

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 PRV_LIMIT = 200.0  # epsilon above which the PRV accountant is not asked: its grid would fill the memory
 
@@ -58,12 +59,17 @@ def epsilon_of(spent: Iterable[Spending], delta: float) -> Epsilon:
         spent: in any order.
         delta: between 0 and 1.
     """
-    from opacus.accountants import PRVAccountant, RDPAccountant
-
     steps: Counter[tuple[float, float]] = Counter()
     for each in spent:
         steps[each.noise_multiplier, each.sampling_rate] += each.steps
-    history = [(noise, rate, count) for (noise, rate), count in sorted(steps.items()) if count > 0]
+    return _bounds(tuple((noise, rate, count) for (noise, rate), count in sorted(steps.items()) if count > 0), delta)
+
+
+@cache
+def _bounds(history: tuple[tuple[float, float, int], ...], delta: float) -> Epsilon:
+    """Return the bounds for (noise multiplier, sampling rate, steps) of each kind of step."""
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
     if not history:
         return Epsilon(0.0, 0.0)
     rdp, prv = RDPAccountant(), PRVAccountant()
