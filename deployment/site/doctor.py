@@ -13,6 +13,7 @@ from deployment.site.code_store import CodeAlteredError, CodeStore
 from deployment.site.doctor_data import check_data, check_generalists, check_machine, check_storage
 from deployment.site.doctor_server import check_server
 from deployment.site.findings import Finding, Level, fine, problem, warning
+from deployment.site.privacy import check_privacy
 from deployment.site.site_folder import Deployment, SiteFolder
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan
@@ -41,6 +42,7 @@ def examine(folder: SiteFolder, progress: Console, data: bool, server: bool) -> 
     if config is not None and plan is not None:
         findings += check_generalists(config, plan)
         findings += check_machine(config, plan)
+        findings += check_privacy(config, plan)
         with Progress(console=progress, transient=True) as bar:
             task = bar.add_task("reading scans")
             findings += check_data(
