@@ -203,6 +203,24 @@ def status(folder: FolderOption = HERE, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def privacy(folder: FolderOption = HERE, as_json: JsonOption = False) -> None:
+    """Show what was spent of the patients' privacy, per round and in total over all studies, and what that means.
+
+    Example: semisam site privacy --folder atrium-north
+    """
+    with readable_errors():
+        from deployment.site.privacy import print_privacy, site_privacy
+        from deployment.site.site_folder import SiteFolder
+
+        site = SiteFolder.at(folder)
+        report = site_privacy(site.config(), site.plan())
+        if as_json:
+            typer.echo(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
+        else:
+            print_privacy(report, console)
+
+
+@app.command()
 def withdraw(
     folder: FolderOption = HERE,
     yes: YesOption = False,

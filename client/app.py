@@ -14,6 +14,8 @@ from flwr.common.constant import ErrorCode
 import semisam_core
 from client.egress import EgressError, EgressGate, ManifestNotApprovedError, arriving_tensors
 from client.manifest import EVALUATE, JOIN, TRAIN, manifest_of
+from client.privacy import PrivacyBudgetError, PrivacyLimitError
+from client.privacy_ledger import LedgerError
 from client.report import SiteReport
 from client.restore import WeightsNotAgreedError
 from client.secure import SecureAggregationError, SecureRound, UpdateTooLargeError, keys_sha256
@@ -43,6 +45,7 @@ from semisam_core.plan import Plan, plan_from_json
 logger = logging.getLogger(__name__)
 
 app = ClientApp()
+SIMULATION = "simulation"  # in the node config of sites that one researcher runs in one process
 
 # In the node config: the hash of the manifest approved at this site; an empty one fits none.
 APPROVED_MANIFEST = "approved-manifest"
@@ -54,6 +57,9 @@ RULE_OF_ERROR: tuple[tuple[type[Exception], RefusalRule], ...] = (
     (SplitChangedError, RefusalRule.SPLIT_CHANGED),
     (NoUsableCaseError, RefusalRule.NO_USABLE_CASE),
     (WeightsNotAgreedError, RefusalRule.WEIGHTS),
+    (PrivacyLimitError, RefusalRule.PRIVACY_LIMITS),
+    (PrivacyBudgetError, RefusalRule.PRIVACY_BUDGET),
+    (LedgerError, RefusalRule.PRIVACY_LEDGER),
     (WeightsError, RefusalRule.GENERALIST),
     (FloatingPointError, RefusalRule.DIVERGED),
     (UpdateTooLargeError, RefusalRule.UPDATE_TOO_LARGE),
@@ -189,14 +195,21 @@ def _of(prefix: str, asked: Mapping[str, object]) -> dict[str, object]:
 def site_config_of(context: Context) -> SiteConfig:
     """Return the config of the site that this process serves.
 
-    A deployed SuperNode names its own YAML (node config ``site-config``); nothing from the wire can override it. In a
+    A SuperNode names its own YAML (node config ``site-config``); nothing from the wire can override it. In a
     simulation the run config names a folder of YAMLs and the partition picks one.
 
     Raises:
-        ConfigError: neither is given, or the file is invalid.
+        ConfigError: neither is given, the file is invalid, or a deployed site's noise could be taken away.
     """
     if "site-config" in context.node_config:
-        return load_site_config(Path(str(context.node_config["site-config"])))
+        path = Path(str(context.node_config["site-config"]))
+        config = load_site_config(path)
+        if config.privacy.noise != "secure" and SIMULATION not in context.node_config:
+            raise ConfigError(
+                f"{path}: privacy.noise = {config.privacy.noise!r} is for simulations: whoever knows the plan can take "
+                "such noise away. Accepted at a deployed site: secure."
+            )
+        return config
     if "partition-id" not in context.node_config:
         raise ConfigError("this SuperNode names no site file; start it with --node-config 'site-config=\"<path>\"'.")
     folder = str(context.run_config.get("sites", ""))

@@ -22,7 +22,6 @@ from semisam_core.contract import (
     MATERIAL_BYTES,
     PATIENTLESS,
     SPLIT_HASH,
-    TRAIN_SCALARS,
     RefusalRule,
     Stage,
     TensorSpec,
@@ -30,6 +29,7 @@ from semisam_core.contract import (
     evaluation_scalars,
     is_count,
     scalar_range,
+    train_scalars,
     update_spec,
 )
 from semisam_core.data.fingerprint import fingerprint_scalars, rounding_of
@@ -187,7 +187,7 @@ def manifest_of(config: SiteConfig, plan: Plan) -> Manifest:
     limit, counts = egress.maximum_update_mb * 1e6, counts_word(egress)
     messages = {
         JOIN: MessageItems(1, _agreed(JOIN_SCALARS, egress), texts | {COUNTS_WORD: TextItem(counts, len(counts))}),
-        **_training_items(plan, _agreed(TRAIN_SCALARS, egress), texts, limit),
+        **_training_items(plan, _agreed(_reported(plan, egress), egress), texts, limit),
         EVALUATE: MessageItems(evaluations, _agreed(_allowed_scores(plan, egress), egress), texts),
         REFUSAL: refusal_items(config.site),
     }
@@ -239,10 +239,16 @@ def _item(name: str, egress: Egress) -> ScalarItem:
     kind, whole = name.partition(".")[0], is_count(name)
     if egress.numbers == "exact":
         return ScalarItem(*scalar_range(name), whole)
-    digits = EXACT if whole else Rounding("digits", egress.significant_digits)
+    of_the_plan = whole or kind == "epsilon"
+    digits = EXACT if of_the_plan else Rounding("digits", egress.significant_digits)
     rounding = IN_BUCKETS if counts_patients(name) else digits
     always = kind in PATIENTLESS or (whole and kind not in CLASS_SCORES)
     return ScalarItem(*scalar_range(name), whole, rounding, 0 if always else egress.minimum_patients)
+
+
+def _reported(plan: Plan, egress: Egress) -> list[str]:
+    """Return the names of a training round's scalars."""
+    return [name for name in train_scalars(plan) if egress.epsilon or not name.startswith("epsilon.")]
 
 
 def _allowed_scores(plan: Plan, egress: Egress) -> list[str]:

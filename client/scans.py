@@ -104,6 +104,25 @@ class SiteScans:
         self.check()
         return [c for c in self._found.cases if c.role in roles and c.id not in self._quarantined]
 
+    def patients(self) -> dict[str, list[Case]]:
+        """Return patient -> the usable cases of theirs that are trained on, with or without a label."""
+        found: dict[str, list[Case]] = {}
+        for case in self.usable(Role.LABELED, Role.UNLABELED):
+            found.setdefault(self.patient(case), []).append(case)
+        return found
+
+    def identities(self) -> set[str]:
+        """Return everything by which the patients that are trained on may be recognised: pseudonyms and file contents.
+
+        Raises:
+            OSError: a file cannot be read any more.
+        """
+        found = set()
+        for patient, cases in self.patients().items():
+            files = (path for case in cases for path in case.images)
+            found |= {f"patient|{patient}", *(f"file|{self._index.sha256(path)}" for path in files)}
+        return found
+
     def counts(self) -> dict[str, float | int]:
         """Return the numbers of usable cases by role, and of quarantined cases."""
         return {
@@ -117,7 +136,7 @@ class SiteScans:
         """Return whose scan a case is; one that the manifest does not name counts as a patient of its own."""
         return self._patients.get(case.id, case.id)
 
-    def patients(self, cases: Iterable[Case]) -> int:
+    def patient_count(self, cases: Iterable[Case]) -> int:
         """Return of how many patients cases are."""
         return len({self.patient(case) for case in cases})
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from client.labeling import Labeler
+from client.privacy import Cost, SitePrivacy
 from client.progress import ProgressLog
 from client.report import (
+    Scalars,
     SiteReport,
     log_gates,
     log_scores,
@@ -22,25 +26,28 @@ from client.report import (
     training_scalars,
 )
 from client.restore import RoundStart, local_layers
-from client.scans import SiteScans
+from client.scans import ScanPair, SiteScans
 from client.secure import SecureRound
 from client.site_config import SiteConfig
 from client.state import RunState
-from semisam_core.contract import split_update, travelling, with_prefix
+from semisam_core.contract import PRIVATE_TRAIN_SCALARS, split_update, travelling, weights_sha256, with_prefix
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.scans import keep_classes, load_original_label
 from semisam_core.errors import SemiSAMError
 from semisam_core.evaluation import ClassScore, score_case
-from semisam_core.files import write_json
+from semisam_core.files import append_json_line, write_json
 from semisam_core.inference import predict, segment_original, segmentation
 from semisam_core.optimizers import moments
 from semisam_core.plan import Plan
+from semisam_core.privacy.randomness import SecureRandomness, SeededRandomness
 from semisam_core.pseudo_labels.store import StoredPseudoLabel
 from semisam_core.regularizers import teaches
 from semisam_core.reporting.overview import Panel, draw_overview
 from semisam_core.secure_aggregation.weights import whole_weights
 from semisam_core.sources.head_network import FeatureHead
-from semisam_core.training import Loader, LocalRound, train_round
+from semisam_core.training import Loader, LocalRound, TrainingResult, train_round
+
+logger = logging.getLogger(__name__)
 
 
 class NoUsableCaseError(SemiSAMError):
@@ -63,7 +70,7 @@ class Site:
     """
 
     def __init__(self, config: SiteConfig, plan: Plan, run: str, round_number: int) -> None:
-        self.config, self.plan, self.round = config, plan, round_number
+        self.config, self.plan, self.run, self.round = config, plan, run, round_number
         self.state = RunState(config.storage.folder, run)
         self.progress = ProgressLog(self.state.folder / "progress.jsonl", round_number)
         if config.threads is not None:
@@ -71,6 +78,7 @@ class Site:
         self.device = config.torch_device()
         self.scans = SiteScans(config, plan, self.progress, self.state.folder)
         self._start = RoundStart(plan, self.state, round_number, self.device)
+        self._privacy = SitePrivacy(config, plan)
 
     def join(self) -> SiteReport:
         """Check and prepare every case, quarantine the bad ones, and report counts.
@@ -78,12 +86,16 @@ class Site:
         Raises:
             NoUsableCaseError: nothing is left to train on or to score.
             WeightsError: a generalist's weights are missing or altered.
+            PrivacyLimitError: the plan has less privacy than this site demands.
+            PrivacyBudgetError: the patients have spent too much for another round.
+            LedgerError: the privacy ledger cannot be trusted.
         """
         self.scans.check(again=True)
         quarantined = self.scans.quarantined
         write_json(self.state.folder / "quarantine.json", [{"case": q.id, "reason": q.reason} for q in quarantined])
         if not self.scans.usable(*Role):
             raise NoUsableCaseError(f"site {self.config.site}: all {len(quarantined)} cases are quarantined.")
+        self._privacy.check_join(self.scans.identities() if self.plan.privacy is not None else ())
         return SiteReport(self.scans.counts() | {"generalists": len(self._labeler.generalists)})
 
     def train(self, weights: Mapping[str, Tensor]) -> SiteReport:
@@ -92,7 +104,8 @@ class Site:
         Under secure aggregation the update is kept for the round's sum instead of being returned.
 
         Stored are the teacher, the regularizer's own networks, and, as the plan says, the specialist's local layers and
-        the optimizer's moments.
+        the optimizer's moments. A private round is booked in the site's ledger before its first step; what it sends is
+        stored too, so that the same round asked for again sends the same and spends nothing.
 
         Args:
             weights: the tensors as the server sent them, the specialist's and the feature head's.
@@ -101,19 +114,34 @@ class Site:
             WeightsNotAgreedError: the weights are not the plan's specialist.
             FloatingPointError: training diverged.
             UpdateTooLargeError: under secure aggregation, the update changed by more than the plan's bound.
+            PrivacyLimitError: the plan has less privacy than this site demands.
+            PrivacyBudgetError: the round would spend more than this site allows.
+            LedgerError: the privacy ledger cannot be trusted.
         """
-        began = time.monotonic()
         self._forget_secrets()
+        if self.plan.privacy is None:
+            self._privacy.check_limits()
+            return self._handed_over(self._train(weights), weights)
+        asked = hashlib.sha256(f"{self.plan.hash}|{weights_sha256(weights)}".encode()).hexdigest()
+        if (kept := self.state.load_update(self.round, asked)) is not None:
+            return self._handed_over(SiteReport(kept[1], kept[0]), weights)
+        report = self._train(weights)
+        self.state.save_update(self.round, asked, report.weights or {}, report.scalars)
+        return self._handed_over(report, weights)
+
+    def _train(self, weights: Mapping[str, Tensor]) -> SiteReport:
+        began = time.monotonic()
         own, head_weights = split_update(weights)
         specialist, head = self._start.specialist(own, self.round), self._start.head(head_weights)
+        cost = self._booked()
         teacher = self._start.teacher(specialist)
         regularizer = self._start.regularizer()
         optimizer = self._start.optimizer(specialist)
-        known = self.scans.pair_loaders(Role.LABELED)
+        known = self._known()
         labels = self._labeler.labels(self.round, teacher, self.scans.keyed_pair_loaders(Role.UNLABELED), known, head)
         seed = derive_seed(self.plan.seed, self.config.site, self.round)
         head_steps = self._labeler.train_head(head, known, self.round, seed) if head is not None else 0
-        labeled, unlabeled = self._loaders(labels)
+        labeled, unlabeled = self._loaders(labels) if self.plan.privacy is None else ([], [])
         local = LocalRound(
             plan=self.plan,
             specialist=specialist,
@@ -128,7 +156,7 @@ class Site:
             annotated=self.scans.annotated,
             progress=lambda done, total: self.progress("train", done, total, "steps"),
         )
-        result = train_round(local)
+        result = train_round(local) if self.plan.privacy is None else self._train_privately(local, labels)
         self.state.save_teacher(self.round, _cpu(teacher.state_dict()))
         if regularizer is not None and regularizer.auxiliary is not None:
             self.state.save_networks(self.round, regularizer.auxiliary.state())
@@ -143,10 +171,45 @@ class Site:
             scalars["head_steps"] = head_steps
             sent |= with_prefix(head)
         patients = self._patients(scalars, labels)
+        return SiteReport(scalars if self.plan.privacy is None else self._sendable(scalars, cost), _cpu(sent), patients)
+
+    def _handed_over(self, report: SiteReport, reference: Mapping[str, Tensor]) -> SiteReport:
+        """Return a round's report; under secure aggregation without the update, which is kept for the sum."""
         if self.secure is None:
-            return SiteReport(scalars, _cpu(sent), patients)
-        self.secure.keep(_cpu(sent), weights, whole_weights(scalars, self.plan, self.round))
-        return SiteReport(scalars, patients=patients)
+            return report
+        counts = whole_weights(report.scalars, self.plan, self.round)
+        self.secure.keep(report.weights or {}, reference, counts)
+        return replace(report, weights=None)
+
+    def _booked(self) -> Cost | None:
+        """Book the round, if it is private and there is anybody to train on, and return what it costs."""
+        if self.plan.privacy is None or not self.scans.patients():
+            return None
+        return self._privacy.book(self.run, self.round, self.scans.identities())
+
+    def _train_privately(self, local: LocalRound, labels: Mapping[str, StoredPseudoLabel]) -> TrainingResult:
+        from semisam_core.privacy.training import Patient, train_private_round  # imports Opacus
+
+        patients = []
+        for patient, cases in sorted(self.scans.patients().items()):
+            labeled, unlabeled = self._loaders(labels, cases)
+            patients.append(Patient(patient, labeled, unlabeled))
+        if self.config.privacy.noise == "secure":
+            return train_private_round(local, patients, SecureRandomness())
+        logger.warning("The noise of this round comes from a seed: it protects nobody. Set privacy.noise to secure.")
+        seed = derive_seed(self.plan.seed, f"{self.config.site}|noise", self.round)
+        return train_private_round(local, patients, SeededRandomness(seed))
+
+    def _sendable(self, scalars: Scalars, cost: Cost | None) -> Scalars:
+        """Log all scalars of a private round here, and return those that may be sent."""
+        epsilon = {} if cost is None else cost.scalars()
+        append_json_line(self.state.folder / "training.jsonl", {"round": self.round, **scalars, **epsilon})
+        shown = scalars | epsilon if self.config.egress.epsilon else scalars
+        return {name: value for name, value in shown.items() if name in PRIVATE_TRAIN_SCALARS}
+
+    def _known(self) -> list[tuple[str, Callable[[], ScanPair | None]]]:
+        """Return (case, loader) of the scans whose labels help with other patients' scans; none under privacy."""
+        return self.scans.pair_loaders(Role.LABELED) if self.plan.privacy is None else []
 
     def evaluate(self, weights: Mapping[str, Tensor], final: bool) -> SiteReport:
         """Score the specialist on the classes that the validation labels mark, in each scan's own geometry.
@@ -196,19 +259,26 @@ class Site:
         """Return about how many patients each mean of a training round is."""
         labeled, trained = self.scans.usable(Role.LABELED), self.scans.usable(Role.LABELED, Role.UNLABELED)
         accepted = [case for case in trained if _accepted(labels.get(case.id))]
-        return training_patients(scalars, *(self.scans.patients(cases) for cases in (labeled, trained, accepted)))
+        return training_patients(scalars, *(self.scans.patient_count(cases) for cases in (labeled, trained, accepted)))
 
-    def _loaders(self, labels: Mapping[str, StoredPseudoLabel]) -> tuple[list[Loader], list[Loader]]:
+    def _loaders(
+        self, labels: Mapping[str, StoredPseudoLabel], cases: Sequence[Case] | None = None
+    ) -> tuple[list[Loader], list[Loader]]:
         """Return loaders of labeled and of unlabeled scans, the latter with their pseudo-labels.
 
         A scan without an accepted pseudo-label is left out if the regularizer does not learn from it either.
+
+        Args:
+            labels: case -> pseudo-label.
+            cases: those to load; None for all that are trained on.
         """
-        labeled = [self.scans.training_loader(case) for case in self.scans.usable(Role.LABELED)]
+        cases = self.scans.usable(Role.LABELED, Role.UNLABELED) if cases is None else cases
+        labeled = [self.scans.training_loader(case) for case in cases if case.role is Role.LABELED]
         regularized = teaches(self.plan.regularizer.name, len(labeled))
         unlabeled = [
             self.scans.training_loader(case, labels.get(case.id))
-            for case in self.scans.usable(Role.UNLABELED)
-            if regularized or _accepted(labels.get(case.id))
+            for case in cases
+            if case.role is Role.UNLABELED and (regularized or _accepted(labels.get(case.id)))
         ]
         return labeled, unlabeled
 
@@ -238,7 +308,7 @@ class Site:
             return
         found = segmentation(predict(specialist, scan.image, self.plan, self.device), self.plan)
         pair = self.scans.load_pair(cases[0])
-        labeled = self.scans.pair_loaders(Role.LABELED)
+        labeled = self._known()
         pseudo = (
             self._labeler.ask(cases[0].id, pair, specialist, labeled, head) if pair and self._labeler.active else None
         )

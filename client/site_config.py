@@ -128,6 +128,7 @@ class Egress(StrictModel):
             patients than the minimum; `exact` sends every number as it is, for public or generated data.
         minimum_patients: a number about fewer patients than this is withheld, in a fingerprint also under `exact`.
         significant_digits: of scores, losses and all else that is neither a count nor in a fingerprint.
+        epsilon: whether the epsilon of each private round, and the total of its patients, is sent with the update.
     """
 
     maximum_update_mb: float = Field(default=500.0, gt=0)
@@ -137,6 +138,7 @@ class Egress(StrictModel):
     numbers: Literal["rounded", "exact"] = "rounded"
     minimum_patients: int = Field(default=5, ge=1)
     significant_digits: int = Field(default=2, ge=1, le=6)
+    epsilon: bool = False
 
     @field_validator("validation_scores")
     @classmethod
@@ -145,6 +147,27 @@ class Egress(StrictModel):
         if unknown:
             raise ValueError(f"unknown scores {unknown}; accepted: {', '.join(CLASS_SCORES)}")
         return value
+
+
+class PrivacyLimits(StrictModel):
+    """What a site allows to be spent of its patients' privacy. A plan cannot loosen it.
+
+    Attributes:
+        required: refuse plans without a privacy section.
+        maximum_epsilon: refuse a round after which the patients would have spent more, over all studies of the ledger.
+        minimum_noise: refuse plans with a smaller noise multiplier.
+        maximum_delta: refuse plans with a larger delta.
+        ledger: folder of the ledger, outside of any one study; None for a folder in the site's storage.
+        noise: `secure` from the operating system's cryptographic generator; `seeded` repeats a simulation bit by bit
+            and protects nobody, so a deployed site refuses to work with it.
+    """
+
+    required: bool = False
+    maximum_epsilon: float = Field(default=10.0, gt=0)
+    minimum_noise: float = Field(default=0.3, ge=0)
+    maximum_delta: float = Field(default=1e-5, gt=0, le=1e-3)
+    ledger: Path | None = None
+    noise: Literal["secure", "seeded"] = "secure"
 
 
 class SiteConfig(StrictModel):
@@ -158,6 +181,12 @@ class SiteConfig(StrictModel):
     threads: int | None = Field(default=None, ge=1, le=1024)
     storage: Storage
     egress: Egress = Egress()
+    privacy: PrivacyLimits = PrivacyLimits()
+
+    @property
+    def ledger_folder(self) -> Path:
+        """The folder of the site's privacy ledger."""
+        return self.privacy.ledger or self.storage.folder / "privacy"
 
     @field_validator("generalists")
     @classmethod
@@ -209,7 +238,12 @@ def load_site_config(path: Path) -> SiteConfig:
         for name, entry in config.generalists.items()
     }
     storage = config.storage.model_copy(update={"folder": absolute(config.storage.folder, "storage.folder")})
-    return config.model_copy(update={"data": data, "generalists": generalists, "storage": storage})
+    ledger = config.privacy.ledger
+    privacy = config.privacy.model_copy(
+        update={"ledger": absolute(ledger, "privacy.ledger") if ledger is not None else None}
+    )
+    changed = {"data": data, "generalists": generalists, "storage": storage, "privacy": privacy}
+    return config.model_copy(update=changed)
 
 
 def load_site_folder(folder: Path) -> list[SiteConfig]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from semisam_core.files import save_tensors
 logger = logging.getLogger(__name__)
 
 KEEP_ROUNDS = 3
-TEACHER, NETWORKS, LAYERS, MOMENTS = "teacher", "networks", "layers", "moments"
+TEACHER, NETWORKS, LAYERS, MOMENTS, UPDATE = "teacher", "networks", "layers", "moments", "update"
 
 
 class RunState:
@@ -88,13 +89,47 @@ class RunState:
         """Return the latest moments of the optimizer of a round before this one and not before `since`, or None."""
         return self._latest(MOMENTS, before, since)
 
+    def save_update(
+        self, round_number: int, asked: str, tensors: dict[str, Tensor], scalars: dict[str, float | int]
+    ) -> None:
+        """Keep what this round sends, so that to send it again costs nothing.
+
+        Args:
+            round_number: counts from 1.
+            asked: hash of what the site was asked.
+            tensors: the update.
+            scalars: those that go with it.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._save(UPDATE, round_number, tensors, {"asked": asked, "scalars": json.dumps(scalars)})
+
+    def load_update(self, round_number: int, asked: str) -> tuple[dict[str, Tensor], dict[str, float | int]] | None:
+        """Return what this round sent when it was asked the same, or None."""
+        path = self._file(UPDATE, round_number)
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                if about.get("asked") != asked:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(json.loads(about["scalars"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s cannot be read and is ignored: %s", path, error)
+            return None
+
     def _latest(self, kind: str, before: int, since: int) -> dict[str, Tensor] | None:
         earlier = (number for number in self._rounds(kind) if since <= number < before)
         kept = (_read(self._file(kind, number)) for number in earlier)
         return next((tensors for tensors in kept if tensors is not None), None)
 
-    def _save(self, kind: str, round_number: int, tensors: dict[str, Tensor]) -> None:
-        save_tensors(self._file(kind, round_number), tensors)
+    def _save(
+        self, kind: str, round_number: int, tensors: dict[str, Tensor], about: dict[str, str] | None = None
+    ) -> None:
+        save_tensors(self._file(kind, round_number), tensors, about)
         # Files of later rounds do not count: a resumed server may ask for a round again that precedes them.
         until_now = [number for number in self._rounds(kind) if number <= round_number]
         for number in until_now[KEEP_ROUNDS:]:

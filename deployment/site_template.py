@@ -69,6 +69,24 @@ egress:
   fingerprint: true
   # The number of patients below which a number about them is withheld, in a fingerprint and in every reply.
   minimum_patients: 5
+  # Whether the epsilon that each private round costs, and the total of its patients, is sent with the update.
+  epsilon: false
+
+# What may be spent of the patients' privacy, over all studies. A plan cannot loosen it; docs/privacy.md explains.
+privacy:
+  # true refuses plans without a privacy section.
+  required: false
+  # A round after which its patients would have spent more than this epsilon is refused before it starts.
+  maximum_epsilon: 10.0
+  # Plans with a smaller noise multiplier or a larger delta are refused.
+  minimum_noise: 0.3
+  maximum_delta: 1.0e-5
+  # Folder of the ledger of what was spent. It must outlive this study and this installation, so keep it outside of both
+  # and back it up; all studies on the same patients must name the same one. null: a folder in the storage.
+  ledger: {ledger}
+  # secure: noise from the operating system's cryptographic generator. seeded: a simulation repeats bit by bit and
+  # protects nobody; a deployed site refuses it.
+  noise: secure
 """
 
 

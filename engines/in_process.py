@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from client.app import SIMULATION
 from client.app import app as client_app
 from client.site_config import load_site_config, load_site_folder
 from engines.in_process_grid import run_in_process
@@ -23,7 +24,7 @@ def execute(plan: Path, sites: Path, run_folder: Path, only: str | None = None) 
     chosen = [path for path in paths if only is None or load_site_config(path).site == only]
     if not chosen:
         raise ConfigError(f"{sites}: no site is called {only}.")
-    node_configs: list[dict[str, str | int]] = [{"site-config": str(path)} for path in chosen]
+    node_configs: list[dict[str, str | int]] = [{"site-config": str(path), SIMULATION: 1} for path in chosen]
     run_config: dict[str, str | int] = {
         "plan": str(plan.resolve()),
         "sites": str(sites.resolve()),

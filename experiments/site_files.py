@@ -59,6 +59,7 @@ def write_site_files(
             generalists=flow_yaml({name: {"weights": "packaged"} for name in generalists}),
             storage=flow_yaml(str(storage / site)),
             numbers="exact",  # nothing leaves the researcher's machine
+            ledger="null",
             **_case_lists(rows, site, counts[site], everything),
         )
         for site in sites

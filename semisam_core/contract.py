@@ -58,11 +58,14 @@ TRAIN_SCALARS = (
     "gradient.generalist",
     "seconds",
 )
+# What a private round may send besides its tensors: nothing that was computed from scans or labels without noise. The
+# site's own epsilon.* say what the round and everything before it has cost; the site decides whether they leave.
+PRIVATE_TRAIN_SCALARS = ("labeled", "unlabeled", "steps", "epsilon.round", "epsilon.total", "epsilon.delta")
 CLASS_SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm", "surface_dice", "cases", "missing_distances")
 # Which values a scalar may take, by its name up to the first dot. All others may be any non-negative number.
 COUNTS = frozenset({*JOIN_SCALARS, "accepted", "gated", "steps", "head_steps", "cases", "missing_distances"})
-# Numbers that say nothing of single patients, whatever their number: of models, of the plan's steps, and a duration.
-PATIENTLESS = frozenset({"generalists", "steps", "head_steps", "seconds"})
+# Numbers that say nothing of single patients, whatever their number: of models, of the plan, and a duration.
+PATIENTLESS = frozenset({"generalists", "steps", "head_steps", "seconds", "epsilon"})
 SHARES = frozenset({"confidence", "dice", "jaccard", "surface_dice"})
 ANY_SIGN = frozenset({"loss"})
 
@@ -119,6 +122,9 @@ class RefusalRule(StrEnum):
     CODE_ALTERED = "code-altered"
     PROCESS_ENDED = "process-ended"
     OUT_OF_TIME = "out-of-time"
+    PRIVACY_LIMITS = "privacy-limits"
+    PRIVACY_BUDGET = "privacy-budget"
+    PRIVACY_LEDGER = "privacy-ledger"
 
 
 # Refusals that may be gone a minute later: the same message is worth sending again. All others take a person (another
@@ -173,6 +179,11 @@ def is_sha256(value: object) -> bool:
 def same_version(theirs: object, ours: str) -> bool:
     """Return whether two versions of this project are compatible, that is, share their first two numbers."""
     return isinstance(theirs, str) and theirs.split(".")[:2] == ours.split(".")[:2]
+
+
+def train_scalars(plan: Plan) -> tuple[str, ...]:
+    """Return the names of the scalars that may leave with an update."""
+    return TRAIN_SCALARS if plan.privacy is None else PRIVATE_TRAIN_SCALARS
 
 
 def evaluation_scalars(plan: Plan) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from semisam_core.configuration import StrictModel, override, parse, read_yaml
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically
 from semisam_core.plan_sections.aggregation import Aggregation, ServerOptimizerSettings
+from semisam_core.plan_sections.privacy import Privacy, privacy_conflicts
 from semisam_core.plan_sections.pseudo_labels import PseudoLabels
 from semisam_core.plan_sections.task import Data, Task
 from semisam_core.plan_sections.training import (
@@ -37,6 +38,8 @@ class Evaluation(StrictModel):
 class Plan(StrictModel):
     """One study. The shipped plans in `site_configs/` explain every key."""
 
+    omitted_defaults = ("privacy",)
+
     version: Literal[1]
     task: Task
     data: Data
@@ -45,6 +48,7 @@ class Plan(StrictModel):
     regularizer: RegularizerSettings = RegularizerSettings()
     teacher: TeacherSettings = TeacherSettings()
     pseudo_labels: PseudoLabels | None = None
+    privacy: Privacy | None = None
     aggregation: Aggregation = Aggregation()
     evaluation: Evaluation = Evaluation()
     selection: Literal["last", "validation"] = "last"
@@ -60,6 +64,15 @@ class Plan(StrictModel):
     @model_validator(mode="after")
     def _regularizer_fits(self) -> Plan:
         check_regularizer(self.regularizer.name, self.training.unlabeled_batch)
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_holds(self) -> Plan:
+        if self.privacy is None:
+            return self
+        conflicts = privacy_conflicts(self.specialist, self.regularizer, self.pseudo_labels, self.aggregation)
+        if conflicts:
+            raise ValueError("privacy does not hold with these keys: " + ". ".join(conflicts))
         return self
 
     @property

@@ -154,64 +154,51 @@ def pseudo_label_loss(student: Tensor, batch: UnlabeledPatches, weights: PseudoL
     return torch.stack([weight * part(student, *taught) for part, weight in parts.items() if weight > 0]).sum()
 
 
-class _Trainer:
-    """The state of one round: patch streams, optimizer, running means."""
+class LossTerms:
+    """The weighted terms of the loss on a step's patches, and the running mean of each, unweighted.
+
+    Args:
+        local: the round; its networks are moved to its device.
+
+    Attributes:
+        specialist: the student, in training mode.
+        teacher: its moving average.
+        auxiliary: the regularizer's own networks, or None.
+    """
 
     def __init__(self, local: LocalRound) -> None:
-        plan, training = local.plan, local.plan.training
-        self._plan, self._device, self._annotated = plan, local.device, local.annotated
-        self._regularizer = local.regularizer or new_regularizer(plan, local.device)
-        self._auxiliary = None if self._regularizer is None else self._regularizer.auxiliary
-        self._specialist = local.specialist.to(local.device).train()
-        self._teacher = local.teacher.to(local.device).train()
-        self._labeled = _stream(local.labeled, plan, training.labeled_batch, local.seed)
-        unlabeled = local.unlabeled if plan.uses_unlabeled else ()
-        self._unlabeled = _stream(unlabeled, plan, training.unlabeled_batch, local.seed + 1)
-        self._generator = torch.Generator().manual_seed(local.seed + 2)
-        self._optimizer = local.optimizer or build_optimizer(self._specialist, training.optimizer)
-        sent = travelling(plan, self._specialist)
-        self._shared = [value for name, value in self._specialist.named_parameters() if name in sent]
-        self._start = [value.detach().clone() for value in self._shared] if training.proximal > 0 else []
+        self._plan, self._device, self._annotated = local.plan, local.device, local.annotated
+        self._regularizer = local.regularizer or new_regularizer(local.plan, local.device)
+        self.auxiliary = None if self._regularizer is None else self._regularizer.auxiliary
+        self.specialist = local.specialist.to(local.device).train()
+        self.teacher = local.teacher.to(local.device).train()
         self._sums = {term: [0.0, 0] for term in TERMS}
-        self.gradients: dict[str, float] = {}
 
     @property
-    def has_work(self) -> bool:
-        """Whether any term of the loss applies at this site."""
-        return self._labeled is not None or self._unlabeled is not None
-
-    @property
-    def losses(self) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """The mean so far of each term that has applied."""
         return {term: total / count for term, (total, count) in self._sums.items() if count}
 
-    def draw(self) -> tuple[Batch | None, Batch | None]:
-        """Return the next step's patches of labeled and of unlabeled scans."""
-        labeled, unlabeled = (None if each is None else each.next() for each in (self._labeled, self._unlabeled))
-        return labeled, unlabeled
+    def of(
+        self, patches: tuple[Batch | None, Batch | None], t: int, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return term -> its weighted loss, attached to the student's graph, and the auxiliary networks' loss or None.
 
-    def step(self, patches: tuple[Batch | None, Batch | None], t: int, measured: bool) -> None:
-        """Take optimizer step t of the study; `measured`: note the size of each term's gradient first."""
+        Args:
+            patches: of labeled and of unlabeled scans.
+            t: step of the generation.
+            generator: the regularizer's randomness, on the CPU.
+        """
         labeled = self._labeled_patches(patches[0])
         terms: dict[str, Tensor] = {}
         if labeled is not None:
             loss = supervised_loss(labeled.logits, labeled.label, self._annotated)
             terms["supervised"] = self._weighted("supervised", loss, 1.0)
-        auxiliary: Tensor | None = None
-        if patches[1] is not None:
-            step = self._training_step(labeled, patches[1], t)
-            losses = RegularizerLosses(None) if self._regularizer is None else self._regularizer.losses(step)
-            terms |= self._unlabeled_terms(step, losses.student)
-            auxiliary = losses.auxiliary
-        if measured:
-            self.gradients = {term: self._gradient_norm(terms[term]) for term in TERMS if term in terms}
-        if self._start:
-            terms["proximal"] = self._plan.training.proximal * proximal_loss(self._shared, self._start)
-        rate = learning_rate(t, self._plan.training.total_steps, self._plan.training.optimizer)
-        descend(self._optimizer, torch.stack(list(terms.values())).sum(), rate, t)
-        if auxiliary is not None and self._auxiliary is not None:
-            self._auxiliary.step(auxiliary, t)
-        update_teacher(self._teacher, self._specialist, teacher_decay(t, self._plan.teacher.decay))
+        if patches[1] is None:
+            return terms, None
+        step = self._training_step(labeled, patches[1], t, generator)
+        losses = RegularizerLosses(None) if self._regularizer is None else self._regularizer.losses(step)
+        return terms | self._unlabeled_terms(step, losses.student), losses.auxiliary
 
     def _labeled_patches(self, batch: Batch | None) -> LabeledPatches | None:
         if batch is None:
@@ -219,16 +206,18 @@ class _Trainer:
         if batch.label is None:
             raise ValueError("a loader of a labeled scan returned a scan without a label")
         image = batch.image.to(self._device)
-        return LabeledPatches(image, batch.label.to(self._device), self._specialist(image), self._annotated)
+        return LabeledPatches(image, batch.label.to(self._device), self.specialist(image), self._annotated)
 
-    def _training_step(self, labeled: LabeledPatches | None, batch: Batch, t: int) -> TrainingStep:
+    def _training_step(
+        self, labeled: LabeledPatches | None, batch: Batch, t: int, generator: torch.Generator
+    ) -> TrainingStep:
         plan, total, policy = self._plan, self._plan.training.total_steps, self._plan.pseudo_labels
         device = self._device
         return TrainingStep(
             t=t,
             total_steps=total,
-            student=self._specialist,
-            teacher=self._teacher,
+            student=self.specialist,
+            teacher=self.teacher,
             labeled=labeled,
             unlabeled=UnlabeledPatches(
                 image=batch.image.to(device),
@@ -240,7 +229,7 @@ class _Trainer:
             generalist_weight=(
                 generalist_weight(t, total, policy.weight, policy.schedule, policy.ramp_share) if policy else 0.0
             ),
-            generator=self._generator,
+            generator=generator,
         )
 
     def _unlabeled_terms(self, step: TrainingStep, consistency: Tensor | None) -> dict[str, Tensor]:
@@ -259,6 +248,52 @@ class _Trainer:
         total[0] += loss.item()
         total[1] += 1
         return loss * weight
+
+
+class _Trainer:
+    """The state of one round: patch streams, optimizer, terms of the loss."""
+
+    def __init__(self, local: LocalRound) -> None:
+        plan, training = local.plan, local.plan.training
+        self._plan, self._terms = plan, LossTerms(local)
+        self._specialist = self._terms.specialist
+        self._labeled = _stream(local.labeled, plan, training.labeled_batch, local.seed)
+        unlabeled = local.unlabeled if plan.uses_unlabeled else ()
+        self._unlabeled = _stream(unlabeled, plan, training.unlabeled_batch, local.seed + 1)
+        self._generator = torch.Generator().manual_seed(local.seed + 2)
+        self._optimizer = local.optimizer or build_optimizer(self._specialist, training.optimizer)
+        sent = travelling(plan, self._specialist)
+        self._shared = [value for name, value in self._specialist.named_parameters() if name in sent]
+        self._start = [value.detach().clone() for value in self._shared] if training.proximal > 0 else []
+        self.gradients: dict[str, float] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any term of the loss applies at this site."""
+        return self._labeled is not None or self._unlabeled is not None
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The mean so far of each term that has applied."""
+        return self._terms.means
+
+    def draw(self) -> tuple[Batch | None, Batch | None]:
+        """Return the next step's patches of labeled and of unlabeled scans."""
+        labeled, unlabeled = (None if each is None else each.next() for each in (self._labeled, self._unlabeled))
+        return labeled, unlabeled
+
+    def step(self, patches: tuple[Batch | None, Batch | None], t: int, measured: bool) -> None:
+        """Take optimizer step t of the study; `measured`: note the size of each term's gradient first."""
+        terms, auxiliary = self._terms.of(patches, t, self._generator)
+        if measured:
+            self.gradients = {term: self._gradient_norm(terms[term]) for term in TERMS if term in terms}
+        if self._start:
+            terms["proximal"] = self._plan.training.proximal * proximal_loss(self._shared, self._start)
+        rate = learning_rate(t, self._plan.training.total_steps, self._plan.training.optimizer)
+        descend(self._optimizer, torch.stack(list(terms.values())).sum(), rate, t)
+        if auxiliary is not None and self._terms.auxiliary is not None:
+            self._terms.auxiliary.step(auxiliary, t)
+        update_teacher(self._terms.teacher, self._specialist, teacher_decay(t, self._plan.teacher.decay))
 
     def _gradient_norm(self, term: Tensor) -> float:
         trained = [value for value in self._specialist.parameters() if value.requires_grad]

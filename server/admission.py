@@ -22,7 +22,6 @@ from semisam_core.contract import (
     SITE_RECORD,
     SPECIALIST_RECORD,
     SPLIT_HASH,
-    TRAIN_SCALARS,
     TRANSIENT_REFUSALS,
     RefusalRule,
     RejectionRule,
@@ -33,6 +32,7 @@ from semisam_core.contract import (
     is_sha256,
     material_mistake,
     scalar_mistake,
+    train_scalars,
 )
 from semisam_core.plan import Plan
 from semisam_core.small_numbers import BUCKETS, bucket_middle, bucket_top
@@ -260,13 +260,13 @@ def _scalars(reply: Message, kind: str, plan: Plan) -> dict[str, float]:
     scalars = dict(reply.content.metric_records[METRICS_RECORD])
     agreed = {
         MessageType.QUERY: JOIN_SCALARS,
-        MessageType.TRAIN: TRAIN_SCALARS,
+        MessageType.TRAIN: train_scalars(plan),
         MessageType.EVALUATE: evaluation_scalars(plan),
     }.get(kind, ())
     mistake = next(filter(None, (scalar_mistake(name, value) for name, value in scalars.items())), None)
     if foreign := sorted(set(scalars) - set(agreed)):
         mistake = f"the scalars {[name[:60] for name in foreign[:5]]} are not on the agreed list"
-    elif missing := sorted(set(REQUIRED.get(kind, ())) - set(scalars)):
+    elif missing := sorted(set(REQUIRED.get(kind, ())) & set(agreed) - set(scalars)):
         mistake = f"the scalars {missing} are missing"
     if mistake:
         raise NotAdmittedError(RejectionRule.SCALARS, mistake)
@@ -305,7 +305,7 @@ def _check_counts(scalars: Mapping[str, float], kind: str, plan: Plan, joined: A
         pairs = most(scalars["unlabeled"]) * len(plan.class_names) if plan.pseudo_labels is not None else 0.0
         limits += [
             ("labeled + unlabeled", scalars["labeled"] + scalars["unlabeled"], scans),
-            ("accepted + gated", scalars["accepted"] + scalars.get("gated", 0.0), pairs),
+            ("accepted + gated", scalars.get("accepted", 0.0) + scalars.get("gated", 0.0), pairs),
             ("steps", scalars["steps"], plan.training.steps_per_round),
             ("head_steps", scalars.get("head_steps", 0.0), _head_steps(plan)),
         ]

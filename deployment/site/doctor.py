@@ -15,6 +15,7 @@ from deployment.site.code_store import CodeAlteredError, CodeStore
 from deployment.site.doctor_data import check_data, check_generalists, check_machine, check_storage
 from deployment.site.doctor_server import check_server
 from deployment.site.findings import Finding, Level, fine, problem, warning
+from deployment.site.privacy import check_privacy
 from deployment.site.site_folder import Deployment, SiteFolder, audit_log
 from semisam_core.errors import ConfigError
 from semisam_core.plan import Plan
@@ -45,6 +46,7 @@ def examine(folder: SiteFolder, progress: Console, data: bool, server: bool) -> 
         findings.append(_check_manifest(folder.code(config), deployment, manifest_of(config, plan)))
         findings += check_generalists(config, plan)
         findings += check_machine(config, plan)
+        findings += check_privacy(config, plan)
         with Progress(console=progress, transient=True) as bar:
             task = bar.add_task("reading scans")
             findings += check_data(

@@ -102,7 +102,11 @@ def check_machine(config: SiteConfig, plan: Plan) -> list[Finding]:
         device = config.torch_device()
     except ConfigError as error:
         return [problem("device", str(error))]
-    batch = plan.training.labeled_batch + (plan.training.unlabeled_batch if plan.uses_unlabeled else 0)
+    training = plan.training
+    labeled, unlabeled = training.labeled_batch, training.unlabeled_batch
+    if plan.privacy is not None:  # one patient at a time
+        labeled = unlabeled = plan.privacy.patches_per_patient
+    batch = labeled + (unlabeled if plan.uses_unlabeled else 0)
     channels, classes = len(plan.task.channels), len(plan.class_names)
     chosen = plan.specialist
     needed = memory_estimate(chosen.name, chosen.arguments, channels, classes, plan.data.patch, batch)

@@ -20,6 +20,7 @@ from semisam_core.files import write_atomically
 from semisam_core.generalists import generalist_spec
 
 PRIVATE = 0o600
+LEDGER = "~/.local/share/semisam/privacy"  # the user's, not the study's: what was spent outlives both
 
 
 @dataclass(frozen=True)
@@ -100,5 +101,6 @@ def _site_yaml(invitation: Invitation, generalists: list[str], images: Path | No
         generalists="{" + ", ".join(f"{name}: {{weights: packaged}}" for name in generalists) + "}",
         storage="storage",
         numbers="rounded",
+        ledger=LEDGER,
     )
     return filled.replace("\nthreads: 1\n", "\n# threads: 8\n")

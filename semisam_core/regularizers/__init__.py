@@ -37,6 +37,7 @@ __all__ = [
     "build_regularizer",
     "check_regularizer",
     "teaches",
+    "why_not_private",
 ]
 
 NONE = "none"
@@ -50,22 +51,28 @@ class RegularizerSpec:
         build: builds the regularizer for one round.
         minimum_patches: fewest unlabeled patches per step.
         needs_labels: whether it has no effect at a site without labeled scans.
+        not_private: why its loss of one patient depends on others beyond the weights of student and teacher, which
+            rules it out under differential privacy; None if it does not.
     """
 
     build: Callable[[RegularizerContext], Regularizer]
     minimum_patches: int = 1
     needs_labels: bool = False
+    not_private: str | None = "has not been shown to keep patients apart"
 
+
+_MIXES = "mixes patches of several patients"
+_SECOND_NETWORK = "trains a network of its own on all patients without noise"
 
 REGULARIZERS: Mapping[str, RegularizerSpec] = {
-    "mean-teacher": RegularizerSpec(lambda context: MeanTeacher()),
-    "ua-mt": RegularizerSpec(lambda context: UncertaintyAwareMeanTeacher()),
-    "entropy-minimisation": RegularizerSpec(lambda context: EntropyMinimisation()),
-    "ict": RegularizerSpec(lambda context: InterpolationConsistency(), minimum_patches=2),
-    "cps": RegularizerSpec(CrossPseudoSupervision),
-    "dan": RegularizerSpec(DeepAdversarial, needs_labels=True),
-    "fixmatch": RegularizerSpec(lambda context: FixMatch()),
-    "bcp": RegularizerSpec(lambda context: CopyPaste(), needs_labels=True),
+    "mean-teacher": RegularizerSpec(lambda context: MeanTeacher(), not_private=None),
+    "ua-mt": RegularizerSpec(lambda context: UncertaintyAwareMeanTeacher(), not_private=None),
+    "entropy-minimisation": RegularizerSpec(lambda context: EntropyMinimisation(), not_private=None),
+    "ict": RegularizerSpec(lambda context: InterpolationConsistency(), minimum_patches=2, not_private=_MIXES),
+    "cps": RegularizerSpec(CrossPseudoSupervision, not_private=_SECOND_NETWORK),
+    "dan": RegularizerSpec(DeepAdversarial, needs_labels=True, not_private=_SECOND_NETWORK),
+    "fixmatch": RegularizerSpec(lambda context: FixMatch(), not_private=None),
+    "bcp": RegularizerSpec(lambda context: CopyPaste(), needs_labels=True, not_private=_MIXES),
 }
 
 
@@ -103,6 +110,15 @@ def teaches(name: str, labeled: int) -> bool:
         ValueError: the name is unknown.
     """
     return name != NONE and (labeled > 0 or not _spec(name).needs_labels)
+
+
+def why_not_private(name: str) -> str | None:
+    """Return why this regularizer does not go with differential privacy, or None if it does.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return None if name == NONE else _spec(name).not_private
 
 
 def _spec(name: str) -> RegularizerSpec:

@@ -18,8 +18,7 @@ Blocks = Annotated[int, Field(ge=1, le=18)]
 class SwinUNETRArguments(StrictModel):
     """Arguments of the Swin UNETR.
 
-    Convolutions use instance norm and attention layer norm, neither with running statistics. Opacus cannot take
-    per-sample gradients of the attention's bias table, so this network cannot be trained with differential privacy.
+    Convolutions use instance norm and attention layer norm, neither with running statistics.
 
     Attributes:
         features: features at the first level, a multiple of 12; they double at each further level.

@@ -12,10 +12,20 @@ import torch
 
 from client.manifest import MessageItems, ScalarItem, manifest_of
 from client.site_config import Egress, SiteConfig, load_site_config
-from semisam_core.contract import JOIN_SCALARS, TRAIN_SCALARS, evaluation_scalars, is_count, update_spec
+from semisam_core.contract import (
+    JOIN_SCALARS,
+    MASKED_VECTOR,
+    MATERIAL,
+    TRAIN_SCALARS,
+    Stage,
+    evaluation_scalars,
+    is_count,
+    update_spec,
+)
 from semisam_core.data.fingerprint import fingerprint_scalars
 from semisam_core.plan import Plan
-from semisam_core.small_numbers import IN_BUCKETS
+from semisam_core.secure_aggregation.fixed_point import vector_spec
+from semisam_core.small_numbers import EXACT, IN_BUCKETS
 from tests.conftest import tiny_plan, write_site
 
 MakeSite = Callable[..., Path]
@@ -136,3 +146,31 @@ def test_a_value_out_of_its_range_is_a_mistake(value: object) -> None:
 
 def test_a_message_without_anything_has_no_bytes() -> None:
     assert MessageItems(3).most_bytes == 0
+
+
+def test_under_a_secure_sum_the_update_is_masked_and_its_stages_are_listed(tmp_path: Path) -> None:
+    more = ("aggregation.secure={}", "aggregation.admission={norm_factor: null}", "aggregation.minimum_sites=3")
+    plan = tiny_plan(*more)
+    found = manifest_of(_config(tmp_path), plan).messages
+    assert found["train"].tensors == {}
+    assert set(found["train"].scalars) == set(TRAIN_SCALARS)
+    vector = found[Stage.MASKED.value].tensors[MASKED_VECTOR]
+    assert vector == vector_spec(update_spec(plan))
+    for stage in Stage:
+        assert found[stage.value].scalars == {}
+        assert found[stage.value].material == MATERIAL[stage]
+        assert found[stage.value].times == plan.training.rounds
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_private_round_reports_no_more_than_its_counts_and_if_allowed_its_epsilon(
+    tmp_path: Path, shown: bool
+) -> None:
+    plan = tiny_plan("privacy={noise_multiplier: 1.0, sampling_rate: 0.5}", "aggregation.weights=samples")
+    config = _config(tmp_path)
+    egress = config.egress.model_copy(update={"epsilon": shown, "numbers": "rounded"})
+    scalars = manifest_of(config.model_copy(update={"egress": egress}), plan).messages["train"].scalars
+    epsilon = {"epsilon.round", "epsilon.total", "epsilon.delta"}
+    assert set(scalars) == {"labeled", "unlabeled", "steps"} | (epsilon if shown else set())
+    for name in epsilon & set(scalars):  # of the plan, not of patients; rounding it down would be wrong
+        assert (scalars[name].minimum_patients, scalars[name].rounding) == (0, EXACT)
