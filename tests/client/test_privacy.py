@@ -18,6 +18,7 @@ from client import privacy as privacy_module
 from client.app import SIMULATION, app, site_config_of
 from client.egress import EgressError, EgressGate
 from client.labeling import Labeler
+from client.manifest import manifest_of
 from client.privacy import NOT_COVERED, UNIT, PrivacyBudgetError, PrivacyLimitError, privacy_report
 from client.privacy_ledger import LEDGER, LedgerError, PrivacyLedger
 from client.site import Site, SiteReport
@@ -224,9 +225,11 @@ def test_nothing_computed_from_scans_without_noise_leaves_with_a_private_update(
 
 
 def test_the_gate_holds_back_a_loss_of_a_private_round(make_site: MakeSite, tmp_path: Path) -> None:
-    gate = EgressGate("alpha", load_site_config(make_site()).egress, tmp_path / "audit.jsonl")
+    config = load_site_config(make_site())
+    gate = EgressGate("alpha", config.egress, tmp_path / "audit.jsonl")
+    gate.agree(manifest_of(config, _private()))
     with pytest.raises(EgressError, match=r"loss\.supervised"):
-        gate.reply("train", "run", 1, _private().hash, {"steps": 2, "loss.supervised": 0.1}, train_scalars(_private()))
+        gate.reply("train", "run", 1, _private().hash, {"steps": 2, "loss.supervised": 0.1})
 
 
 def test_what_does_not_leave_is_kept_at_the_site(make_site: MakeSite, tmp_path: Path) -> None:
