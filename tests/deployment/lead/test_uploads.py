@@ -179,7 +179,7 @@ def test_who_asks_faster_than_allowed_waits_and_a_pause_makes_up_for_it() -> Non
 def _reply(plan: Plan, folder: Path) -> Message:
     """Return the reply of a site that has trained, as its egress gate makes it."""
     spec = leaving_spec(plan)
-    tensors = {name: torch.rand(each.shape).to(each.dtype) for name, each in spec.items()}
+    tensors = {name: (2**30 * torch.rand(each.shape)).to(each.dtype) for name, each in spec.items()}
     gate = EgressGate("north", Egress(), folder / "audit.jsonl")
     scalars = dict.fromkeys(TRAIN_SCALARS, 1.5)
     records = gate.reply("train", "run", 1, plan.hash, scalars, TRAIN_SCALARS, tensors, spec, "0" * 64)
