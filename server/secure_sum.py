@@ -39,7 +39,7 @@ from semisam_core.contract import (
 from semisam_core.files import read_json_lines
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.aggregation import MOST_SUMMED, SecureAggregation
-from semisam_core.secure_aggregation.fixed_point import Mean, decode, vector_spec
+from semisam_core.secure_aggregation.fixed_point import Mean, decode, leaving_spec
 from semisam_core.secure_aggregation.masks import (
     SEED_BYTES,
     Vector,
@@ -124,6 +124,7 @@ class SecureSum:
         self._settings: SecureAggregation = plan.aggregation.secure
         self._least, self._patience_s = plan.aggregation.minimum_sites, plan.aggregation.wait_for_quorum_s
         self._spec: Mapping[str, TensorSpec] = update_spec(plan)
+        self._leaving = leaving_spec(plan)
         self._exchange, self._content = exchange, content
         self._roster, self._mailbox, self._clock = exchange.roster, exchange.mailbox, exchange.clock
         self._folder = exchange.folder
@@ -241,7 +242,7 @@ class SecureSum:
             attempt.sharing,
             lambda site: _record(attempt, {SEALED_BY + by: each for by, each in attempt.sealed[site].items()}),
             add,
-            {MASKED_VECTOR: vector_spec(self._spec)},
+            self._leaving,
         )
         self._go_on(len(attempt.active), max(least, needed), "masked vectors")
         if len(attempt.heads & attempt.sharing) >= self._least > len(attempt.heads & attempt.active):

@@ -9,9 +9,9 @@ from pathlib import Path
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
 
 from deployment.lead.uploads import SMALL, Size
-from semisam_core.contract import update_spec
 from semisam_core.files import write_json
 from semisam_core.plan import Plan
+from semisam_core.secure_aggregation.fixed_point import leaving_spec
 
 # In bytes; what was seen of Flower 1.42 is about half of each.
 ARRAY_FRAME = 512  # a tensor's NPY header, its description, and the heads of both objects
@@ -26,7 +26,7 @@ def update_size(plan: Plan, factor: float) -> Size:
         plan: the study plan.
         factor: how much larger than its tensors and their framing an update may be; at least 1.
     """
-    sizes = {name: math.prod(spec.shape) * spec.dtype.itemsize for name, spec in update_spec(plan).items()}
+    sizes = {name: math.prod(spec.shape) * spec.dtype.itemsize for name, spec in leaving_spec(plan).items()}
     chunks = sum(math.ceil((size + ARRAY_FRAME) / CHUNK) for size in sizes.values())
     index = sum(len(name) + ENTRY for name in sizes)
     total = sum(sizes.values()) + ARRAY_FRAME * (len(sizes) + chunks) + index

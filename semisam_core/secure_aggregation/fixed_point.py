@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semisam_core.contract import HEAD_PREFIX, TensorSpec
+from semisam_core.contract import HEAD_PREFIX, MASKED_VECTOR, TensorSpec, update_spec
+from semisam_core.plan import Plan
 from semisam_core.plan_sections.aggregation import SecureAggregation
 from semisam_core.secure_aggregation.masks import Vector
 from semisam_core.secure_aggregation.weights import WholeWeights
@@ -97,6 +98,12 @@ def decode(
         tensors[name] = mean.to(agreed.dtype) if agreed.dtype.is_floating_point else mean.round().to(agreed.dtype)
         at += part.numel()
     return Mean(weights, tensors)
+
+
+def leaving_spec(plan: Plan) -> dict[str, TensorSpec]:
+    """Return the tensors of a site's largest reply: its update or, under secure aggregation, the masked vector."""
+    spec = update_spec(plan)
+    return spec if plan.aggregation.secure is None else {MASKED_VECTOR: vector_spec(spec)}
 
 
 def vector_spec(spec: Mapping[str, TensorSpec]) -> TensorSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -95,11 +98,16 @@ class Sites:
 
 
 def remove_masks(
-    total: NDArray[np.uint64], keys: Keys, released: Mapping[str, dict[str, bytes]], dropped: Any, needed: int
+    total: NDArray[np.uint64],
+    keys: Keys,
+    released: Mapping[str, dict[str, bytes]],
+    dropped: Any,
+    needed: int,
+    active: Any = None,
 ) -> NDArray[np.uint64]:
-    """Remove the masks as a server does, with the shares that it was given."""
+    """Remove the masks as a server does, with the shares that it was given; by default all active sites gave theirs."""
     names, total = sorted(keys), total.copy()
-    active = sorted(set(released))
+    active = sorted(released) if active is None else active
     for name in active:
         seed = recover_secret({holder: each[SEED_SHARE + name] for holder, each in released.items()}, needed, names)
         add_mask(total, seed, -1)
@@ -137,17 +145,34 @@ def test_a_site_lost_at_any_stage_is_recovered_from(sites: Sites, lost_at: str) 
     dropped = [NAMES[3]] if lost_at == "masked" else []
     released = {name: sites.at(name).unmask(FIRST, list(vectors), dropped) for name in rest}
     total = sum(vectors.values(), np.uint64(0))
-    if lost_at == "unmask":
-        seeds = {
-            name: recover_secret({h: each[SEED_SHARE + name] for h, each in released.items()}, 3, sorted(keys))
-            for name in vectors
-        }
-        for seed in seeds.values():
-            add_mask(total, seed, -1)
-        found = total
-    else:
-        found = remove_masks(total, keys, released, dropped, 3)
+    found = remove_masks(total, keys, released, dropped, 3, list(vectors))
     assert np.array_equal(found, sum((sites.plain[name] for name in vectors), np.uint64(0)))
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.data())
+def test_whoever_is_lost_the_rest_completes_the_sum_of_all_vectors_that_came(data: st.DataObject) -> None:
+    names = sorted(data.draw(st.permutations([*NAMES, "omega", "zeta"])))[: data.draw(st.integers(4, 6))]
+    with tempfile.TemporaryDirectory() as folder:
+        sites = Sites(Path(folder), tiny_plan(SECURE), names=names)
+        policy = sites.plan.aggregation.secure
+        assert policy is not None
+        needed = policy.shares_needed(len(names))
+        least = max(3, needed)
+        keys = sites.keys(*names)
+        some = st.lists(st.sampled_from(names), max_size=len(names) - least, unique=True)
+        lost, gone = data.draw(some), data.draw(some)
+        sharing = (
+            [name for name in names if name not in lost] if len(set(lost) | set(gone)) <= len(names) - least else names
+        )
+        sealed = sites.shares(keys, *sharing)
+        active = [name for name in sharing if name not in gone]
+        vectors = sites.masked(sealed, *active)
+        dropped = [name for name in sharing if name in gone]
+        answering = data.draw(st.permutations(active))[: data.draw(st.integers(needed, len(active)))]
+        released = {name: sites.at(name).unmask(FIRST, active, dropped) for name in answering}
+        found = remove_masks(sum(vectors.values(), np.uint64(0)), keys, released, dropped, needed, active)
+        assert np.array_equal(found, sum((sites.plain[name] for name in active), np.uint64(0)))
 
 
 def test_a_vector_that_comes_late_stays_masked_though_its_sites_key_was_recovered(sites: Sites) -> None:

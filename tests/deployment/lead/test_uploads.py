@@ -48,12 +48,14 @@ from deployment.lead.uploads import (
     Size,
     SizeFile,
 )
-from semisam_core.contract import TRAIN_SCALARS, update_spec
+from semisam_core.contract import TRAIN_SCALARS
 from semisam_core.plan import Plan, load_plan
+from semisam_core.secure_aggregation.fixed_point import leaving_spec
 from tests.conftest import tiny_plan
 
 SIZE = Size(objects=6, total_bytes=100, object_bytes=60)
 PLANS = sorted((Path(__file__).parents[3] / "site_configs").glob("*/plan.yaml"))
+SECURE = ("aggregation.minimum_sites=3", "aggregation.admission={norm_factor: null}", "aggregation.secure={}")
 
 
 @contextlib.contextmanager
@@ -176,8 +178,8 @@ def test_who_asks_faster_than_allowed_waits_and_a_pause_makes_up_for_it() -> Non
 
 def _reply(plan: Plan, folder: Path) -> Message:
     """Return the reply of a site that has trained, as its egress gate makes it."""
-    spec = update_spec(plan)
-    tensors = {name: torch.rand(each.shape).to(each.dtype) for name, each in spec.items()}
+    spec = leaving_spec(plan)
+    tensors = {name: (2**30 * torch.rand(each.shape)).to(each.dtype) for name, each in spec.items()}
     gate = EgressGate("north", Egress(), folder / "audit.jsonl")
     scalars = dict.fromkeys(TRAIN_SCALARS, 1.5)
     records = gate.reply("train", "run", 1, plan.hash, scalars, TRAIN_SCALARS, tensors, spec, "0" * 64)
@@ -197,6 +199,17 @@ def test_an_honest_update_fits_its_bounds_and_they_are_not_much_larger(path: Pat
     assert get_object_tree(reply).ByteSize() <= tightest.objects * ID_BYTES
     assert usual.objects <= 2.5 * len(objects)
     assert usual.total_bytes <= 3 * sum(objects.values()) + SMALL.total_bytes
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.parent.name)
+def test_a_masked_vector_fits_the_bounds_of_its_plan(path: Path, tmp_path: Path) -> None:
+    plan = load_plan(path, list(SECURE))
+    reply = _reply(plan, tmp_path)
+    objects = {name: len(each.deflate()) for name, each in get_all_nested_objects(reply).items()}
+    tightest = update_size(plan, 1.0)
+    assert len(objects) <= tightest.objects
+    assert sum(objects.values()) <= tightest.total_bytes <= sum(objects.values()) + 2 * SMALL.total_bytes
+    assert max(objects.values()) <= tightest.object_bytes
 
 
 def test_the_size_of_an_update_follows_the_plan_of_the_present_run(tmp_path: Path) -> None:
