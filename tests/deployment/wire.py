@@ -71,7 +71,7 @@ class Request:
         message.ParseFromString(self.body)
         known = CALLS[self.call]()
         known.CopyFrom(message)
-        known.DiscardUnknownFields()  # type: ignore[attr-defined]
+        known.DiscardUnknownFields()
         assert known.SerializeToString(deterministic=True) == self.body, f"{self.call}: bytes that mean nothing"
         return message
 
@@ -159,6 +159,7 @@ def _read(root: str, objects: dict[str, bytes]) -> Reply:
     message = inflate_object_from_contents(root, dict(objects), keep_object_contents=True)
     assert isinstance(message, Message)
     reply = Reply(message.metadata.message_type, message, objects)
+    assert message.deflate() == objects[root], "a message holds more than it means"
     if message.has_error():
         return reply
     again = RecordDict()
