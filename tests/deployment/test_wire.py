@@ -65,12 +65,11 @@ PLANTED = {
     "the patients' file": "Patient-Nachtigaller",
     "a comment in site.yaml": "Doctor-Immerwahr-Pager-4711",
 }
-# In bytes. What Flower writes around what is sent; measured: 251 an object, 690 a head, 167 around an object.
-FRAMING_OF_OBJECT = 300
-FRAMING_OF_REPLY = 1500  # names of records, scalars and tensors
-HEAD = 800
-AROUND_OBJECT = 200
-OTHER_BODY = 300
+# In bytes: what Flower writes around what is sent. Measured: 228 an object, 848 a head, 130 around an object, 227.
+FRAMING_OF_OBJECT = 250
+HEAD = 900
+AROUND_OBJECT = 150
+OTHER_BODY = 250
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def test_every_byte_that_a_site_sent_is_accounted_for(wire: dict[str, Sent], sit
     read = sum(len(request.head) + 4 + len(request.body) for request in requests)
     incomplete = len(wire[site].capture.exchanges) * (HEAD + OTHER_BODY)
     assert read <= sent <= read + incomplete
-    assert check_heads(requests, wire[site].public_key) <= HEAD
+    assert check_heads(requests, wire[site].capture.address, wire[site].public_key) <= HEAD
     sessions = sessions_of(requests)
     for request in requests:
         message = request.message  # nothing in it that Flower does not know
@@ -274,7 +273,7 @@ def test_every_byte_that_a_site_sent_is_accounted_for(wire: dict[str, Sent], sit
         elif request.call != "push-messages":
             assert len(request.body) <= OTHER_BODY, request.call
     for reply in replies:
-        assert reply.framing <= FRAMING_OF_OBJECT * len(reply.objects) + FRAMING_OF_REPLY
+        assert reply.framing <= FRAMING_OF_OBJECT * len(reply.objects)
 
 
 def test_a_replys_metadata_repeats_the_servers_but_for_two_times(wire: dict[str, Sent]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import numpy as np
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -43,8 +43,18 @@ CALLS: Mapping[str, type[Protobuf]] = {
     "pull-object": PullObjectRequest,
     "confirm-message-received": ConfirmMessageReceivedRequest,
 }
-# Headers whose values are not the same in every request: a length that is checked, a time, and a signature of it.
-VARYING = frozenset({"content-length", "flwr-timestamp", "flwr-signature"})
+# All headers of a request, but for those that sign it: what httpx and Flower say of themselves.
+FIXED = {
+    "accept-encoding": "gzip, deflate",
+    "connection": "keep-alive",
+    "user-agent": f"python-httpx/{version('httpx')}",
+    "content-type": "application/protobuf",
+    "accept": "application/protobuf",
+    "flwr-package-name": "flwr",
+    "flwr-package-version": version("flwr"),
+    "flwr-component-name": "SuperNode",
+}
+SIGNED = ("host", "content-length", "flwr-public-key", "flwr-timestamp", "flwr-signature")
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?\+00:00")
 SIGNATURE_BYTES = 104  # of a P-384 key
 
@@ -179,26 +189,29 @@ def _read(root: str, objects: dict[str, bytes]) -> Reply:
     return reply
 
 
-def check_heads(requests: Sequence[Request], public_key: bytes) -> int:
-    """Check that heads hold nothing that a site could choose; return the bytes of the longest.
+def check_heads(requests: Sequence[Request], address: str, public_key: bytes) -> int:
+    """Check that heads hold nothing that a site could choose but a time and its signature.
 
-    Every header is the same in all requests, but for the length, the time and its signature.
+    Args:
+        requests: what a site sent.
+        address: the server's, as the site knows it.
+        public_key: the site's, PEM.
+
+    Returns:
+        The bytes of the longest head.
     """
     key = load_pem_public_key(public_key)
-    values: dict[str, Counter[str]] = {}
     for request in requests:
-        for name, value in request.headers.items():
-            values.setdefault(name, Counter())[value] += 1
         given = request.headers
+        assert request.head.count(b"\r\n") == len(given) == len(FIXED) + len(SIGNED)
+        assert {name: given.get(name) for name in FIXED} == FIXED
+        assert (given["host"], given["content-length"]) == (address, str(len(request.body)))
+        assert base64.b64decode(given["flwr-public-key"]) == public_key
         signature = base64.b64decode(given["flwr-signature"], validate=True)
         assert TIMESTAMP.fullmatch(given["flwr-timestamp"]), given["flwr-timestamp"]
         assert len(signature) <= SIGNATURE_BYTES
         assert verify_signature(key, given["flwr-timestamp"].encode(), signature)  # type: ignore[arg-type]
-        assert base64.b64decode(given["flwr-public-key"]) == public_key
-        assert int(given["content-length"]) == len(request.body)
         assert request.head.startswith(f"POST /v1/fleet/{request.call} HTTP/1.1\r\n".encode())
-    assert {name for name, seen in values.items() if len(seen) > 1} <= VARYING
-    assert set(map(len, values.values()))
     return max(len(request.head) for request in requests)
 
 
