@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
 
 from deployment.lead.uploads import SMALL, Size
-from semisam_core.contract import update_spec
+from semisam_core.contract import MASKED_VECTOR, TensorSpec, update_spec
 from semisam_core.files import write_json
 from semisam_core.plan import Plan
+from semisam_core.secure_aggregation.fixed_point import vector_spec
 
 # In bytes; what was seen of Flower 1.42 is about half of each.
 ARRAY_FRAME = 512  # a tensor's NPY header, its description, and the heads of both objects
@@ -26,7 +28,20 @@ def update_size(plan: Plan, factor: float) -> Size:
         plan: the study plan.
         factor: how much larger than its tensors and their framing an update may be; at least 1.
     """
-    sizes = {name: math.prod(spec.shape) * spec.dtype.itemsize for name, spec in update_spec(plan).items()}
+    spec = update_spec(plan)
+    size = _size(spec, factor)
+    if plan.aggregation.secure is None:
+        return size
+    masked = _size({MASKED_VECTOR: vector_spec(spec)}, factor)
+    return Size(
+        max(size.objects, masked.objects),
+        max(size.total_bytes, masked.total_bytes),
+        max(size.object_bytes, masked.object_bytes),
+    )
+
+
+def _size(spec: Mapping[str, TensorSpec], factor: float) -> Size:
+    sizes = {name: math.prod(each.shape) * each.dtype.itemsize for name, each in spec.items()}
     chunks = sum(math.ceil((size + ARRAY_FRAME) / CHUNK) for size in sizes.values())
     index = sum(len(name) + ENTRY for name in sizes)
     total = sum(sizes.values()) + ARRAY_FRAME * (len(sizes) + chunks) + index

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from pathlib import Path
 
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
@@ -19,9 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from google.protobuf.message import Message as Protobuf
 
-from client.egress import EgressGate
-from client.site_config import Egress
-from semisam_core.contract import TRAIN_SCALARS, TensorSpec
+from semisam_core.contract import TRAIN_SCALARS
 from tests.deployment.wire import FIXED, Request, check_heads, replies_of
 
 HIDDEN = b"\x7a\x06hidden"  # field 15 of any message, which Flower does not know
@@ -29,23 +27,23 @@ ADDRESS = "127.0.0.1:8443"
 KEY = ec.generate_private_key(ec.SECP384R1())
 
 
-def _upload(folder: Path, hidden_in: str = "", also: bytes = b"") -> list[Request]:
+def _upload(hidden_in: str = "", also: bytes = b"") -> list[Request]:
     """Return the requests of one reply to `train`; bytes may be hidden in its objects of one type."""
     tensors = {"a": torch.rand(3, 4), "b": torch.zeros(5), "c": torch.zeros(5)}
-    spec = {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    gate, scalars = EgressGate("north", Egress(), folder / "audit.jsonl"), dict.fromkeys(TRAIN_SCALARS, 0.5)
-    records = gate.reply("train", "run", 1, "0" * 64, scalars, TRAIN_SCALARS, tensors, spec, "1" * 64)
+    metrics, about = MetricRecord(dict.fromkeys(TRAIN_SCALARS, 0.5)), ConfigRecord({"site": "north", "round": 1})
+    arrays = ArrayRecord({name: Array(value.numpy()) for name, value in tensors.items()})
+    records = RecordDict({"metrics": metrics, "site": about, "specialist": arrays})
     reply = make_message(Metadata(1, "", 2, 1, "2" * 64, "1", 1.8e9, 100.0, "train"), content=records)
     tree = get_object_tree(reply)
     objects = {name: each.deflate() for name, each in get_all_nested_objects(reply).items()}
     for name in [each for each, content in objects.items() if hidden_in and content.startswith(hidden_in.encode())]:
-        head, _, body = objects[name].partition(b"\0")
-        kind, children, length = head.decode().split(" ")
+        first, _, body = objects[name].partition(b"\0")
+        kind, children, length = first.decode().split(" ")
         longer = f"{kind} {children} {int(length) + len(HIDDEN)}".encode() + b"\0" + body + HIDDEN
         objects, tree = _replaced(objects, tree, name, longer)
-    about = message_to_proto(remove_content_from_message(reply))
-    about.metadata.message_id = tree.object_id
-    announced = PushMessagesRequest(messages_list=[about], message_object_trees=[tree])
+    head = message_to_proto(remove_content_from_message(reply))
+    head.metadata.message_id = tree.object_id
+    announced = PushMessagesRequest(messages_list=[head], message_object_trees=[tree])
     pushed = [PushObjectRequest(object_id=name, object_content=each) for name, each in objects.items()]
     pushed += [PushObjectRequest(object_id=hashlib.sha256(also).hexdigest(), object_content=also)] * bool(also)
     bodies: list[tuple[str, Protobuf]] = [("push-messages", announced), *(("push-object", each) for each in pushed)]
@@ -64,8 +62,8 @@ def _replaced(
     return objects, tree
 
 
-def test_an_honest_reply_is_accounted_for(tmp_path: Path) -> None:
-    (reply,) = replies_of(_upload(tmp_path))
+def test_an_honest_reply_is_accounted_for() -> None:
+    (reply,) = replies_of(_upload())
     assert set(reply.arrays) == {"a", "b", "c"}
     assert reply.tensor_bytes == 4 * (12 + 5 + 5)
     assert len(reply.scalars) == len(TRAIN_SCALARS)
@@ -73,19 +71,19 @@ def test_an_honest_reply_is_accounted_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Message", "RecordDict", "ArrayRecord", "MetricRecord", "ConfigRecord", "ArrayChunk"])
-def test_bytes_hidden_in_an_object_show(kind: str, tmp_path: Path) -> None:
+def test_bytes_hidden_in_an_object_show(kind: str) -> None:
     with pytest.raises((AssertionError, ValueError)):
-        replies_of(_upload(tmp_path, hidden_in=f"{kind} "))
+        replies_of(_upload(hidden_in=f"{kind} "))
 
 
-def test_an_object_that_belongs_to_no_reply_shows(tmp_path: Path) -> None:
+def test_an_object_that_belongs_to_no_reply_shows() -> None:
     with pytest.raises(AssertionError, match="belong to no reply"):
-        replies_of(_upload(tmp_path, also=b"ArrayChunk  6\0hidden"))
+        replies_of(_upload(also=b"ArrayChunk  6\0hidden"))
 
 
 @pytest.mark.parametrize("which", [0, -1])
-def test_bytes_hidden_in_a_request_show(which: int, tmp_path: Path) -> None:
-    requests = _upload(tmp_path)
+def test_bytes_hidden_in_a_request_show(which: int) -> None:
+    requests = _upload()
     changed = requests[which]
     requests[which] = Request(changed.call, changed.head, changed.body + HIDDEN, b"")
     with pytest.raises(AssertionError, match="bytes that mean nothing"):

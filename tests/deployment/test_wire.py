@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from semisam_core.configuration import override
 from semisam_core.contract import (
+    COUNTS_WORD,
     JOIN_SCALARS,
     METRICS_RECORD,
     REFUSAL_RECORD,
@@ -244,7 +245,7 @@ def test_a_site_sends_what_is_agreed_and_its_audit_log_says_so(wire: dict[str, S
         assert set(reply.message.content) <= {METRICS_RECORD, SITE_RECORD, SPECIALIST_RECORD}
         assert set(reply.scalars) <= set(names)
         assert reply.scalars == line["scalars"]
-        assert set(reply.texts) <= {"site", "round", "plan-hash", "split-hash"}
+        assert set(reply.texts) <= {"site", "round", "plan-hash", "split-hash", COUNTS_WORD}
         assert (reply.texts["site"], reply.texts["plan-hash"]) == ("north", PLAN.hash)
         assert reply.texts["split-hash"] == line["split"]
         assert reply.tensor_bytes == line.get("bytes", 0)
