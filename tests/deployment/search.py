@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 LARGEST_STREAM = 64 * 2**20
 DEEPEST = 3
+PIECE = 32  # bytes that are lost before the place where a stream is damaged
 ZIP_ENTRY = b"PK\x03\x04"
 GZIP = b"\x1f\x8b\x08"
 
@@ -35,13 +36,16 @@ def encodings_of(text: str) -> Iterator[tuple[str, bytes]]:
 
 def found_in(content: bytes, text: str) -> list[str]:
     """Return the names of the encodings in which a text is in these bytes, also inside compressed streams."""
-    wanted = list(encodings_of(text))
+    return found_among([("", content), *streams_in(content)], text)
+
+
+def found_among(streams: Sequence[tuple[str, bytes]], text: str) -> list[str]:
+    """Return the names of the encodings in which a text is in one of these streams, each given with its place."""
     found: dict[str, None] = {}
-    for place, stream in [("", content), *streams_in(content)]:
-        lowered = stream.lower()
-        for name, code in wanted:
-            exact = "base64" in name or "HEX" in name
-            if (code in stream) if exact else (code.lower() in lowered):
+    for name, code in encodings_of(text):
+        anyhow = "base64" not in name and "HEX" not in name
+        for place, stream in streams:
+            if code in stream or (anyhow and code.lower() in stream.lower()):
                 found[f"{place}{name}"] = None
     return list(found)
 
@@ -51,11 +55,7 @@ def streams_in(content: bytes, deep: int = 0) -> Iterator[tuple[str, bytes]]:
     if deep >= DEEPEST:
         return
     for name, window, at in _beginnings(content):
-        try:
-            inflated = zlib.decompressobj(window).decompress(content[at:], LARGEST_STREAM)
-        except zlib.error:
-            inflated = _until_broken(content, window, at)
-        if inflated:
+        if inflated := _inflated(content, window, at):
             yield f"{name} > ", inflated
             for inner, stream in streams_in(inflated, deep + 1):
                 yield f"{name} > {inner}", stream
@@ -81,12 +81,14 @@ def _beginnings(content: bytes) -> Iterator[tuple[str, int, int]]:
             at = content.find(first, at + 1)
 
 
-def _until_broken(content: bytes, window: int, at: int) -> bytes:
-    """Return what can be inflated of a stream that is cut or damaged."""
-    stream, pieces = zlib.decompressobj(window), []
+def _inflated(content: bytes, window: int, at: int) -> bytes:
+    """Return what can be inflated of a stream, up to where it ends, is cut or damaged."""
+    stream, pieces, size = zlib.decompressobj(window), list[bytes](), 0
+    view = memoryview(content)
     try:
-        for byte in range(at, min(len(content), at + 65536), 16):
-            pieces.append(stream.decompress(content[byte : byte + 16], LARGEST_STREAM))
+        while at < len(content) and not stream.eof and size < LARGEST_STREAM:
+            pieces.append(stream.decompress(view[at : at + PIECE]))
+            size, at = size + len(pieces[-1]), at + PIECE
     except zlib.error:
         pass
     return b"".join(pieces)
