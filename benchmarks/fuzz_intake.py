@@ -67,8 +67,9 @@ from semisam_core.data.nifti import check_memory, open_nifti
 from semisam_core.data.patients import MANIFEST, read_patients
 from semisam_core.errors import SemiSAMError
 
-LIMITS = Limits(seconds=20.0, memory_bytes=1 << 30)  # of the product's reading process
-SECONDS, MEMORY_BYTES = 40.0, 1 << 30  # of the process that lists and records, beyond what it has at the start
+LIMITS = Limits(seconds=60.0, memory_bytes=1 << 30)  # of the product's reading process
+START_SECONDS = 600.0  # on a busy machine
+SECONDS, MEMORY_BYTES = 90.0, 1 << 30  # of the process that lists and records, beyond what it has at the start
 SECRET = 29_137  # the voxels of the file that nothing may read
 PATIENT = "MRN-4711"
 NUMBERS = (0, -1, 1, 3, 7, 255, 32767, 32768, 65535, 10**6, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 10**12, 10**30)
@@ -107,7 +108,7 @@ class Sandbox:
         self.source, self.out = self.root / "in", self.root / "out"
         self.source.mkdir(parents=True)
         (self.root / "secret.raw").write_bytes(np.full(4096, SECRET, np.int16).tobytes())
-        (self.root / "secret.nii.gz").write_bytes(gzip.compress(_nifti(np.full((8, 8, 8), SECRET, np.int16))), mtime=0)
+        (self.root / "secret.nii.gz").write_bytes(gzip.compress(_nifti(np.full((8, 8, 8), SECRET, np.int16)), mtime=0))
 
 
 # Mutations -----------------------------------------------------------------------------------------------------------
@@ -828,6 +829,8 @@ class Process:
             self._child = self._context.Process(target=_serve, args=(theirs, str(self._folder)))
             self._child.start()
             theirs.close()
+            if not self._line.poll(START_SECONDS):
+                raise RuntimeError("the process that tries inputs did not start")
             self._line.recv()
         start = time.monotonic()
         self._line.send((surface, seed, number))

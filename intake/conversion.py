@@ -163,13 +163,13 @@ def _with_values(label: LabelVolume, classes: Mapping[str, int]) -> LabelVolume:
 
 def on_one_grid(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:
     """Resample channels onto the first one's grid where theirs is another."""
-    from semisam_core.data.scans import resample  # MONAI, which most imports do not need
-
     first, moved, notes = volumes[0].geometry, [volumes[0]], []
     for k, each in enumerate(volumes[1:], start=1):
         if _same(first, each.geometry):
             moved.append(each)
             continue
+        from semisam_core.data.scans import resample  # MONAI, which most imports do not need
+
         image = resample(torch.from_numpy(np.ascontiguousarray(each.voxels))[None], each.geometry, first)[0].numpy()
         notes.append(f"channel {k} had another grid and was interpolated onto the first one's")
         moved.append(Volume(image, first, each.notes))
