@@ -58,8 +58,8 @@ def export(
     terms = _terms(licence)
     if lack := lacking(load_plan(run / PLAN)):
         raise ModelError(
-            f"{run}: there is no whole model to export: {lack}. A site uses the run folder with its own layers: semisam "
-            "predict --layers."
+            f"{run}: there is no whole model to export: {lack}. A site uses the run folder with its own layers: "
+            "semisam predict --layers."
         )
     model = load_model(run)
     plan, patch = model.plan, model.plan.data.patch

@@ -200,7 +200,7 @@ LOCAL = ("specialist.arguments.normalization=batch", "specialist.statistics=loca
         (lambda run: (run / "status.json").unlink(), "no run folder of a study"),
         (
             lambda run: _run(run, _plan(*LOCAL)),
-            "no whole model to export: its batch-norm layers .* were never shared.*predict --layers",
+            "no whole model to export: its batch-norm layers .*predict --layers",
         ),
     ],
 )
