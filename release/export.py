@@ -14,11 +14,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from release import bundle
 from release.card import as_markdown, check_run, facts
-from release.model import PACKAGED_PLAN, PACKAGED_WEIGHTS, ModelError, load_model
+from release.model import PACKAGED_PLAN, PACKAGED_WEIGHTS, PLAN, ModelError, lacking, load_model
 from release.networks import Answer, differences, onnx_answer, script_answer, write_onnx, write_proof, write_script
 from release.package import Signed, check, expected_signer, seal
 from semisam_core.contract import travelling
 from semisam_core.files import save_tensors, write_atomically, write_json
+from semisam_core.plan import load_plan
 
 ONNX, PROOF, CARD = "models/model.onnx", "extra/proof.safetensors", "extra/model-card.json"
 VERSION = "1.0.0"
@@ -55,6 +56,11 @@ def export(
     if out.exists():
         raise ModelError(f"{out}: it exists already; name a new folder.")
     terms = _terms(licence)
+    if lack := lacking(load_plan(run / PLAN)):
+        raise ModelError(
+            f"{run}: there is no whole model to export: {lack}. A site uses the run folder with its own layers: "
+            "semisam predict --layers."
+        )
     model = load_model(run)
     plan, patch = model.plan, model.plan.data.patch
     channels = len(plan.task.channels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import time
@@ -185,3 +186,42 @@ def test_a_verdict_does_not_outlive_what_it_depends_on(make_site: MakeSite, chan
     assert site.scans.counts() != before
     other = _site(path, tiny_plan(*SUPERVISED, "task.classes=[{name: blob, value: 7}]"), 1, "third")
     assert other.scans.counts()["quarantined"] == 2 + ("storage" in change)
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, storage = tmp_path / "a.nii", tmp_path / "files.jsonl"
+    file.write_bytes(b"one")
+    read = hashlib.file_digest
+
+    def change_meanwhile(*arguments: Any) -> Any:
+        done = read(*arguments)
+        file.write_bytes(b"another")
+        return done
+
+    monkeypatch.setattr(module.hashlib, "file_digest", change_meanwhile)
+    FileIndex(storage, lambda: 2**62).sha256(file)
+    assert not storage.exists()
+
+
+def test_a_rewritten_index_keeps_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[str]) -> None:
+    monkeypatch.setattr(module, "SPARE_LINES", 0)
+    file, storage = tmp_path / "a.nii", tmp_path / "files.jsonl"
+    file.write_bytes(b"one")
+    index = FileIndex(storage, lambda: 2**62)
+    index.sha256(file)
+    for k in range(9):
+        index.judge("scan", Verdict(str(k)))
+    FileIndex(storage)
+    assert len(storage.read_text().splitlines()) == 2
+    opened.clear()
+    assert FileIndex(storage).sha256(file) == _digest(b"one")
+    assert _scans(opened) == []
+
+
+def test_a_line_with_another_hash_than_ours_is_ignored(tmp_path: Path) -> None:
+    file, storage = tmp_path / "a.nii", tmp_path / "files.jsonl"
+    file.write_bytes(b"one")
+    FileIndex(storage, lambda: 2**62).sha256(file)
+    line = json.loads(storage.read_text())
+    storage.write_text(json.dumps(line | {"sha256": "0" * 40}) + "\n")
+    assert FileIndex(storage).sha256(file) == _digest(b"one")

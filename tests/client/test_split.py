@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from client.site import Site
 from client.site_config import inventory, load_site_config
-from client.split import SplitChangedError
+from client.split import SplitChangedError, run_split
 from semisam_core.contract import RefusalRule
-from semisam_core.data.cases import Inventory, Role
+from semisam_core.data.cases import Case, Inventory, Role
 from semisam_core.data.patients import on_validation_side
 from semisam_core.errors import ConfigError
 from semisam_core.files import read_json_lines
@@ -203,3 +203,21 @@ def test_the_hash_tells_nothing_without_the_sites_secret(make_site: MakeSite) ->
         path = make_site(storage={"folder": f"storage-{k}"})
         hashes.append(_run(path, PLAN, 0).scans.split_sha256)
     assert hashes[0] != hashes[1]
+
+
+def test_the_hash_says_of_which_patient_each_case_is_and_in_which_role(tmp_path: Path) -> None:
+    def split(run: str, patients: dict[str, str], role: Role = Role.UNLABELED) -> str:
+        found = Inventory((Case("case-0", (tmp_path / "x.nii",), None, role),), ())
+        return run_split(tmp_path / run, tmp_path, found, patients).sha256
+
+    hashes = [split("a", {}), split("b", {}), split("c", {"case-0": "p1"}), split("d", {}, Role.LABELED)]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+def test_the_secret_is_made_once_for_all_runs(tmp_path: Path) -> None:
+    found = Inventory((Case("case-0", (tmp_path / "x.nii",), None, Role.UNLABELED),), ())
+    first = run_split(tmp_path / "a", tmp_path, found, {})
+    secret = (tmp_path / "split-secret").read_bytes()
+    assert run_split(tmp_path / "b", tmp_path, found, {}) == first
+    assert (tmp_path / "split-secret").read_bytes() == secret

@@ -10,10 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 
 from client.site import Site
 from client.site_config import load_site_config
+from release.memory import needed_gb
 from release.model import ModelError, TrainedModel, load_model
 from release.prediction import Predictor
 from semisam_core.data import resampling
@@ -172,3 +174,23 @@ def test_a_scan_that_takes_too_much_memory_is_refused_with_the_sizes(tmp_path: P
     with pytest.raises(CaseError, match=r"x: .* GB of memory, 0\.1 are allowed \(--memory-gb\)\. It has 24 x 24 x 16"):
         predictor.segment(blob()[0][None], grid, "x", memory_gb=0.1)
     assert predictor.segment(blob()[0][None], grid, "x", memory_gb=1).labels.shape == grid.shape
+
+
+def test_an_ensemble_keeps_the_largest_component_of_a_connected_class(tmp_path: Path) -> None:
+    models = {
+        each: _model(tmp_path / each, tiny_plan(f"task.classes=[{{name: x, value: 1, connected: {each}}}]"), 3.0)
+        for each in ("true", "false")
+    }
+    pieces = {}
+    for connected, model in models.items():
+        stack = blob((24, 24, 16))[0][None]
+        found = Predictor([model, model], CPU).segment(stack, _grid((24, 24, 16)), "x").labels
+        pieces[connected] = ndimage.label(found, np.ones((3, 3, 3)))[1]
+    assert pieces["true"] == 1 < pieces["false"]
+
+
+def test_maps_of_several_models_are_counted_in_the_memory(plan: Plan) -> None:
+    grid = _grid((100, 100, 100))
+    one, two = (needed_gb(grid, [plan] * count, True) - needed_gb(grid, [plan] * count, False) for count in (1, 2))
+    assert one == pytest.approx(0.008)
+    assert two == pytest.approx(0.016)
