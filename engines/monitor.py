@@ -38,8 +38,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
         )
     if kind == "trained":
         return (
-            f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps, "
-            f"pseudo-labels {event['accepted']:.0f} accepted, {event.get('gated', 0):.0f} gated{_gradients(event)}"
+            f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps"
+            f"{_pseudo_labels(event)}{_gradients(event)}{_epsilon(event)}"
         )
     if kind == "evaluated":
         scores = [f"{key[5:]} {value:.3f}" for key, value in event.items() if key.startswith("dice.")]
@@ -49,6 +49,22 @@ def describe(event: Mapping[str, Any]) -> str | None:
     if kind == "silent":
         return f"round {event['round']}: {', '.join(event['names'])} did not answer within {event['seconds']:g} s"
     return _fault(event)
+
+
+def _pseudo_labels(event: Mapping[str, Any]) -> str:
+    if "accepted" not in event:  # a private round does not say
+        return ""
+    return f", pseudo-labels {event['accepted']:.0f} accepted, {event.get('gated', 0):.0f} gated"
+
+
+def _epsilon(event: Mapping[str, Any]) -> str:
+    """Return what a private round cost, if the site says so."""
+    if "epsilon.round" not in event:
+        return ""
+    return (
+        f"; privacy: epsilon {event['epsilon.round']:.2f}, in total {event['epsilon.total']:.2f} "
+        f"at delta {event['epsilon.delta']:g}"
+    )
 
 
 def _gradients(event: Mapping[str, Any]) -> str:
