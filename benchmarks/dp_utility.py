@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--labeled", type=float, default=0.5, help="share of training patients with labels")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--sites", type=int, default=4, help="hippocampus: how many of the four sites")
+    parser.add_argument("--validation", type=int, default=10, help="validation scans of each site, at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -79,7 +82,7 @@ def main() -> None:
 def _sites(options: argparse.Namespace, place: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the content of each site's YAML, and how many training patients each has."""
     if options.data_set == "phantom":
-        held_out, found = 8, []
+        held_out, found = options.validation, []
         for number, site in enumerate(SCANNERS):
             write_phantom_site(place / site, DEMO_SCANNERS[site], options.patients + held_out, number, site)
             cases = sorted(path.name.removesuffix(".nii.gz") for path in (place / site / "images").iterdir())
@@ -88,12 +91,13 @@ def _sites(options: argparse.Namespace, place: Path) -> tuple[list[dict[str, Any
     with (options.data / "sites.csv").open() as file:
         rows = list(csv.DictReader(file))
     found = []
-    for site in sorted({row["site"] for row in rows}):
+    for site in sorted({row["site"] for row in rows})[: options.sites]:
         train, validation = (
             sorted(r["case"] for r in rows if (r["site"], r["split"]) == (site, s)) for s in ("train", "val")
         )
-        others = [row["case"] for row in rows if row["site"] != site]
-        found.append(_site(site, options.data, train, validation, others, options.labeled))
+        used = {*train, *validation[: options.validation]}
+        others = [row["case"] for row in rows if row["case"] not in used]
+        found.append(_site(site, options.data, train, validation[: options.validation], others, options.labeled))
     return found, len(train)
 
 
@@ -131,7 +135,7 @@ def _noise(arm: str, options: argparse.Namespace) -> float | None:
 
 def _plan(options: argparse.Namespace, noise: float | None, seed: int, patients: int) -> Plan:
     expected = max(1, round(options.rate * patients / 2))  # patches of labeled scans, and as many of unlabeled ones
-    privacy = f"{{noise_multiplier: {noise}, clipping_norm: {options.norm}, sampling_rate: {options.rate}}}"
+    privacy = f"{{noise_multiplier: {noise or 0:.6f}, clipping_norm: {options.norm}, sampling_rate: {options.rate}}}"
     changes = [
         "pseudo_labels=null",
         SMALL,
@@ -161,7 +165,15 @@ def _run(folder: Path, plan: Plan, sites: Sequence[dict[str, Any]]) -> tuple[lis
     paths = []
     for site in sites:
         path = folder / f"{site['site']}.yaml"
-        path.write_text(yaml.safe_dump(site | {"storage": {"folder": str(folder / "storage" / site["site"])}}))
+        own = {
+            "storage": {
+                "folder": str(folder.parent / "storage" / site["site"])
+            },  # scans are prepared once for all arms
+            "privacy": site["privacy"] | {"ledger": str(folder / "ledger" / site["site"])},
+        }
+        path.write_text(yaml.safe_dump(site | own))
+        shutil.rmtree(folder.parent / "storage" / site["site"] / "runs", ignore_errors=True)
+        (folder.parent / "storage" / site["site"] / "privacy-witness.json").unlink(missing_ok=True)
         paths.append(path)
     config: dict[str, str | int] = {
         "plan": str(folder / "plan.yaml"),

@@ -1,6 +1,6 @@
 """Kill a process that books and spends privacy at random moments: no less is ever booked than was spent.
 
-python benchmarks/ledger_kills.py --kills 50       two minutes on a core of its own; run it in the repository's root
+PYTHONPATH=. python benchmarks/ledger_kills.py --kills 50       two minutes on a core of its own
 """
 
 from __future__ import annotations

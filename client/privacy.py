@@ -20,6 +20,7 @@ MECHANISM = (
 NOT_COVERED = (
     "validation patients: their mean scores leave without noise, as egress.validation_scores allows",
     "the numbers of scans that are sent when joining and with each round, and that a site takes part",
+    "how long a round takes, which the server can measure",
     "a fingerprint that was sent before there was a plan",
     "rounds of plans without privacy on the same patients: they are not in this ledger",
     "the same patients at another hospital, or under another pseudonym and in other files",

@@ -48,9 +48,11 @@ def describe(event: Mapping[str, Any], in_buckets: bool = False) -> str | None:
             f"{count('validation')} validation, {count('quarantined')} quarantined"
         )
     if kind == "trained":
+        told = "accepted" in event  # a private round does not say
+        pseudo_labels = f", pseudo-labels {count('accepted')} accepted, {count('gated')} gated" if told else ""
         return (
-            f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps, "
-            f"pseudo-labels {count('accepted')} accepted, {count('gated')} gated{_gradients(event)}"
+            f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps"
+            f"{pseudo_labels}{_gradients(event)}{_epsilon(event)}"
         )
     if kind == "evaluated":
         scores = [f"{key[5:]} {value:.3f}" for key, value in event.items() if key.startswith("dice.")]
@@ -63,6 +65,16 @@ def describe(event: Mapping[str, Any], in_buckets: bool = False) -> str | None:
     if kind == "silent":
         return f"round {event['round']}: {', '.join(event['names'])} did not answer within {event['seconds']:g} s"
     return _fault(event)
+
+
+def _epsilon(event: Mapping[str, Any]) -> str:
+    """Return what a private round cost, if the site says so."""
+    if "epsilon.round" not in event:
+        return ""
+    return (
+        f"; privacy: epsilon {event['epsilon.round']:.2f}, in total {event['epsilon.total']:.2f} "
+        f"at delta {event['epsilon.delta']:g}"
+    )
 
 
 def _gradients(event: Mapping[str, Any]) -> str:

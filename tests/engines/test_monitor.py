@@ -64,6 +64,14 @@ def test_counts_in_buckets_are_shown_as_ranges_and_withheld_numbers_are_named(tm
     assert "alpha joined: 1 labeled, 10 unlabeled" in said.getvalue()
 
 
+def test_a_private_round_says_what_it_cost_if_its_site_allows(tmp_path: Path) -> None:
+    private = {"round": 2, "site": "beta", "steps": 30, "labeled": 4, "unlabeled": 6}
+    assert _said(tmp_path, "trained", private).strip().endswith("beta trained 30 steps")
+    cost = {"epsilon.round": 0.512, "epsilon.total": 3.04, "epsilon.delta": 1e-5}
+    line = _said(tmp_path, "trained", private | cost)
+    assert "beta trained 30 steps; privacy: epsilon 0.51, in total 3.04 at delta 1e-05" in line
+
+
 def _said(folder: Path, event: str, content: dict[str, Any]) -> str:
     said = io.StringIO()
     with RunMonitor("study", folder, {}, Console(file=said, width=200)):
