@@ -124,10 +124,10 @@ class Site:
             return self._handed_over(self._train(weights), weights)
         asked = hashlib.sha256(f"{self.plan.hash}|{weights_sha256(weights)}".encode()).hexdigest()
         if (kept := self.state.load_update(self.round, asked)) is not None:
-            return self._handed_over(SiteReport(kept[1], kept[0]), weights)
+            return self._handed_over(SiteReport(self._allowed(kept[1]), kept[0]), weights)
         report = self._train(weights)
         self.state.save_update(self.round, asked, report.weights or {}, report.scalars)
-        return self._handed_over(report, weights)
+        return self._handed_over(replace(report, scalars=self._allowed(report.scalars)), weights)
 
     def _train(self, weights: Mapping[str, Tensor]) -> SiteReport:
         began = time.monotonic()
@@ -171,7 +171,7 @@ class Site:
             scalars["head_steps"] = head_steps
             sent |= with_prefix(head)
         patients = self._patients(scalars, labels)
-        return SiteReport(scalars if self.plan.privacy is None else self._sendable(scalars, cost), _cpu(sent), patients)
+        return SiteReport(scalars if self.plan.privacy is None else self._noised(scalars, cost), _cpu(sent), patients)
 
     def _handed_over(self, report: SiteReport, reference: Mapping[str, Tensor]) -> SiteReport:
         """Return a round's report; under secure aggregation without the update, which is kept for the sum."""
@@ -200,12 +200,16 @@ class Site:
         seed = derive_seed(self.plan.seed, f"{self.config.site}|noise", self.round)
         return train_private_round(local, patients, SeededRandomness(seed))
 
-    def _sendable(self, scalars: Scalars, cost: Cost | None) -> Scalars:
-        """Log all scalars of a private round here, and return those that may be sent."""
-        epsilon = {} if cost is None else cost.scalars()
-        append_json_line(self.state.folder / "training.jsonl", {"round": self.round, **scalars, **epsilon})
-        shown = scalars | epsilon if self.config.egress.epsilon else scalars
-        return {name: value for name, value in shown.items() if name in PRIVATE_TRAIN_SCALARS}
+    def _noised(self, scalars: Scalars, cost: Cost | None) -> Scalars:
+        """Log all scalars of a private round here, and return those that are not computed from scans without noise."""
+        everything = scalars if cost is None else scalars | cost.scalars()
+        append_json_line(self.state.folder / "training.jsonl", {"round": self.round, **everything})
+        return {name: value for name, value in everything.items() if name in PRIVATE_TRAIN_SCALARS}
+
+    def _allowed(self, scalars: Scalars) -> Scalars:
+        """Return the scalars of a private round that this site lets leave."""
+        shown = self.config.egress.epsilon
+        return {name: value for name, value in scalars.items() if shown or not name.startswith("epsilon.")}
 
     def _known(self) -> list[tuple[str, Callable[[], ScanPair | None]]]:
         """Return (case, loader) of the scans whose labels help with other patients' scans; none under privacy."""

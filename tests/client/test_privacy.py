@@ -245,6 +245,10 @@ def test_epsilon_leaves_only_if_the_site_allows(make_site: MakeSite) -> None:
     assert sent["epsilon.round"] == pytest.approx(A_ROUND)
     assert sent["epsilon.total"] == pytest.approx(epsilon_of([Spending(1.0, 0.5, 4)], 1e-5).value)
     assert sent["epsilon.delta"] == 1e-5
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(content | {"egress": {"epsilon": False}}))
+    again = _train(path, 2).scalars
+    assert set(again) == {"labeled", "unlabeled", "steps"}
 
 
 def test_labels_help_with_no_other_patients_pseudo_label(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
