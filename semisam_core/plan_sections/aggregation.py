@@ -68,7 +68,7 @@ class SecureAggregation(StrictModel):
 
     def shares_needed(self, sites: int) -> int:
         """Return how many of so many sites can complete a sum: always more than half."""
-        return max(sites // 2 + 1, math.ceil(self.threshold * sites))
+        return math.ceil(self.threshold * sites)
 
 
 class Aggregation(StrictModel):

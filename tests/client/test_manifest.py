@@ -106,6 +106,7 @@ def test_bytes_are_those_of_the_tensors_numbers_and_texts(tmp_path: Path, plan: 
         {"plan": ["evaluation.every_rounds=2"]},
         {"plan": ["specialist.arguments.channels=[4, 16]"]},
         {"plan": ["task.classes=[{name: lesion, value: 1}]"]},
+        {"plan": ["aggregation={secure: {}, admission: {norm_factor: null}, minimum_sites: 3}"]},
         {"site": {"egress": {"maximum_update_mb": 9.0}}},
         {"site": {"egress": {"validation_scores": []}}},
         {"site": {"egress": {"numbers": "rounded"}}},

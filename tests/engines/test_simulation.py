@@ -105,7 +105,7 @@ def test_a_secure_study_by_flwr_run_gives_the_weights_of_the_same_study_in_one_p
     make_site: MakeSite, tmp_path: Path
 ) -> None:
     for k, name in enumerate(("alpha", "beta", "gamma")):
-        make_site(name, first_seed=10 * k, shape=(24, 24, 8))
+        make_site(name, first_seed=10 * k, shape=(24, 24, 8), generalists={"lite-medsam": {"weights": "packaged"}})
     plan = tiny_plan(
         "pseudo_labels=null",
         "training.rounds=1",
