@@ -8,6 +8,8 @@ from pathlib import Path
 from semisam_core.configuration import flow_yaml, is_name
 from semisam_core.files import write_atomically
 
+LEDGER = "~/.local/share/semisam/privacy"  # the user's, not the study's: what was spent outlives both
+
 TEMPLATE = """\
 # One hospital of a study. This file stays at the site; nothing in it is ever sent but the site's name.
 version: 1
@@ -115,6 +117,7 @@ def write_for_import(folder: Path, labels: bool) -> tuple[Path, bool]:
         generalists="{lite-medsam: {weights: packaged}}",
         storage="storage",
         numbers="rounded",
+        ledger=LEDGER,
     )
     write_atomically(path, content.encode())
     return path, True

@@ -14,13 +14,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from deployment.invitation import Invitation
 from deployment.site.site_folder import SiteFolder
-from deployment.site_template import TEMPLATE
+from deployment.site_template import LEDGER, TEMPLATE
 from semisam_core.errors import ConfigError
 from semisam_core.files import write_atomically
 from semisam_core.generalists import generalist_spec
 
 PRIVATE = 0o600
-LEDGER = "~/.local/share/semisam/privacy"  # the user's, not the study's: what was spent outlives both
 
 
 @dataclass(frozen=True)
