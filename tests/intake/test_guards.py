@@ -235,6 +235,15 @@ def test_a_dataset_json_of_another_form_costs_a_sentence(tmp_path: Path, describ
     assert not found.candidates
 
 
+def test_a_dataset_json_may_not_name_channels_by_the_million(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "imagesTr" / "a.nii.gz", blob()[0])
+    described = {"training": [{"image": "imagesTr/a.nii.gz"}], "modality": {str(k): "x" for k in range(101)}}
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    for layout in ("decathlon", "nnunet"):
+        with pytest.raises(IntakeError, match="names 101 channels; at most 100"):
+            layout_of(tmp_path, layout).find(tmp_path, Wishes())
+
+
 @pytest.mark.parametrize("folder", ["images", "labels", "imagesTr", "labelsTr"])
 def test_a_folder_that_is_a_link_to_elsewhere_is_not_followed(tmp_path: Path, folder: str) -> None:
     write_nifti(tmp_path / "secret" / "x.nii.gz", blob()[0])
