@@ -138,6 +138,17 @@ def test_lines_cut_from_the_end_are_missed_although_the_rest_is_a_chain(
     assert any("does not end as it did" in each or "missing" in each for each in check_log(_log(folder)).problems)
 
 
+@pytest.mark.parametrize("change", ["cut", "edit"])
+def test_a_last_line_that_was_changed_is_put_on_record_by_the_next_writer(tmp_path: Path, change: str) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.append({"round": 1})
+    first = log.path.read_bytes()
+    log.append({"round": 2})
+    log.path.write_bytes(first if change == "cut" else log.path.read_bytes().replace(b'"round": 2', b'"round": 7'))
+    log.append({"kind": "train", "round": 3})
+    assert [entry.get("kind") for entry in read_entries(log)][-2:] == ["log-broken", "train"]
+
+
 @pytest.mark.parametrize("change", ["count", "last", "size", "files", "signature", "no json", "gone", "secret"])
 def test_the_record_of_the_end_cannot_be_forged_without_the_secret(written: Path, tmp_path: Path, change: str) -> None:
     folder = shutil.copytree(written, tmp_path / "log")
