@@ -13,6 +13,8 @@ from deployment.site_template import write_for_import
 from tests.conftest import tiny_plan
 from tests.intake.dicoms import ramp, write_seg, write_series
 
+KEY = 32 * "01"  # of pseudonyms; with it the one patient is for training
+
 
 def _import(*arguments: str | Path) -> str:
     result = CliRunner().invoke(app, ["import", *map(str, arguments)])
@@ -24,7 +26,8 @@ def test_an_import_gets_the_settings_of_its_site_once(tmp_path: Path) -> None:
     out = tmp_path / "North Hospital"
     files = write_series(tmp_path / "export")
     write_seg(tmp_path / "export" / "seg", files, np.ones((*ramp().shape, 1), np.uint8), ["Blob"])
-    arguments = (tmp_path / "export", "-o", out, "--classes", "blob=1")
+    (tmp_path / "key").write_text(KEY)
+    arguments = (tmp_path / "export", "-o", out, "--classes", "blob=1", "--key", tmp_path / "key")
     _import(*arguments, "--dry-run")
     assert not out.exists()
 
