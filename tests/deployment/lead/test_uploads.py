@@ -176,7 +176,8 @@ def test_who_asks_faster_than_allowed_waits_and_a_pause_makes_up_for_it() -> Non
 
 def _reply(plan: Plan, spec: Mapping[str, TensorSpec]) -> Message:
     """Return the reply of a site that sends these tensors."""
-    arrays = {name: Array(torch.rand(each.shape).to(each.dtype).numpy()) for name, each in spec.items()}
+    values = {name: (2**30 * torch.rand(each.shape)).to(each.dtype) for name, each in spec.items()}
+    arrays = {name: Array(value.numpy()) for name, value in values.items()}
     texts = {"site": "north", "round": 1, "plan-hash": plan.hash, "split-hash": "0" * 64}
     metrics, about = MetricRecord(dict.fromkeys(TRAIN_SCALARS, 1.5)), ConfigRecord(texts)  # type: ignore[arg-type]
     records = RecordDict({METRICS_RECORD: metrics, SITE_RECORD: about, SPECIALIST_RECORD: ArrayRecord(arrays)})
