@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.privacy_ledger import LEDGER, SECRET, WITNESS, LedgerError, PrivacyLedger, Round
+from client.privacy_ledger import LEDGER, LOCK, SECRET, WITNESS, LedgerError, PrivacyLedger, Round
 from semisam_core.privacy.accounting import Spending
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,10 +170,17 @@ def test_any_changed_byte_is_found(written: list[bytes], data: st.DataObject) ->
 @given(st.data())
 def test_any_line_taken_out_moved_or_repeated_is_found(written: list[bytes], data: st.DataObject) -> None:
     lines = written[:-2]
-    indices = st.lists(st.integers(0, len(lines) - 1), max_size=len(lines) + 1)
-    chosen = data.draw(indices.filter(lambda each: each != list(range(len(lines)))))
+    any_order = st.permutations(range(len(lines))) | st.lists(st.integers(0, len(lines) - 1), max_size=len(lines) + 1)
+    chosen = data.draw(any_order.filter(lambda each: list(each) != list(range(len(each)))))
     with tempfile.TemporaryDirectory() as folder:
-        assert _refused(_restored(Path(folder), b"".join(lines[k] for k in chosen), written))
+        # Without the witness: the chain itself knows of everything but a cut at the end.
+        assert _refused(_restored(Path(folder), b"".join(lines[k] for k in chosen), written, witness=False))
+
+
+@pytest.mark.parametrize("kept", range(8))
+def test_a_cut_at_the_end_is_found_by_the_witness(written: list[bytes], kept: int, tmp_path: Path) -> None:
+    assert len(written[:-2]) == 8
+    assert _refused(_restored(tmp_path, b"".join(written[:kept]), written))
 
 
 def test_without_the_witness_a_ledger_that_was_cut_passes_for_an_older_one(
@@ -224,6 +232,17 @@ def test_a_booking_is_flushed_before_it_counts(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("client.privacy_ledger.os.fsync", flushed.append)
     _book(_ledger(tmp_path), {"a"})
     assert len(flushed) >= 4  # secret, ledger, its folder, witness
+
+
+def test_a_booking_waits_for_another_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _book(_ledger(tmp_path), {"a"})
+    monkeypatch.setattr("client.privacy_ledger.LOCK_S", 0.2)
+    with (tmp_path / "ledger" / LOCK).open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="another process has held the ledger too long"):
+            _book(_ledger(tmp_path), {"a"})
+        assert len(_ledger(tmp_path).bookings({"a"})) == 1
+    assert _book(_ledger(tmp_path), {"a"}) == [STEP] * 2
 
 
 def test_two_studies_at_once_lose_no_booking(tmp_path: Path) -> None:
