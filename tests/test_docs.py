@@ -1,7 +1,8 @@
-"""The pages tell readers to type commands that exist, with options that exist; links lead to files."""
+"""Commands on the pages exist with their options, links lead to files, and claims of privacy name tests that exist."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ FENCED = re.compile(r"^ *```[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^ {4}.+", re.MULTILINE)
 INLINE = re.compile(r"`(semisam [^`]+)`", re.DOTALL)
 SERVICE = re.compile(r"bin/(semisam [^\n]+)")
+ROW = re.compile(r"^\| (?!mechanism|---)([^|]+?) \| ([^|]+?) \|(?: ([^|]+?) \|)?$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -113,3 +115,46 @@ def test_every_link_on_a_page_leads_to_a_file(page: Path) -> None:
 def test_the_two_deployment_pages_link_to_each_other() -> None:
     for page, other in (("deploy.md", "deploy-site.md"), ("deploy-site.md", "deploy.md")):
         assert f"({other})" in (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+def _section(page: str, heading: str) -> str:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.split(r"^#+ ", text.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def _is_a_test(named: str) -> bool:
+    """Return whether `<file below tests>::<function>` is a test that pytest collects."""
+    path, _, function = named.partition("::")
+    file = ROOT / "tests" / path
+    if not function.startswith("test_") or not file.name.startswith("test_") or not file.exists():
+        return False
+    return function in {each.name for each in ast.parse(file.read_text()).body if isinstance(each, ast.FunctionDef)}
+
+
+def test_every_claim_of_privacy_names_tests_that_exist() -> None:
+    claims = ROW.findall(_section("privacy.md", "Claims and their tests"))
+    assert len(claims) > 20
+    for _, claim, tests in claims:
+        named = re.findall(r"`([^`]+)`", tests)
+        assert named, claim
+        assert [each for each in named if not _is_a_test(each)] == [], claim
+
+
+def test_every_mechanism_of_the_threat_model_has_claims_that_are_tested() -> None:
+    mechanisms = {name for name, *_ in ROW.findall(_section("privacy.md", "Who could learn what"))}
+    claimed = {name for name, *_ in ROW.findall(_section("privacy.md", "Claims and their tests"))}
+    assert mechanisms == claimed
+    assert len(mechanisms) == 8
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "client/test_secure.py::test_nothing",
+        "client/test_secure.py",
+        "client/secure.py::test_a",
+        "test_docs.py::_mistake",
+    ],
+)
+def test_a_claim_whose_test_is_gone_is_caught(named: str) -> None:
+    assert not _is_a_test(named)
