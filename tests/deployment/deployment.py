@@ -174,11 +174,18 @@ class Deployment:
         self.agree(plan)
 
     def agree(self, plan: Plan) -> None:
-        """Make `plan` the study's plan from the next run on."""
+        """Make `plan` the study's plan from the next run on, and have every site approve what would leave under it."""
         text = yaml.safe_dump(plan.model_dump(mode="json"))
-        for path in (self.folder / "plan.yaml", self.study / "plan.yaml"):
-            if path.parent.exists():
-                path.write_text(text)
+        (self.folder / "plan.yaml").write_text(text)
+        if not self.study.exists():
+            return
+        (self.study / "plan.yaml").write_text(text)
+        for name, site in self.hospitals.items():
+            self.lead("invite", name)
+            site.semisam("approve", self._invitation(name), "--yes")
+
+    def _invitation(self, name: str) -> Path:
+        return self.study / "sites" / f"{name}.invitation.zip"
 
     def lead(self, command: str, *arguments: str | Path, expected: int = 0, seconds: float = COMMAND_S) -> str:
         """Run a `semisam lead` command; return its output."""
@@ -191,7 +198,7 @@ class Deployment:
         )
         for name, site in self.hospitals.items():
             self.lead("invite", name)
-            self.lead("admit", name, site.join(self.study / "sites" / f"{name}.invitation.zip"))
+            self.lead("admit", name, site.join(self._invitation(name)))
         self.hospitals["east"].connect_by(self.line)
         self.lead("start")
         for site in self.hospitals.values():
