@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from client.site_config import SiteConfig, SiteData, Storage, inventory
+from client.site_config import Egress, SiteConfig, SiteData, Storage, inventory
 from experiments.comparison.definition import ALL, label_counts
 from semisam_core.data.cases import Case, Inventory, Role
 from semisam_core.data.names import nifti_suffix
@@ -212,6 +212,8 @@ def _pooled_site(
             memory_gb=sum(config.storage.memory_gb for config in configs),
             embeddings_gb=sum(config.storage.embeddings_gb for config in configs),
         ),
+        egress=Egress(numbers="exact" if all(each.egress.numbers == "exact" for each in configs) else "rounded"),
+        privacy=configs[0].privacy,
     )
 
 
