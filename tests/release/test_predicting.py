@@ -135,13 +135,13 @@ def test_a_scan_that_ends_its_reader_costs_no_other(tmp_path: Path) -> None:
     assert "the process that read it ended unexpectedly (exit status -11)" in records[1]["error"]
 
 
-def test_a_scan_that_takes_too_much_memory_to_read_costs_no_other(tmp_path: Path) -> None:
+def test_a_scan_that_hides_too_much_beside_its_voxels_costs_no_other(tmp_path: Path) -> None:
     predictor, scans = _predictor(tmp_path / "run"), _scans(tmp_path / "scans")
     write_hidden_mass(scans / "case-0.nii.gz", 700_000_000)
     order = Order(tmp_path / "out", memory_gb=0.6)
     records = predict_all(predictor, _inputs(scans, predictor.plan), order)
     assert _states(records) == {"case-0": "failed", "case-1": "done"}
-    assert "it needs more than 0.6 GiB of memory" in records[0]["error"]
+    assert "its header and extensions are larger than 64 MB" in records[0]["error"]
 
 
 def test_one_multi_frame_file_is_a_scan_called_like_the_file(reader: ScanReader, tmp_path: Path) -> None:
