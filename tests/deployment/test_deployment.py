@@ -185,10 +185,11 @@ class Survived:
 @pytest.fixture(scope="module")
 def survived(deployed: Deployment, first: Run) -> Survived:
     north, south, east = deployed.hospitals.values()
+    before = deployed.run_folder
     changed = ("pseudo_labels=null", f"training.rounds={ROUNDS}", "training.steps_per_round=20")
     deployed.agree(tiny_plan(*PLAN, *changed))
     following = begin("lead", "run", "--study", deployed.study, out=deployed.folder / "second.log")
-    run = Run(eventually("a second run", lambda: {deployed.run_folder} - {first.folder}).pop())
+    run = Run(eventually("another run", lambda: {deployed.run_folder} - {before}).pop())
 
     eventually("north trains", lambda: run.training == 1 and north.works)
     north.kill()

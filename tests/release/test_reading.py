@@ -56,6 +56,20 @@ def test_the_memory_that_is_allowed_is_held_against_the_headers_of_all_channels(
                 reader.read(scan)
 
 
+def _swell(request: Request) -> dict[str, Any]:
+    """Take 400 MB to read any scan, as a file that says nothing of it in its header can."""
+    np.ones(400_000_000, np.uint8)
+    return hand_over(request)
+
+
+def test_a_scan_may_take_no_more_memory_to_read_than_is_allowed(tmp_path: Path) -> None:
+    scan = _scan(tmp_path)
+    with ScanReader(memory_gb=0.2, entry=_swell) as reader, pytest.raises(IntakeError, match=r"more than 0\.2 GiB"):
+        reader.read(scan)
+    with ScanReader(memory_gb=0.8, entry=_swell) as reader:
+        assert reader.read(scan)[0].shape == (1, 12, 10, 8)
+
+
 def _misbehave(request: Request) -> dict[str, Any]:
     """Answer as a decoder might that a file has taken over; what it does is told by the scan's folder."""
     told = hand_over(request)

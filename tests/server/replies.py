@@ -56,5 +56,5 @@ def answer(
     """Return what admission makes of these records from site alpha's node."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, NODE
     reply = Message(RecordDict(dict(records)), reply_to=Message(RecordDict(), NODE, MessageType.TRAIN))
-    joined = {NODE: Admitted("alpha", dict(declared or DECLARED), None, split, bucketed)}
+    joined = {NODE: Admitted("alpha", dict(declared or DECLARED), None, split, bucketed=bucketed)}
     return admit(reply, MessageType.TRAIN, 1, plan, specialist_spec(plan), joined)

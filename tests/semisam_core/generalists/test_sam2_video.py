@@ -107,7 +107,8 @@ def test_stored_embeddings_give_the_same_answer(model: Sam2, carried: Segmentati
         stored = store.fetch(model, key, scan, GRID, model.units(prompts, GRID))
     assert store.hits == len(stored)
     answer = model.segment(stored, prompts, GRID)
-    assert torch.allclose(answer.probability, carried.probability, atol=0.05)
+    assert (answer.probability - carried.probability).abs().mean() < 0.01
+    assert dice_of(answer.probability > 0.5, carried.probability > 0.5) > 0.9  # of random weights, carried on and on
     assert all(answer.quality[index] == pytest.approx(quality, abs=0.05) for index, quality in carried.quality.items())
 
 

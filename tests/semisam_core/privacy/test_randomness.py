@@ -32,7 +32,7 @@ def test_noise_is_normal(source: Randomness, deviation: float) -> None:
 @EVERY_SOURCE
 def test_patients_are_drawn_independently_of_each_other(source: Randomness) -> None:
     rounds = [source.chosen(50, 0.2) for _ in range(2000)]
-    often = np.bincount(np.concatenate(rounds), minlength=50) / 2000
+    often = np.bincount([patient for each in rounds for patient in each], minlength=50) / 2000
     assert np.abs(often - 0.2).max() < 0.05
     sizes = np.array([len(each) for each in rounds])
     assert sizes.mean() == pytest.approx(10, abs=0.4)
