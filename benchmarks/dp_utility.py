@@ -1,7 +1,9 @@
 """Dice against epsilon of patient-level differential privacy, on hippocampi and on a phantom with many patients.
 
 python benchmarks/dp_utility.py hippocampus --data <folder with images, labels, sites.csv>
-python benchmarks/dp_utility.py phantom --patients 200
+python benchmarks/dp_utility.py phantom --patients 500 --rate 0.2 --learning-rate 0.01
+
+Phantoms are coarse, so that many patients can be had: privacy hides each among all that learn with it.
 
 Supervised and mean-teacher terms, no generalist: each site labels some of its training patients and learns from the
 others without labels. Every arm is a study in this process with the same plan, but for the noise that its epsilon
@@ -18,6 +20,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,6 +44,7 @@ DELTA = 1e-5
 NEXT_TO_NO_NOISE = 1e-3
 SMALL = "specialist.arguments={channels: [8, 16, 32], strides: [2, 2], residual_units: 1, normalization: instance}"
 SCANNERS = ("north", "south")
+COARSE = (12.8, 12.8, 16.0)  # mm; a phantom has 16 x 16 x 8 voxels
 
 
 def main() -> None:
@@ -48,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data_set", choices=("hippocampus", "phantom"))
     parser.add_argument("--data", type=Path, help="hippocampus: folder with images, labels and sites.csv")
-    parser.add_argument("--patients", type=int, default=200, help="phantom: patients of each of two sites")
+    parser.add_argument("--patients", type=int, default=500, help="phantom: patients of each of two sites")
     parser.add_argument("--arms", default="none,clipped,16,8,4,2")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=5)
@@ -84,7 +88,9 @@ def _sites(options: argparse.Namespace, place: Path) -> tuple[list[dict[str, Any
     if options.data_set == "phantom":
         held_out, found = options.validation, []
         for number, site in enumerate(SCANNERS):
-            write_phantom_site(place / site, DEMO_SCANNERS[site], options.patients + held_out, number, site)
+            write_phantom_site(
+                place / site, replace(DEMO_SCANNERS[site], spacing_mm=COARSE), options.patients + held_out, number, site
+            )
             cases = sorted(path.name.removesuffix(".nii.gz") for path in (place / site / "images").iterdir())
             found.append(_site(site, place / site, cases[:-held_out], cases[-held_out:], [], options.labeled))
         return found, options.patients
@@ -154,7 +160,7 @@ def _plan(options: argparse.Namespace, noise: float | None, seed: int, patients:
         f"seed={seed}",
     ]
     if options.data_set == "phantom":
-        changes += ["data.spacing_mm=[8.0, 8.0, 8.0]", "data.patch=[32, 32, 16]"]
+        changes += ["data.spacing_mm=[12.8, 12.8, 16.0]", "data.patch=[16, 16, 8]"]
     return load_plan(CONFIGS / options.data_set / "plan.yaml", changes)
 
 

@@ -245,8 +245,9 @@ def _killed_while_uploading(deployed: Deployment, run: Run, site: Hospital, afte
 
 
 def _cut_until_the_round_has_ended(deployed: Deployment, run: Run, site: Hospital) -> int:
-    """Cut a site's line while it trains, until that round has ended; return the round."""
-    number = eventually("a round in which it trains", lambda: site.works and run.training)
+    """Cut a rejoined site's line while it trains, until that round has ended; return the round."""
+    joined = run.events("rejoined", site=site.name)[-1]["round"]
+    number = eventually("a round in which it trains", lambda: run.training > joined and site.works and run.training)
     deployed.line.cut()
     eventually("the round ends", lambda: run.events("aggregated", round=number))
     deployed.line.restore()
