@@ -106,10 +106,14 @@ class Hospital:
         labeled, validation = HOSPITALS[self.name]
         written = [f"data.labeled={labeled}", f"data.validation={validation}", "device=cpu", "threads=1"]
         written.append("egress.numbers=exact")  # generated data, and compared number by number
-        site_file = self.folder / "site.yaml"
-        site_file.write_text(yaml.safe_dump(override(yaml.safe_load(site_file.read_text()), written)))
+        self.set(*written, f"privacy.ledger={self.folder.parent / f'{self.name}-ledger'}")
         self.semisam("approve", invitation, "--yes")
         return self.folder / "keys" / "site-key.pub"
+
+    def set(self, *assignments: str) -> None:
+        """Change keys of the site's YAML."""
+        site_file = self.folder / "site.yaml"
+        site_file.write_text(yaml.safe_dump(override(yaml.safe_load(site_file.read_text()), list(assignments))))
 
     def connect_by(self, line: Line) -> None:
         """Reach the server over a line."""
@@ -183,6 +187,7 @@ class Deployment:
         for name, site in self.hospitals.items():
             self.lead("invite", name)
             site.semisam("approve", self._invitation(name), "--yes")
+        self.hospitals["east"].connect_by(self.line)  # an invitation names the server's own address
 
     def _invitation(self, name: str) -> Path:
         return self.study / "sites" / f"{name}.invitation.zip"

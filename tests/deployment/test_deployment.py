@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from semisam_core.files import read_json_lines
+from semisam_core.privacy.accounting import Spending, epsilon_of
 from tests.conftest import tiny_plan
 from tests.deployment.deployment import HOSPITALS, SLOW_LINE, Deployment, Hospital, Run, begin, eventually, semisam
 from tests.deployment.lead.conftest import processes_of
@@ -42,6 +43,8 @@ SECURE = (
     "aggregation.admission={norm_factor: null}",
     "aggregation.secure={stage_deadline_s: 200}",
 )
+# Secure sums of private updates; every round spends the same.
+PRIVATE = (*SECURE, "training.rounds=2", "privacy={noise_multiplier: 2.0, sampling_rate: 0.5}")
 # The real LiteMedSAM, in the last of three rounds, on every fourth slice.
 WITH_GENERALIST = (
     "pseudo_labels.generalists=[lite-medsam]",
@@ -153,6 +156,28 @@ def test_a_deployed_secure_study_gives_the_weights_of_the_same_study_in_one_proc
         assert booked["train.masked"]["bytes"] > 0
         assert not list((site.folder / "storage").rglob("secure"))
     assert len({line["keys_sha256"] for site in deployed.hospitals.values() for line in _keys_of(site, run)}) == 1
+
+
+def test_deployed_sites_book_what_a_private_study_spends_and_say_what_they_cannot_afford(deployed: Deployment) -> None:
+    deployed.agree(tiny_plan(*PLAN, *PRIVATE))
+    deployed.lead("run", seconds=RUN_S)
+    run = Run(deployed.run_folder)
+    assert run.state == "completed"
+    assert [set(line["weights"]) for line in run.events("aggregated")] == [set(HOSPITALS)] * 2
+    steps = tiny_plan(*PLAN, *PRIVATE).training.steps_per_round
+    expected = epsilon_of([Spending(2.0, 0.5, steps)] * 2, 1e-5).value
+    for site in deployed.hospitals.values():
+        report = json.loads(site.semisam("privacy", "--json"))
+        assert [(each["run"], each["round"]) for each in report["rounds"]] == [(run.name, 1), (run.name, 2)]
+        assert report["total"]["epsilon"] == pytest.approx(expected)
+        booked = [line for line in site.audit if line.get("run") == run.name and line["kind"] == "train"]
+        assert len(booked) == 2
+        assert not any("epsilon" in name or "loss" in name for line in booked for name in line["scalars"])
+    south = deployed.hospitals["south"]
+    south.set(f"privacy.maximum_epsilon={1.2 * expected}")
+    found = semisam("site", "doctor", "--folder", south.folder, expected=1)
+    south.set("privacy.maximum_epsilon=10.0")
+    assert f"allows {1.2 * expected:g}" in " ".join(found.split())
 
 
 def _keys_of(site: Hospital, run: Run) -> list[dict[str, Any]]:
