@@ -175,9 +175,9 @@ def test_deployed_sites_book_what_a_private_study_spends_and_say_what_they_canno
         assert not any("epsilon" in name or "loss" in name for line in booked for name in line["scalars"])
     south = deployed.hospitals["south"]
     south.set(f"privacy.maximum_epsilon={1.2 * expected}")
-    found = semisam("site", "doctor", "--folder", south.folder, expected=1)
+    found = south.semisam("doctor")
     south.set("privacy.maximum_epsilon=10.0")
-    assert f"allows {1.2 * expected:g}" in " ".join(found.split())
+    assert f"{expected:.2f} was spent before, privacy.maximum_epsilon is {1.2 * expected:g}" in " ".join(found.split())
 
 
 def _keys_of(site: Hospital, run: Run) -> list[dict[str, Any]]:
