@@ -106,7 +106,7 @@ def test_making_a_pseudo_label(tmp_path: Path, changes: tuple[str, ...]) -> None
 
         def work() -> None:
             labels = labeler.labels(1, _Tones(classes), unlabeled, labeled, head)
-            assert int(labels["case-1"].valid.sum()) == classes
+            assert 2 * int(labels["case-1"].valid.sum()) >= classes
 
         return work
 
