@@ -16,6 +16,7 @@ from semisam_core.progress import ProgressCallback
 from semisam_core.pseudo_labels.calibration import Calibration
 from semisam_core.pseudo_labels.cold_start import ColdStarter
 from semisam_core.pseudo_labels.policy import policy_of
+from semisam_core.scratch import Scratch
 from semisam_core.sources.base import Source, SourceScan
 from semisam_core.sources.generalists import PromptedGeneralists
 from semisam_core.sources.labeling import EvidenceLabeler, LabelRecord, reliability_of
@@ -44,6 +45,7 @@ class SiteEvidence:
         transforms: folder of stored transforms.
         annotated: the classes (from 1) that the site's labels mark.
         progress: told how many embedding units of how many are there.
+        new_scratch: returns room for the maps of one labeled scan.
     """
 
     def __init__(
@@ -54,18 +56,20 @@ class SiteEvidence:
         transforms: Path,
         annotated: Sequence[int],
         progress: ProgressCallback,
+        new_scratch: Callable[[], Scratch] = Scratch,
     ) -> None:
+        self._new_scratch = new_scratch
         self._plan, self._generalists, self._embeddings = plan, generalists, embeddings
         self._transforms, self._annotated, self._progress = transforms, annotated, progress
 
     def labeler(
         self,
-        predict: Callable[[ScanPair], Tensor],
+        predict: Callable[[ScanPair, Scratch], Tensor],
         examples: Examples,
         calibration: Calibration,
         more: Sequence[Source] = (),
         volumes_ml: Sequence[float | None] = (),
-    ) -> Callable[[ScanPair], LabelRecord]:
+    ) -> Callable[[ScanPair, Scratch], LabelRecord]:
         """Return a function that labels one scan, with sources scored on the site's labeled scans.
 
         Args:
@@ -77,10 +81,11 @@ class SiteEvidence:
         """
         sources = [*self._sources(examples), *more]
 
-        def scan_of(pair: ScanPair) -> SourceScan:
-            return SourceScan(_plain(pair.for_generalists.image), self._plan.data.spacing_mm, _plain(predict(pair)))
+        def scan_of(pair: ScanPair, scratch: Scratch) -> SourceScan:
+            image, teacher = _plain(pair.for_generalists.image), _plain(predict(pair, scratch))
+            return SourceScan(image, self._plan.data.spacing_mm, teacher, scratch)
 
-        labeled = ((scan_of(pair), label) for pair, label in examples())
+        labeled = ((scan_of(pair, self._new_scratch()), label) for pair, label in examples())
         asked = policy_of(self._plan).sources.generalists
         labeler = EvidenceLabeler(
             sources,
@@ -90,7 +95,7 @@ class SiteEvidence:
             calibration,
             volumes_ml,
         )
-        return lambda pair: labeler.label(scan_of(pair))
+        return lambda pair, scratch: labeler.label(scan_of(pair, scratch))
 
     def _sources(self, examples: Examples) -> list[Source]:
         settings = policy_of(self._plan).sources

@@ -27,6 +27,7 @@ from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes, backg
 from semisam_core.pseudo_labels.fusion import PseudoLabel, make_pseudo_label
 from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.store import PseudoLabelStore, StoredPseudoLabel
+from semisam_core.scratch import Scratch
 from semisam_core.small_numbers import Rounding
 from semisam_core.sources.feature_head import FeatureHeadSource, FeatureReader, train_head
 from semisam_core.sources.head_network import FeatureHead
@@ -38,8 +39,8 @@ CALIBRATION_SCANS = 8
 
 Scans = Iterable[tuple[str, Callable[[], ScanPair | None]]]
 KeyedScans = Iterable[tuple[str, str | None, Callable[[], ScanPair | None]]]
-Predict = Callable[[ScanPair], Tensor]
-Make = Callable[[str, ScanPair], PseudoLabel]
+Predict = Callable[[ScanPair, Scratch], Tensor]
+Make = Callable[[str, ScanPair, Scratch], PseudoLabel]
 
 
 class Labeler:
@@ -151,7 +152,7 @@ class Labeler:
                     continue
                 if make is None:
                     make = self._maker(predict_by, labeled, head)
-                store.save(key, make(case, pair))
+                store.save(key, make(case, pair, self._new_scratch()))
                 label = _stored(store, key)
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")
@@ -173,21 +174,23 @@ class Labeler:
     def _prompted_by_prototypes(self, starter: ColdStarter, labeled: Scans) -> Predict:
         learned: list[Prototypes] = []  # learned on first use: in most rounds every pseudo-label is already stored
 
-        def predict_by(pair: ScanPair) -> Tensor:
+        def predict_by(pair: ScanPair, scratch: Scratch) -> Tensor:
             try:
                 if not learned:
-                    learned.append(
-                        starter.learn((each.for_generalists.image, label) for each, label in _labeled(labeled))
-                    )
-                return starter.rough(pair.for_generalists.image, learned[0])
+                    examples = ((each.for_generalists.image, label) for each, label in _labeled(labeled))
+                    learned.append(starter.learn(examples, self._new_scratch()))
+                return starter.rough(pair.for_generalists.image, learned[0], scratch)
             except (RuntimeError, ValueError) as error:  # as for prompts: one scan does not stop the others
                 logger.warning("The cold start's generalist failed on a scan, which gets no pseudo-label: %s", error)
-                return self._background_only(pair)
+                return self._background_only(pair, scratch)
 
         return predict_by
 
-    def _background_only(self, pair: ScanPair) -> Tensor:
-        return background_only(pair.for_generalists.image, len(self._plan.task.classes))
+    def _background_only(self, pair: ScanPair, scratch: Scratch) -> Tensor:
+        return background_only(pair.for_generalists.image, len(self._plan.task.classes), scratch)
+
+    def _new_scratch(self) -> Scratch:
+        return Scratch(self._config.storage.folder / "scratch")
 
     def _report_embedding(self, done: int, total: int) -> None:
         self._progress("embed", done, total, "slices")
@@ -196,7 +199,7 @@ class Labeler:
         self, case: str, pair: ScanPair, network: nn.Module, labeled: Scans, head: FeatureHead | None = None
     ) -> PseudoLabel:
         """Return a pseudo-label, on the specialist's grid, with a network in the teacher's place."""
-        return self._maker(partial(self._predict, network), labeled, head)(case, pair)
+        return self._maker(partial(self._predict, network), labeled, head)(case, pair, self._new_scratch())
 
     def train_head(self, head: FeatureHead, labeled: Scans, round_number: int, seed: int) -> int:
         """Train the feature head in place on this site's labels, and return the steps it took in each view.
@@ -215,15 +218,17 @@ class Labeler:
         known = list(_labeled(labeled))
         if not known or len(annotated_classes(self._config, self._plan)) < classes:
             return 0
+        scratch = self._new_scratch()
         sent = {name: value.clone() for name, value in head.state_dict().items()}
         try:
             scans = {
                 view: [
-                    reader.labeled(pair.for_generalists.image, label, spacing, view, classes) for pair, label in known
+                    reader.labeled(pair.for_generalists.image, label, spacing, view, classes, scratch)
+                    for pair, label in known
                 ]
                 for view in head.views
             }
-            train_head(head, scans, settings, seed, self._device)
+            train_head(head, scans, settings, seed, self._device, scratch)
             head.log_volumes.copy_(self._log_volumes(labeled, spacing, head.log_volumes))
         except (RuntimeError, ValueError, FloatingPointError) as error:
             logger.warning("The feature head was not trained in this round: %s", error)
@@ -265,7 +270,7 @@ class Labeler:
         scans = list(labeled)
         calibration = self._calibration(predict_by, scans)
         if policy_of(self._plan).method == "semisam+":
-            return lambda _, pair: self._prompted(pair, predict_by(pair), calibration)
+            return lambda _, pair, scratch: self._prompted(pair, predict_by(pair, scratch), calibration, scratch)
         site = SiteEvidence(
             self._generalist_plan,
             self.generalists,
@@ -273,20 +278,21 @@ class Labeler:
             self._config.storage.folder / "transforms",
             annotated_classes(self._config, self._plan),
             self._report_embedding,
+            self._new_scratch,
         )
         reader = self._feature_reader()
         more = [] if head is None or reader is None else [FeatureHeadSource(head, reader, self._device)]
         volumes = _expected_volumes(head, calibration, len(self._plan.task.classes))
         label_by = site.labeler(predict_by, lambda: _labeled(scans), calibration, more, volumes)
 
-        def make(case: str, pair: ScanPair) -> PseudoLabel:
-            record = label_by(pair)
+        def make(case: str, pair: ScanPair, scratch: Scratch) -> PseudoLabel:
+            record = label_by(pair, scratch)
             self._log_evidence(case, record)
             return _on_the_specialists_grid(record.label, pair)
 
         return make
 
-    def _prompted(self, pair: ScanPair, prediction: Tensor, calibration: Calibration) -> PseudoLabel:
+    def _prompted(self, pair: ScanPair, prediction: Tensor, calibration: Calibration, scratch: Scratch) -> PseudoLabel:
         label = make_pseudo_label(
             pair.for_generalists.image,
             prediction,
@@ -295,6 +301,7 @@ class Labeler:
             self._generalist_plan,
             calibration,
             self._report_embedding,
+            scratch,
         )
         return _on_the_specialists_grid(label, pair)
 
@@ -312,16 +319,18 @@ class Labeler:
             append_json_line(self._evidence_log, line)
 
     def _calibration(self, predict_by: Predict, labeled: Scans) -> Calibration:
-        examples = (
-            LabeledExample(each.for_generalists.image, label, predict_by(each)) for each, label in _labeled(labeled)
-        )
+        def example(pair: ScanPair, label: Tensor) -> LabeledExample:
+            scratch = self._new_scratch()
+            return LabeledExample(pair.for_generalists.image, label, predict_by(pair, scratch), scratch)
+
+        examples = (example(pair, label) for pair, label in _labeled(labeled))
         annotated = annotated_classes(self._config, self._plan)
         return calibrate(examples, self.generalists, self._embeddings, self._generalist_plan, annotated)
 
-    def _predict(self, network: nn.Module, pair: ScanPair) -> Tensor:
+    def _predict(self, network: nn.Module, pair: ScanPair, scratch: Scratch) -> Tensor:
         overlap = None if self._plan.pseudo_labels is None else self._plan.pseudo_labels.window_overlap
-        prediction = predict(network, pair.scan.image, self._plan, self._device, overlap)
-        return resample(prediction, pair.scan.grid, pair.for_generalists.grid)
+        prediction = predict(network, pair.scan.image, self._plan, self._device, overlap, scratch)
+        return resample(prediction, pair.scan.grid, pair.for_generalists.grid, scratch)
 
 
 def _labeled(scans: Scans) -> Iterator[tuple[ScanPair, Tensor]]:
@@ -340,7 +349,7 @@ def _expected_volumes(head: FeatureHead | None, calibration: Calibration, classe
 
 
 def _on_the_specialists_grid(label: PseudoLabel, pair: ScanPair) -> PseudoLabel:
-    return label.moved(lambda maps: resample(maps, pair.for_generalists.grid, pair.scan.grid))
+    return label.moved(lambda maps: resample(maps, pair.for_generalists.grid, pair.scan.grid, label.scratch))
 
 
 def _stored(store: PseudoLabelStore, key: str) -> StoredPseudoLabel:

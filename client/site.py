@@ -36,7 +36,7 @@ from semisam_core.data.scans import keep_classes, load_original_label
 from semisam_core.errors import SemiSAMError
 from semisam_core.evaluation import ClassScore, score_case
 from semisam_core.files import append_json_line, write_json
-from semisam_core.inference import predict, segment_original, segmentation
+from semisam_core.inference import segment_original
 from semisam_core.optimizers import moments
 from semisam_core.plan import Plan
 from semisam_core.privacy.randomness import SecureRandomness, SeededRandomness
@@ -310,7 +310,7 @@ class Site:
         cases = next((usable for role in roles if (usable := self.scans.usable(role))), [])
         if not cases or (scan := self.scans.load(cases[0])) is None:
             return
-        found = segmentation(predict(specialist, scan.image, self.plan, self.device), self.plan)
+        found = segment_original(specialist, replace(scan, original=scan.grid), self.plan, self.device)
         pair = self.scans.load_pair(cases[0])
         labeled = self._known()
         pseudo = (
@@ -321,7 +321,8 @@ class Site:
             image=scan.image[0],
             truth=scan.label,
             pseudo_label=pseudo.target if pseudo is not None else None,
-            prediction=torch.stack([(found == k).float() for k in range(1, len(self.plan.class_names) + 1)]),
+            prediction=found,
+            classes=len(self.plan.class_names),
             spacing_mm=scan.grid.spacing_mm,
         )
         draw_overview(panel, self.state.folder / "overview.png")

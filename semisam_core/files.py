@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -20,8 +23,13 @@ def utc_stamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
+def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], mode: int = 0o644) -> None:
     """Write beside the target, flush to disk, then rename over it. The umask applies to `mode`.
+
+    Args:
+        path: the target.
+        content: bytes, or their parts in order, of which one at a time is in memory.
+        mode: of the file.
 
     Raises:
         OSError: the disk is full or the folder is not writable; the target is unchanged.
@@ -31,7 +39,8 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            for part in (content,) if isinstance(content, bytes) else content:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -49,6 +58,58 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, save(contiguous, dict(metadata) if metadata else None))
+
+
+@dataclass(frozen=True)
+class TensorParts:
+    """A tensor that is made in parts while it is written.
+
+    Attributes:
+        dtype: float16, int32, int64 or bool.
+        shape: of the whole tensor.
+        parts: returns its values in array order, in tensors of any size.
+    """
+
+    dtype: torch.dtype
+    shape: Sequence[int]
+    parts: Callable[[], Iterable[Tensor]]
+
+
+_DTYPES = {torch.int64: "I64", torch.int32: "I32", torch.float16: "F16", torch.bool: "BOOL"}
+
+
+def save_tensor_parts(path: Path, tensors: Mapping[str, TensorParts], metadata: Mapping[str, str]) -> None:
+    """Write tensors as safetensors, atomically, with one part of one tensor in memory at a time.
+
+    The library's own writer needs all of a file in memory.
+
+    Raises:
+        OSError: as in `write_atomically`.
+        ValueError: the parts of a tensor are not what was said of it.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, each in ordered.items():
+        begin, end = end, end + math.prod(each.shape) * each.dtype.itemsize
+        header[name] = {"dtype": _DTYPES[each.dtype], "shape": list(each.shape), "data_offsets": [begin, end]}
+    said = json.dumps(header).encode()
+    said += b" " * (-len(said) % 8)
+
+    def content() -> Iterable[bytes | memoryview]:
+        yield len(said).to_bytes(8, "little") + said
+        for name, each in ordered.items():
+            wrong = ValueError(f"{path}: the parts of the tensor {name} are not of its type and shape")
+            missing = math.prod(each.shape)
+            for part in each.parts():
+                missing -= part.numel()
+                if part.dtype is not each.dtype or missing < 0:
+                    raise wrong
+                yield part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            if missing:
+                raise wrong
+
+    write_atomically(path, content())
 
 
 def write_json(path: Path, content: Any) -> None:

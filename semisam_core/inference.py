@@ -12,6 +12,7 @@ from semisam_core.data.resampling import Block, GridChange
 from semisam_core.data.scans import Scan
 from semisam_core.plan import Plan
 from semisam_core.progress import ProgressCallback
+from semisam_core.scratch import Scratch
 from semisam_core.sliding_window import BATCH, SIGMA_SCALE, SlidingProbabilities
 from semisam_core.specialists import build_specialist
 
@@ -28,9 +29,16 @@ def new_specialist(plan: Plan) -> nn.Module:
 
 
 def predict(
-    network: nn.Module, image: Tensor, plan: Plan, device: torch.device, overlap: float | None = None
+    network: nn.Module,
+    image: Tensor,
+    plan: Plan,
+    device: torch.device,
+    overlap: float | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Return class probabilities of a whole scan by a sliding window.
+
+    With scratch they are the same bit by bit with one CPU thread (see `semisam_core/sliding_window.py`).
 
     Args:
         network: the specialist or its teacher; runs in evaluation mode and gets its own mode back.
@@ -38,6 +46,7 @@ def predict(
         plan: patch size.
         device: where to compute.
         overlap: share of a window that its neighbour covers, below 1; None for the plan's `evaluation.overlap`.
+        scratch: where to make them, with the rows of a few windows in memory at a time; None for memory.
 
     Returns:
         (1 + K, H, W, D) float32 on the CPU; sums to one over the first axis.
@@ -45,13 +54,19 @@ def predict(
     was_training = network.training
     network.eval()
     try:
+        share = plan.evaluation.overlap if overlap is None else overlap
         with torch.inference_mode():
+            if scratch is not None:
+                classes = 1 + len(plan.task.classes)
+                rows = SlidingProbabilities(network, image, classes, plan.data.patch, share, device, scratch)
+                rows.advance(image.shape[1])
+                return rows.volume
             logits = sliding_window_inference(
                 image[None].to(device),
                 plan.data.patch,
                 sw_batch_size=BATCH,
                 predictor=network,
-                overlap=plan.evaluation.overlap if overlap is None else overlap,
+                overlap=share,
                 mode="gaussian",
                 sigma_scale=SIGMA_SCALE,
             )

@@ -32,6 +32,9 @@ class RowWindow:
         self.volume: Tensor = rows.transpose(0, 1)
         self._released = 0
 
+    def page_out(self) -> None:
+        """Do nothing: there is no file that could keep the rows."""
+
     def release(self, before: int) -> None:
         """Give back the memory of all rows before this one; they must not be used again."""
         end = before * self._row_bytes // mmap.PAGESIZE * mmap.PAGESIZE

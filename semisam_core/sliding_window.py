@@ -15,10 +15,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from semisam_core.row_window import RowWindow
+from semisam_core.scratch import Scratch
 
 BATCH = 2
 SIGMA_SCALE = 0.125
 _VECTOR = 64  # a multiple of the floats that any CPU computes at once
+
+
+class _ScratchRows:
+    """A volume in scratch, used like a `RowWindow` but with all rows kept."""
+
+    def __init__(self, volume: Tensor, scratch: Scratch) -> None:
+        self.volume, self._scratch = volume, scratch
+
+    def release(self, before: int) -> None:
+        """Do nothing: rows are still needed."""
+
+    def page_out(self) -> None:
+        """Give back the memory of rows; they keep their values."""
+        self._scratch.release()
 
 
 class SlidingProbabilities:
@@ -31,6 +46,7 @@ class SlidingProbabilities:
         patch: the window's size.
         overlap: share of a window that its neighbour covers, below 1.
         device: where to compute; sums are kept on the CPU.
+        scratch: where to keep all rows; None for memory, where they are kept until they are released.
 
     Attributes:
         volume: (1 + K, H, W, D) float32; only rows from the last `release` to those that `advance` returned are valid.
@@ -44,6 +60,7 @@ class SlidingProbabilities:
         patch: Sequence[int],
         overlap: float,
         device: torch.device,
+        scratch: Scratch | None = None,
     ) -> None:
         self._network, self._device, self._patch = network, device, tuple(patch)
         height, width, depth = image.shape[1:]
@@ -53,8 +70,11 @@ class SlidingProbabilities:
         pads = [(each // 2, each - each // 2) for each in reversed(missing)]
         self._image = functional.pad(image, [side for pair in pads for side in pair]) if any(missing) else image
         padded = self._image.shape
-        self._sums = RowWindow(classes, (padded[1], padded[2], padded[3]))
-        self._weights = RowWindow(1, (padded[1], padded[2], padded[3]))
+        sides = (padded[1], padded[2], padded[3])
+        self._sums = (
+            RowWindow(classes, sides) if scratch is None else _ScratchRows(scratch.zeros((classes, *sides)), scratch)
+        )
+        self._weights = RowWindow(1, sides)
         self._windows = dense_patch_slices(padded[1:], self._patch, self._steps(overlap))
         self._batches = iter(range(0, len(self._windows), BATCH))
         self._map = compute_importance_map(
@@ -90,6 +110,7 @@ class SlidingProbabilities:
         for window, logit in zip(windows, logits.cpu(), strict=True):
             self._sums.volume[(slice(None), *window)] += logit
             self._weights.volume[(slice(None), *window)] += weight
+        self._sums.page_out()
 
     def _finish(self, until: int) -> None:
         """Turn the sums of all rows before this one, to which no window adds any more, into probabilities."""
@@ -97,6 +118,7 @@ class SlidingProbabilities:
             sums = self._sums.volume[:, row]
             sums /= self._weights.volume[:, row]
             sums.copy_(self._softmax(sums.to(self._device), row))
+            self._sums.page_out()
         self._complete = max(self._complete, until)
         self._weights.release(self._complete)
 

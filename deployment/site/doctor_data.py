@@ -41,6 +41,7 @@ class _Seen:
     usable: int = 0
     bytes: int = 0
     voxels_unlabeled: int = 0
+    voxels_largest: int = 0
     classes: set[int] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
 
@@ -143,6 +144,7 @@ def _read_all(found: Inventory, plan: Plan, memory_gb: float, progress: Progress
         seen.usable += 1
         seen.bytes += scan.image.nbytes + (scan.label.nbytes if scan.label is not None else 0)
         seen.voxels_unlabeled += scan.image[0].numel() if case.role is Role.UNLABELED else 0
+        seen.voxels_largest = max(seen.voxels_largest, scan.image[0].numel())
         seen.findings += _check_case(case, scan)
         if scan.label is not None:
             seen.classes |= {int(value) for value in np.unique(scan.label.numpy())} - {0}
@@ -174,9 +176,13 @@ def _check_classes(config: SiteConfig, plan: Plan, found: Inventory, seen: _Seen
 
 
 def _check_disk(config: SiteConfig, plan: Plan, seen: _Seen) -> list[Finding]:
-    """Compare free disk with prepared scans, pseudo-labels (3 maps of 4 bytes a voxel and class) and embeddings."""
+    """Compare free disk with prepared scans, pseudo-labels and embeddings.
+
+    A pseudo-label has 3 maps of 2 bytes a voxel and class; while one is made, there are 10 of 4 bytes.
+    """
     uses = bool(usable_generalists(config, plan))
-    needed = seen.bytes + (12 * len(plan.class_names) * seen.voxels_unlabeled if uses else 0)
+    maps = 6 * seen.voxels_unlabeled + 40 * seen.voxels_largest
+    needed = seen.bytes + (len(plan.class_names) * maps if uses else 0)
     whole = needed + (int(config.storage.embeddings_gb * 1e9) if uses else 0)
     place = config.storage.folder
     while not place.exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,12 @@ def read_label(
     if not chosen:
         raise IntakeError(f"{path.name!a}: it has the segments {', '.join(names.values()) or 'none'}; none is wanted.")
     grid = grid_of(series, limits)
-    masks, notes = (_seg if modality == "SEG" else _rtstruct)(path, chosen, series, grid)
+    notes: list[str] = []
+    masks = _seg(path, chosen, grid) if modality == "SEG" else _rtstruct(path, chosen, series, grid, notes)
     label = np.zeros(grid.shape, dtype=np.uint16)
     values = _values(chosen)
     named = {value: chosen[number] for number, value in values.items()}
-    for number, mask in masks.items():
+    for number, mask in masks:
         if bool((taken := label[mask]).any()):
             other = named[int(taken[taken > 0][0])]
             raise IntakeError(
@@ -92,18 +93,16 @@ def _values(numbers_: Collection[int]) -> dict[int, int]:
     return {number: number if 0 < number < 65536 else next(free) for number in numbers_}
 
 
-def _seg(
-    path: Path, chosen: Mapping[int, str], series: DicomSeries, grid: Geometry
-) -> tuple[dict[int, NDArray[np.bool_]], list[str]]:
+def _seg(path: Path, chosen: Collection[int], grid: Geometry) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    """Yield the mask of each segment: all of a file with many would not fit in memory."""
     try:
         segmentation = hd.seg.segread(path)
         lps = (LPS_TO_RAS @ grid.affine.numpy())[:, [2, 1, 0, 3]]  # of (slice, row, column)
         target = hd.VolumeGeometry(lps, grid.shape[::-1], coordinate_system="PATIENT")
-        masks = {}
         for number in chosen:
             found = segmentation.get_volume(segment_numbers=[number])
             array = found.squeeze_channel().match_geometry(target, tol=_ALIGNED_VOXELS).array
-            masks[number] = np.ascontiguousarray(np.asarray(array).transpose(2, 1, 0)) > 0.5
+            yield number, np.ascontiguousarray(np.asarray(array).transpose(2, 1, 0)) > 0.5
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - highdicom raises many kinds
@@ -111,29 +110,31 @@ def _seg(
             f"{path.name!a}: the segmentation does not lie on the voxels of its series, or is damaged "
             f"({type(error).__name__}: {shown(error)})."
         ) from None
-    return masks, []
 
 
 def _rtstruct(
-    path: Path, chosen: Mapping[int, str], series: DicomSeries, grid: Geometry
-) -> tuple[dict[int, NDArray[np.bool_]], list[str]]:
+    path: Path, chosen: Collection[int], series: DicomSeries, grid: Geometry, notes: list[str]
+) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    """Yield the mask of each region of interest, and note what was left out."""
     stack = None if series.slices[0].frames > 1 else series.stack
     shape, affine = (grid.shape, grid.affine.numpy()) if stack is None else (stack.shape, stack.affine)
     to_voxels = np.linalg.inv(affine) @ LPS_TO_RAS
-    masks, off = {number: np.zeros(shape, dtype=bool) for number in chosen}, 0
+    off, some = 0, False
     try:
-        for region in pydicom.dcmread(path).ROIContourSequence:
-            if int(region.ReferencedROINumber) not in masks:
-                continue
-            for contour in region.get("ContourSequence") or ():
-                off += not _fill(masks[int(region.ReferencedROINumber)], contour, to_voxels)
+        regions = list(pydicom.dcmread(path).ROIContourSequence)
+        for number in chosen:
+            mask = np.zeros(shape, dtype=bool)
+            for region in regions:
+                if int(region.ReferencedROINumber) == number:
+                    off += sum(not _fill(mask, each, to_voxels) for each in region.get("ContourSequence") or ())
+            some = some or bool(mask.any())
+            yield number, mask if stack is None else onto_straight(mask.astype(np.uint8), stack, 0, 0) > 0
     except (AttributeError, ValueError, TypeError) as error:
         raise IntakeError(f"{path.name!a}: its contours are damaged ({type(error).__name__}).") from None
-    if not any(mask.any() for mask in masks.values()):
+    if not some:
         raise IntakeError(f"{path.name!a}: none of its contours lies on the series.")
-    if stack is not None:
-        masks = {k: onto_straight(mask.astype(np.uint8), stack, 0, 0) > 0 for k, mask in masks.items()}
-    return masks, [f"{off} contours lie on no slice of the series and were left out"] if off else []
+    if off:
+        notes.append(f"{off} contours lie on no slice of the series and were left out")
 
 
 def _fill(mask: NDArray[np.bool_], contour: Any, to_voxels: NDArray[np.float64]) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from semisam_core.data.geometry import Geometry
+from semisam_core.scratch import Scratch
 
 BLOCK_BYTES = 64 * 2**20
 _POSITION_NUMBERS = 7  # per voxel: four homogeneous coordinates, three positions
@@ -98,7 +99,9 @@ class GridChange:
         return list(enumerate(self.target))
 
 
-def resample_blocks(maps: Tensor, source: Geometry, target: Geometry, mode: str = "bilinear") -> Tensor:
+def resample_blocks(
+    maps: Tensor, source: Geometry, target: Geometry, mode: str = "bilinear", scratch: Scratch | None = None
+) -> Tensor:
     """Resample maps from one grid to another; outside the source, its edge values continue.
 
     Args:
@@ -106,6 +109,7 @@ def resample_blocks(maps: Tensor, source: Geometry, target: Geometry, mode: str 
         source: their grid.
         target: the grid to compute.
         mode: bilinear or nearest.
+        scratch: where the maps are and the result will be; None for memory.
 
     Returns:
         (K, X, Y, Z) float32; the maps themselves if the grids are the same.
@@ -113,9 +117,11 @@ def resample_blocks(maps: Tensor, source: Geometry, target: Geometry, mode: str 
     change = GridChange(source, target)
     if change.unchanged:
         return maps
-    found = torch.empty((len(maps), *target.shape))
+    scratch = scratch or Scratch()
+    found = scratch.zeros((len(maps), *target.shape))
     for block in change.blocks(0, 4 * len(maps)):
         block.of(found).copy_(change.sample(maps, block, mode))
+        scratch.release()
     return found
 
 

@@ -29,6 +29,7 @@ from semisam_core.errors import CaseError
 from semisam_core.files import save_tensors
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.task import Data
+from semisam_core.scratch import Scratch
 
 PREPARED_VERSION = "2"
 SLAB_ROWS = 8  # of a scan, normalised at once
@@ -172,11 +173,14 @@ def to_original(probability: Tensor, scan: Scan) -> Tensor:
     return resample(probability, scan.grid, scan.original)
 
 
-def resample(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
-    """Resample maps (K, ...) linearly from one grid to another; outside the source, its edge values continue."""
+def resample(maps: Tensor, source: Geometry, target: Geometry, scratch: Scratch | None = None) -> Tensor:
+    """Resample maps (K, ...) linearly from one grid to another; outside the source, its edge values continue.
+
+    They are, and the result will be, in `scratch`; None for memory.
+    """
     if source.shape == target.shape and torch.allclose(source.affine, target.affine):
         return maps
-    return resample_blocks(maps.float().cpu(), source, target)
+    return resample_blocks(maps.float().cpu(), source, target, scratch=scratch)
 
 
 def _prepare(case: Case, channels: Sequence[NiftiVolume], plan: Plan) -> Scan:

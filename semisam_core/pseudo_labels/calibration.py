@@ -15,7 +15,8 @@ from semisam_core.generalists.embedding_store import EmbeddingStore
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, GeneralistOutput
-from semisam_core.pseudo_labels.policy import policy_of, region_of_class
+from semisam_core.pseudo_labels.policy import claims_of, policy_of, region_of_class
+from semisam_core.scratch import Scratch
 
 PRIOR_ERROR = 0.01  # keeps the trust in a model that is perfect on a few scans finite
 CLAIMED = 0.05  # a model claims a voxel as foreground above this probability
@@ -50,11 +51,13 @@ class LabeledExample:
         image: (C, H, W, D) on the plan's grid.
         label: (H, W, D) class indices.
         teacher: the teacher's probabilities (1 + K, H, W, D).
+        scratch: where these are.
     """
 
     image: Tensor
     label: Tensor
     teacher: Tensor
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 def calibrate(
@@ -105,12 +108,13 @@ def _errors(
     plan: Plan,
 ) -> Iterable[tuple[str, float]]:
     ensemble = GeneralistEnsemble(example.image[0], plan.data.spacing_mm, generalists, store, policy_of(plan))
+    claims = claims_of(example.teacher[1:], plan, example.scratch)
     for k in classes:
-        region = region_of_class(example.teacher, k, plan)
-        if isinstance(region, Refusal):
-            continue
-        outputs = ensemble.ask(region, example.teacher[k])
-        yield from brier_scores(outputs, example.label == k).items()
+        region = region_of_class(example.teacher[k], k, plan, claims)
+        if not isinstance(region, Refusal):
+            outputs = ensemble.ask(region, example.teacher[k])
+            yield from brier_scores(outputs, example.label == k).items()
+        example.scratch.release()
 
 
 def brier_scores(outputs: dict[str, GeneralistOutput], truth: Tensor) -> dict[str, float]:

@@ -25,6 +25,7 @@ from semisam_core.plan_sections.sources import Prototypes as PrototypeSettings
 from semisam_core.progress import ProgressCallback
 from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.views import AXES, View, fill_between, smooth_over_slices
+from semisam_core.scratch import Scratch
 
 POSITIONS = 4096  # features per class and scan that are clustered: bounds memory and time, and gives scans equal weight
 ITERATIONS = 20
@@ -74,13 +75,14 @@ class ColdStarter:
         self._generalist, self._maps, self._store, self._progress = generalist, generalist, store, progress
         self._plan, self._policy, self._settings = plan, policy_of(plan), settings
 
-    def learn(self, examples: Iterable[tuple[Tensor, Tensor]]) -> Prototypes:
+    def learn(self, examples: Iterable[tuple[Tensor, Tensor]], scratch: Scratch | None = None) -> Prototypes:
         """Cluster the features inside each class by k-means; deterministic.
 
         Args:
             examples: (image (C, H, W, D), label (H, W, D) of class indices) of this site's labeled scans.
+            scratch: where to keep the features of all classes; None for memory.
         """
-        count = 1 + len(self._plan.task.classes)
+        scratch, count = scratch or Scratch(), 1 + len(self._plan.task.classes)
         generator = torch.Generator().manual_seed(self._plan.seed)
         found: list[list[Tensor]] = [[] for _ in range(count)]
         for image, label in examples:
@@ -89,16 +91,17 @@ class ColdStarter:
             turned = view.turn(label.long())[:, :, list(seen.units)].permute(2, 0, 1)  # (N, H, W)
             for k in range(count):
                 shares = self._maps.framing.shares((turned == k).float(), seen.side)
-                found[k].append(_sample(seen.vectors[shares > (_INSIDE if k else _PURE)], POSITIONS, generator))
+                sample = _sample(seen.vectors[shares > (_INSIDE if k else _PURE)], POSITIONS, generator)
+                found[k].append(scratch.keep(sample))
+                scratch.release()
         wanted = [self._settings.background_prototypes] + [self._settings.foreground_prototypes] * (count - 1)
-        return Prototypes(
-            tuple(
-                spherical_k_means(torch.cat(each), k, generator) if each else torch.zeros(0, 1)
-                for each, k in zip(found, wanted, strict=True)
-            )
-        )
+        centres = []
+        for each, k in zip(found, wanted, strict=True):
+            centres.append(spherical_k_means(torch.cat(each), k, generator) if each else torch.zeros(0, 1))
+            scratch.release()
+        return Prototypes(tuple(centres))
 
-    def rough(self, image: Tensor, prototypes: Prototypes) -> Tensor:
+    def rough(self, image: Tensor, prototypes: Prototypes, scratch: Scratch | None = None) -> Tensor:
         """Predict rough class probabilities of a scan, to prompt with instead of the teacher's.
 
         At each feature they are the softmax over classes of (cosine similarity to the class's nearest prototype) /
@@ -107,27 +110,35 @@ class ColdStarter:
         Args:
             image: (C, H, W, D) on the plan's grid; generalists see the first channel.
             prototypes: learned from this site's labeled scans.
+            scratch: where to make them; None for memory.
 
         Returns:
             (1 + K, H, W, D), background first.
         """
+        scratch = scratch or Scratch()
         if not any(len(each) for each in prototypes.classes[1:]):
-            return background_only(image, len(prototypes.classes) - 1)
+            return background_only(image, len(prototypes.classes) - 1, scratch)
         view = self._view(image)
         seen = self._features(view)
-        nearest = [
-            (seen.vectors @ each.T).amax(-1) if len(each) else torch.full(seen.vectors.shape[:-1], -torch.inf)
-            for each in prototypes.classes
-        ]
-        shares = torch.softmax(torch.stack(nearest) / self._settings.temperature, 0)[1:]  # (K, N, S, S)
+        shares = scratch.zeros((len(prototypes.classes), *seen.vectors.shape[:-1]))  # (1 + K, N, S, S)
+        for k, each in enumerate(prototypes.classes):
+            shares[k] = (seen.vectors @ each.T).amax(-1) if len(each) else -torch.inf
+            scratch.release()
+        for n in range(len(seen.units)):
+            shares[:, n] = torch.softmax(shares[:, n] / self._settings.temperature, 0)
+            scratch.release()
         height, width, depth = view.grid.shape
-        foreground = torch.zeros(len(shares), height, width, depth)
-        for k, each in enumerate(shares):
-            foreground[k, :, :, list(seen.units)] = self._maps.framing.spread(each, (height, width)).permute(1, 2, 0)
         step = view.slice_step(self._policy.prompting.slice_step_mm)
-        foreground = smooth_over_slices(fill_between(foreground, seen.units, step), self._policy.smooth_sigma_slices)
-        background = (1 - foreground.sum(0, keepdim=True)).clamp_min(0)
-        return torch.stack([view.turn_back(each) for each in torch.cat([background, foreground])])
+        found, total = scratch.zeros((len(shares), *image.shape[1:])), torch.zeros(image.shape[1:])
+        for k in range(1, len(shares)):
+            foreground = torch.zeros(height, width, depth)
+            foreground[:, :, list(seen.units)] = self._maps.framing.spread(shares[k], (height, width)).permute(1, 2, 0)
+            filled = fill_between(foreground, seen.units, step)
+            found[k] = view.turn_back(smooth_over_slices(filled, self._policy.smooth_sigma_slices))
+            total += found[k]
+            scratch.release()
+        found[0] = (1 - total).clamp_min(0)
+        return found
 
     def _view(self, image: Tensor) -> View:
         return View(image[0], self._plan.data.spacing_mm, AXES[self._settings.plane])
@@ -173,9 +184,9 @@ def cold_start_of(policy: PseudoLabels) -> ColdStart:
     return policy.cold_start
 
 
-def background_only(image: Tensor, classes: int) -> Tensor:
+def background_only(image: Tensor, classes: int, scratch: Scratch | None = None) -> Tensor:
     """Return probabilities (1 + K, H, W, D) that call every voxel of a scan (C, H, W, D) background."""
-    probability = torch.zeros(1 + classes, *image.shape[1:])
+    probability = (scratch or Scratch()).zeros((1 + classes, *image.shape[1:]))
     probability[0] = 1
     return probability
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from semisam_core.progress import ProgressCallback
 from semisam_core.prompting import Refusal, Region, volume_refusal
 from semisam_core.pseudo_labels.calibration import Calibration
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, GeneralistOutput, weighted_moments
-from semisam_core.pseudo_labels.policy import policy_of, region_of_class
+from semisam_core.pseudo_labels.policy import claims_of, policy_of, region_of_class
+from semisam_core.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class PseudoLabel:
         valid: (K,) bool, the classes that were accepted.
         refusals: for each class, why it was refused, or None.
         generalist: the generalists' probability before fusion with the teacher, (K, H, W, D).
+        scratch: where the maps are.
     """
 
     target: Tensor
@@ -39,6 +41,7 @@ class PseudoLabel:
     valid: Tensor
     refusals: tuple[Refusal | None, ...]
     generalist: Tensor
+    scratch: Scratch = field(default_factory=Scratch)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> PseudoLabel:
         """Return this pseudo-label with `move` applied to each of its maps, to bring them to another grid."""
@@ -47,8 +50,12 @@ class PseudoLabel:
 
     def confidences(self) -> list[float]:
         """Return the confidence in each accepted class."""
-        accepted = [k for k, accepted in enumerate(self.valid.tolist()) if accepted]
-        return [confidence(self.target[k], self.uncertainty[k]) for k in accepted]
+        found = []
+        for k, accepted in enumerate(self.valid.tolist()):
+            if accepted:
+                found.append(confidence(self.target[k], self.uncertainty[k]))
+                self.scratch.release()
+        return found
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ def make_pseudo_label(
     plan: Plan,
     calibration: Calibration | None = None,
     progress: ProgressCallback | None = None,
+    scratch: Scratch | None = None,
 ) -> PseudoLabel:
     """Prompt the generalists for every class of one scan and fuse what they answer.
 
@@ -77,18 +85,27 @@ def make_pseudo_label(
         plan: policy; must have `pseudo_labels`.
         calibration: what the site's labeled scans taught.
         progress: called with (embedding units ready, units needed).
+        scratch: where the teacher's probabilities are and the pseudo-label will be; None for memory.
     """
-    calibration = calibration or Calibration()
+    calibration, scratch = calibration or Calibration(), scratch or Scratch()
     ensemble = GeneralistEnsemble(image[0], plan.data.spacing_mm, generalists, store, policy_of(plan), progress)
-    labels: list[_ClassLabel | Refusal] = []
+    claims = claims_of(teacher[1:], plan, scratch)
+    target, uncertainty, own = (scratch.zeros(teacher[1:].shape) for _ in range(3))
+    refusals: list[Refusal | None] = []
     for k in range(1, teacher.shape[0]):
-        region = region_of_class(teacher, k, plan)
-        if isinstance(region, Refusal):
-            labels.append(region)
-            continue
-        outputs = ensemble.ask(region, teacher[k])
-        labels.append(_gate_and_fuse(outputs, region, teacher[k], plan, calibration, k))
-    return _assemble(labels, teacher.shape[1:])
+        found: _ClassLabel | Refusal | Region = region_of_class(teacher[k], k, plan, claims)
+        if isinstance(found, Region):
+            outputs = ensemble.ask(found, teacher[k])
+            found = _gate_and_fuse(outputs, found, teacher[k], plan, calibration, k)
+        if isinstance(found, _ClassLabel):
+            target[k - 1], uncertainty[k - 1], own[k - 1] = found.target, found.uncertainty, found.generalist
+        refusals.append(found if isinstance(found, Refusal) else None)
+        del found
+        scratch.release()
+    if len(refusals) > 1:
+        target, own = settle_overlaps(target, scratch), settle_overlaps(own, scratch)
+    valid = torch.tensor([refusal is None for refusal in refusals])
+    return PseudoLabel(target, uncertainty, valid, tuple(refusals), own, scratch)
 
 
 def fuse_with_teacher(
@@ -163,27 +180,24 @@ def _mean_quality(outputs: Mapping[str, GeneralistOutput], trust: Mapping[str, f
     return sum(weights[name] * each.quality for name, each in outputs.items()) / sum(weights.values())
 
 
-def _assemble(labels: Sequence[_ClassLabel | Refusal], shape: torch.Size) -> PseudoLabel:
-    blank = torch.zeros(shape)
+def settle_overlaps(probability: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """Where several classes (K, H, W, D) exceed 0.5, keep the highest and cap the others just below 0.5, in place.
 
-    def stack(pick: Callable[[_ClassLabel], Tensor]) -> Tensor:
-        return torch.stack([blank if isinstance(each, Refusal) else pick(each) for each in labels])
-
-    target, generalist = stack(lambda each: each.target), stack(lambda each: each.generalist)
-    if len(labels) > 1:
-        target, generalist = settle_overlaps(target), settle_overlaps(generalist)
-    return PseudoLabel(
-        target=target,
-        uncertainty=stack(lambda each: each.uncertainty),
-        valid=torch.tensor([not isinstance(each, Refusal) for each in labels]),
-        refusals=tuple(each if isinstance(each, Refusal) else None for each in labels),
-        generalist=generalist,
-    )
-
-
-def settle_overlaps(probability: Tensor) -> Tensor:
-    """Where several classes (K, H, W, D) exceed 0.5, keep the highest and cap the others just below 0.5."""
-    winner = probability.argmax(0, keepdim=True)
-    wins = torch.zeros_like(probability, dtype=torch.bool).scatter_(0, winner, True)
-    contested = (probability > 0.5).sum(0, keepdim=True) > 1
-    return torch.where(contested & ~wins, probability.clamp_max(0.49), probability)
+    Args:
+        probability: of each class; of equally high ones the first counts.
+        scratch: where it is, if not in memory.
+    """
+    scratch = scratch or Scratch()
+    highest = torch.full(probability.shape[1:], -torch.inf)
+    winner, claims = (torch.zeros(probability.shape[1:], dtype=torch.int16) for _ in range(2))
+    for k, each in enumerate(probability):
+        winner.masked_fill_(each > highest, k)
+        torch.maximum(highest, each, out=highest)
+        claims += each > 0.5
+        scratch.release()
+    contested = claims > 1
+    for k, each in enumerate(probability if bool(contested.any()) else ()):
+        lost = contested & (winner != k)
+        each[lost] = each[lost].clamp_max(0.49)
+        scratch.release()
+    return probability

@@ -8,6 +8,7 @@ from torch import Tensor
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.pseudo_labels import PseudoLabels
 from semisam_core.prompting import Refusal, Region, find_region
+from semisam_core.scratch import Scratch
 
 
 def policy_of(plan: Plan) -> PseudoLabels:
@@ -21,15 +22,32 @@ def policy_of(plan: Plan) -> PseudoLabels:
     return plan.pseudo_labels
 
 
-def region_of_class(teacher: Tensor, k: int, plan: Plan) -> Region | Refusal:
+def claims_of(foreground: Tensor, plan: Plan, scratch: Scratch | None = None) -> Tensor:
+    """Return how many classes claim each voxel, (H, W, D) int16: are above the threshold of prompts.
+
+    Args:
+        foreground: probability of each class (K, H, W, D).
+        plan: the threshold; must have `pseudo_labels`.
+        scratch: where the maps are, if not in memory.
+    """
+    claims = torch.zeros(foreground.shape[1:], dtype=torch.int16)
+    for probability in foreground:
+        claims += probability > policy_of(plan).prompting.threshold
+        if scratch is not None:
+            scratch.release()
+    return claims
+
+
+def region_of_class(probability: Tensor, k: int, plan: Plan, claims: Tensor) -> Region | Refusal:
     """Return the region of one class that prompts the generalists, or why there is none.
 
     Args:
-        teacher: the teacher's probabilities (1 + K, H, W, D), background first.
+        probability: of the class (H, W, D).
         k: the class, from 1.
         plan: thresholds and gates, and which classes are connected; must have `pseudo_labels`.
+        claims: of all classes, as from `claims_of`.
     """
     policy = policy_of(plan)
-    others = (torch.cat([teacher[1:k], teacher[k + 1 :]]) > policy.prompting.threshold).any(0)
+    others = claims > (probability > policy.prompting.threshold)
     connected = plan.task.classes[k - 1].connected
-    return find_region(teacher[k], plan.data.spacing_mm, policy.prompting, policy.gates, others, connected)
+    return find_region(probability, plan.data.spacing_mm, policy.prompting, policy.gates, others, connected)

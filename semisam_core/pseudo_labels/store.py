@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from semisam_core.data.scans import StoredVolume
 from semisam_core.errors import CaseError
-from semisam_core.files import save_tensors
+from semisam_core.files import TensorParts, save_tensor_parts
 from semisam_core.prompting import Refusal
-from semisam_core.pseudo_labels.fusion import PseudoLabel
+from semisam_core.pseudo_labels.fusion import PseudoLabel, confidence
+from semisam_core.scratch import Scratch
 
 # exp(-U) is 0 long before; beyond 65,504 half precision has infinity, which resamples to NaN.
 MAXIMUM_UNCERTAINTY = 1e4
@@ -59,7 +61,7 @@ class PseudoLabelStore:
         self._folder = folder
 
     def save(self, key: str, label: PseudoLabel) -> None:
-        """Write a pseudo-label in half precision.
+        """Write a pseudo-label in half precision, class by class.
 
         Args:
             key: the scan's, such as `prepared_key`.
@@ -68,22 +70,23 @@ class PseudoLabelStore:
         Raises:
             OSError: the disk is full.
         """
-        target, uncertainty = label.target.half(), label.uncertainty.clamp_max(MAXIMUM_UNCERTAINTY).half()
+        shape, scratch = label.target.shape, label.scratch
+        maps = {"target": label.target, "uncertainty": label.uncertainty, "generalist": label.generalist}
         tensors = {
-            "target": target,
-            "uncertainty": uncertainty,
-            "generalist": label.generalist.half(),
-            "valid": label.valid,
+            name: TensorParts(torch.float16, shape, partial(_halves, each, scratch)) for name, each in maps.items()
         }
-        numbers = torch.int32 if target[0].numel() < 2**31 else torch.int64
-        for k, each in enumerate(target, start=1):
-            tensors[f"foreground.{k}"] = (each > 0.5).flatten().nonzero()[:, 0].to(numbers)
-        as_stored = PseudoLabel(target.float(), uncertainty.float(), label.valid, label.refusals, label.generalist)
-        about = {
-            "refusals": [refusal and refusal.value for refusal in label.refusals],
-            "confidences": as_stored.confidences(),
-        }
-        save_tensors(self._path(key), tensors, {"about": json.dumps(about)})
+        tensors["valid"] = TensorParts(torch.bool, label.valid.shape, lambda: [label.valid])
+        numbers = torch.int32 if label.target[0].numel() < 2**31 else torch.int64
+        confidences = []
+        for k, accepted in enumerate(label.valid.tolist()):
+            target = _half(label.target[k])
+            inside = (target > 0.5).flatten().nonzero()[:, 0].to(numbers)
+            tensors[f"foreground.{1 + k}"] = TensorParts(numbers, inside.shape, partial(list, [inside]))
+            if accepted:
+                confidences.append(confidence(target.float(), _half(label.uncertainty[k]).float()))
+            scratch.release()
+        about = {"refusals": [refusal and refusal.value for refusal in label.refusals], "confidences": confidences}
+        save_tensor_parts(self._path(key), tensors, {"about": json.dumps(about)})
 
     def open(self, key: str) -> StoredPseudoLabel | None:
         """Return a scan's pseudo-label without its maps, or None if there is none or its file cannot be read."""
@@ -111,14 +114,22 @@ class PseudoLabelStore:
         everything = (slice(None),)
         generalist = StoredVolume(stored.target.path, "generalist", stored.target.shape)
         try:
-            maps: Mapping[str, Tensor] = {
-                "target": stored.target[everything].float(),
-                "uncertainty": stored.uncertainty[everything].float(),
-                "generalist": generalist[everything].float(),
-            }
+            target, uncertainty, own = (
+                volume[everything].float() for volume in (stored.target, stored.uncertainty, generalist)
+            )
         except CaseError:
             return None
-        return PseudoLabel(valid=stored.valid, refusals=stored.refusals, **maps)
+        return PseudoLabel(target, uncertainty, stored.valid, stored.refusals, own)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.safetensors"
+
+
+def _half(map_: Tensor) -> Tensor:
+    return map_.clamp_max(MAXIMUM_UNCERTAINTY).half()
+
+
+def _halves(maps: Tensor, scratch: Scratch) -> Iterator[Tensor]:
+    for each in maps:
+        yield _half(each)
+        scratch.release()

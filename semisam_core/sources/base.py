@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Protocol
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from semisam_core.generalists.embedding_store import scan_key
+from semisam_core.scratch import Scratch
 
 
 class SourceName(StrEnum):
@@ -31,11 +32,13 @@ class SourceScan:
         image: (C, H, W, D) on the grid of pseudo-labels, RAS; generalists see the first channel.
         spacing_mm: voxel size along H, W, D.
         teacher: the teacher's class probabilities (1 + K, H, W, D) on the same grid.
+        scratch: where these are, and where sources make their maps, one class at a time.
     """
 
     image: Tensor
     spacing_mm: tuple[float, float, float]
     teacher: Tensor
+    scratch: Scratch = field(default_factory=Scratch)
 
     @cached_property
     def key(self) -> str:
@@ -47,6 +50,10 @@ class SourceScan:
         """K."""
         return int(self.teacher.shape[0]) - 1
 
+    def maps(self) -> Tensor:
+        """Return zeros for a map of each class, (K, H, W, D)."""
+        return self.scratch.zeros((self.classes, *self.image.shape[1:]))
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -55,17 +62,20 @@ class Evidence:
     Attributes:
         foreground: probability of each class (K, H, W, D) in [0, 1].
         answered: (K,) bool; where False, the source has nothing to say of that class, and its map means nothing.
-        spread: variance of the source's own answers, (K, H, W, D); None where it gives a single one.
     """
 
     foreground: Tensor
     answered: Tensor
-    spread: Tensor | None = None
 
     @classmethod
-    def of(cls, foreground: Tensor) -> Evidence:
-        """Return evidence of every class of which a source finds anything at all."""
-        return cls(foreground, (foreground > 0.5).flatten(1).any(1))
+    def of(cls, foreground: Tensor, scratch: Scratch | None = None) -> Evidence:
+        """Return evidence of every class of which a source finds anything at all, from maps that may be in scratch."""
+        answered = []
+        for each in foreground:
+            answered.append(bool((each > 0.5).any()))
+            if scratch is not None:
+                scratch.release()
+        return cls(foreground, torch.tensor(answered, dtype=torch.bool))
 
 
 class Source(Protocol):
@@ -91,5 +101,4 @@ class Source(Protocol):
 
 def nothing(scan: SourceScan) -> Evidence:
     """Return the evidence of a source that has nothing to say."""
-    shape = (scan.classes, *scan.image.shape[1:])
-    return Evidence(torch.zeros(shape), torch.zeros(scan.classes, dtype=torch.bool))
+    return Evidence(scan.maps(), torch.zeros(scan.classes, dtype=torch.bool))

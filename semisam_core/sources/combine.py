@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from semisam_core.scratch import Scratch
 from semisam_core.sources.base import Evidence
 
 AGREEMENT_FLOOR = 0.1  # weight of a source that agrees with none of the others, against one that agrees fully
@@ -20,21 +21,21 @@ class CombinedEvidence:
 
     Attributes:
         foreground: probability of each class (K, H, W, D).
-        disagreement: variance over sources, (K, H, W, D); at most 0.25.
         agreement: (K,) mean soft Dice of each source with the others, weighted as the sources are; 1 for a single one.
         sources: (K,) how many sources said anything of each class.
         weights: source -> (K,) its share, 0 where it said nothing.
     """
 
     foreground: Tensor
-    disagreement: Tensor
     agreement: Tensor
     sources: Tensor
     weights: Mapping[str, Tensor]
 
 
 def combine_evidence(
-    evidence: Mapping[str, Evidence], reliability: Mapping[str, Tensor] | None = None
+    evidence: Mapping[str, Evidence],
+    reliability: Mapping[str, Tensor] | None = None,
+    scratch: Scratch | None = None,
 ) -> CombinedEvidence:
     """Return the weighted mean over sources, class by class.
 
@@ -46,25 +47,33 @@ def combine_evidence(
         evidence: source -> evidence, at least one, all of one shape.
         reliability: source -> (K,) score on labeled scans in [0, 1]; a source without one counts as much as the mean of
             those that have one.
+        scratch: where the evidence is and the combination will be; None for memory.
     """
+    scratch = scratch or Scratch()
     names = list(evidence)
-    maps = torch.stack([evidence[name].foreground for name in names])  # (S, K, H, W, D)
+    shape = evidence[names[0]].foreground.shape
     answered = torch.stack([evidence[name].answered for name in names])  # (S, K)
-    trust = _trust(names, maps.shape[1], reliability or {}) * answered
-    agreement = torch.ones_like(trust)
-    for k in range(maps.shape[1]):
+    trust = _trust(names, shape[0], reliability or {}) * answered
+
+    def maps_of(k: int) -> list[Tensor]:
+        return [evidence[name].foreground[k] for name in names]
+
+    agreement, mean = torch.ones_like(trust), scratch.zeros(shape)
+    for k in range(shape[0]):
+        maps = maps_of(k)
         for s in torch.nonzero(answered[:, k])[:, 0].tolist():
             others = trust[:, k].clone()
             others[s] = 0
             if float(others.sum()) > 0:
-                agreement[s, k] = soft_dice(maps[s, k], _mean(maps[:, k], others))
+                agreement[s, k] = soft_dice(maps[s], _weighted(maps, others).div_(others.sum()))
+        scratch.release()
     weights = trust * (AGREEMENT_FLOOR + (1 - AGREEMENT_FLOOR) * agreement)
     shares = weights / weights.sum(0).clamp_min(_EMPTY)
-    spread = shares[:, :, None, None, None]
-    mean = (spread * maps).sum(0)
+    for k in range(shape[0]):
+        mean[k] = _weighted(maps_of(k), shares[:, k])
+        scratch.release()
     return CombinedEvidence(
         foreground=mean,
-        disagreement=(spread * (maps - mean) ** 2).sum(0),
         agreement=(shares * agreement).sum(0),
         sources=answered.sum(0),
         weights={name: shares[s] for s, name in enumerate(names)},
@@ -83,5 +92,8 @@ def _trust(names: list[str], classes: int, reliability: Mapping[str, Tensor]) ->
     return torch.stack([reliability.get(name, usual) for name in names]).clamp_min(0.01)
 
 
-def _mean(maps: Tensor, weights: Tensor) -> Tensor:
-    return (weights[:, None, None, None] * maps).sum(0) / weights.sum()
+def _weighted(maps: Sequence[Tensor], weights: Tensor) -> Tensor:
+    total = torch.zeros_like(maps[0])
+    for each, weight in zip(maps, weights, strict=True):
+        total += weight * each
+    return total

@@ -21,6 +21,7 @@ from semisam_core.generalists.slices import FeatureMaps
 from semisam_core.plan_sections.sources import FeatureHeadSettings
 from semisam_core.progress import ProgressCallback
 from semisam_core.pseudo_labels.views import AXES
+from semisam_core.scratch import Scratch
 from semisam_core.sources.base import Evidence, SourceName, SourceScan
 from semisam_core.sources.feature_space import CubeSpace, FeatureSpace, PlaneSpace
 from semisam_core.sources.head_network import FeatureHead
@@ -58,12 +59,14 @@ class LabeledFeatures:
         places: (N, 3, *S).
         targets: share of each class in a feature's patch, background first, (N, 1 + K, *S).
         inside: (N, *S) bool.
+        shows: (N,) bool, which slices or cubes show any class.
     """
 
     values: Tensor
     places: Tensor
     targets: Tensor
     inside: Tensor
+    shows: Tensor
 
 
 class FeatureReader:
@@ -106,14 +109,37 @@ class FeatureReader:
         return ScanFeatures(space, _standardised(values, inside), space.places(side), inside)
 
     def labeled(
-        self, image: Tensor, label: Tensor, spacing_mm: tuple[float, float, float], view: str, classes: int
+        self,
+        image: Tensor,
+        label: Tensor,
+        spacing_mm: tuple[float, float, float],
+        view: str,
+        classes: int,
+        scratch: Scratch | None = None,
     ) -> LabeledFeatures:
-        """Return the features of a labeled scan; `label` is (H, W, D) of class indices, K is `classes`."""
-        seen = self.read(image, spacing_mm, view)
+        """Return the features of a labeled scan.
+
+        Args:
+            image: (C, H, W, D).
+            label: (H, W, D) of class indices.
+            spacing_mm: voxel size.
+            view: which.
+            classes: K.
+            scratch: where to keep them; None for memory.
+        """
+        seen, scratch = self.read(image, spacing_mm, view), scratch or Scratch()
         side = int(seen.values.shape[-1])
-        shares = torch.stack([seen.space.shares((label == k).float(), side) for k in range(1, 1 + classes)], 1)
-        background = (1 - shares.sum(1, keepdim=True)).clamp_min(0)
-        return LabeledFeatures(seen.values.half(), seen.places, torch.cat([background, shares], 1), seen.inside)
+        targets = scratch.zeros((len(seen.values), 1 + classes, *seen.values.shape[2:]))
+        shows = torch.zeros(len(targets), dtype=torch.bool)
+        for k in range(1, 1 + classes):
+            targets[:, k] = shares = seen.space.shares((label == k).float(), side)
+            shows |= (shares > 0).flatten(1).any(1)
+        for each in targets:
+            each[0] = (1 - each[1:].sum(0)).clamp_min(0)
+            scratch.release()
+        values, places, inside = scratch.keep(seen.values.half()), scratch.keep(seen.places), scratch.keep(seen.inside)
+        scratch.release()
+        return LabeledFeatures(values, places, targets, inside, shows)
 
     def _space(self, volume: Tensor, spacing_mm: tuple[float, float, float], view: str) -> FeatureSpace:
         if isinstance(self._generalist, FeatureMaps):
@@ -128,6 +154,7 @@ def train_head(
     settings: FeatureHeadSettings,
     seed: int,
     device: torch.device,
+    scratch: Scratch | None = None,
 ) -> None:
     """Train each view of the head in place.
 
@@ -139,6 +166,7 @@ def train_head(
         settings: steps, batch and learning rate.
         seed: of the slices or cubes that are drawn; the same seed trains the same head.
         device: where to compute.
+        scratch: where the features are, if not in memory.
 
     Raises:
         FloatingPointError: a loss is not finite; the head must then not be used.
@@ -150,6 +178,8 @@ def train_head(
         for _ in range(settings.steps_per_round):
             drawn = [_draw(labeled, generator) for _ in range(settings.batch)]
             values, places, targets, inside = (torch.stack(parts).to(device) for parts in zip(*drawn, strict=True))
+            if scratch is not None:
+                scratch.release()
             loss = head_loss(network(values.float(), places), targets, inside)
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(f"the loss of the feature head became {loss.item()} in the view {view}")
@@ -191,24 +221,27 @@ class FeatureHeadSource:
         self._head, self._reader, self._device = head.to(device).eval(), reader, device
 
     def look(self, scan: SourceScan) -> Evidence:
-        """Return the mean of the views' probabilities; their variance is the spread."""
-        maps = torch.stack([self._view(scan, view) for view in self._head.views])  # (views, K, H, W, D)
-        mean = maps.mean(0)
-        return Evidence(mean, Evidence.of(mean).answered, maps.var(0, correction=0))
+        """Return the mean of the views' probabilities."""
+        views, mean = [self._view(scan, view) for view in self._head.views], scan.maps()
+        for k in range(scan.classes):
+            mean[k] = torch.stack([space.spread(found[:, k : k + 1])[0] for space, found in views]).mean(0)
+            scan.scratch.release()
+        return Evidence.of(mean, scan.scratch)
 
     def without(self, key: str) -> None:
         """Return None: the head has learned from the labels of every site and cannot unlearn a scan."""
         return
 
-    def _view(self, scan: SourceScan, view: str) -> Tensor:
+    def _view(self, scan: SourceScan, view: str) -> tuple[FeatureSpace, Tensor]:
+        """Return where a view's features lie, and the probability of each class at them, (N, K, *S)."""
         seen, network = self._reader.read(scan.image, scan.spacing_mm, view), self._head.views[view]
+        found = scan.scratch.zeros((len(seen.values), scan.classes, *seen.values.shape[2:]))
         with torch.inference_mode():
-            parts = [
-                network(seen.values[k : k + _AT_ONCE].to(self._device), seen.places[k : k + _AT_ONCE].to(self._device))
-                for k in range(0, len(seen.values), _AT_ONCE)
-            ]
-            found = torch.cat([part.softmax(1)[:, 1:].cpu() for part in parts])
-        return seen.space.spread(found.clone())
+            for k in range(0, len(found), _AT_ONCE):
+                values, places = (each[k : k + _AT_ONCE].to(self._device) for each in (seen.values, seen.places))
+                found[k : k + _AT_ONCE] = network(values, places).softmax(1)[:, 1:].cpu()
+                scan.scratch.release()
+        return seen.space, found
 
 
 def _draw(scans: Sequence[LabeledFeatures], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -216,8 +249,7 @@ def _draw(scans: Sequence[LabeledFeatures], generator: torch.Generator) -> tuple
     scan = scans[int(torch.randint(len(scans), (1,), generator=generator))]
     candidates = torch.arange(len(scan.values))
     if float(torch.rand((), generator=generator)) < FOREGROUND_SHARE:
-        shows = (scan.targets[:, 1:].flatten(1) > 0).any(1)
-        candidates = candidates[shows] if bool(shows.any()) else candidates
+        candidates = candidates[scan.shows] if bool(scan.shows.any()) else candidates
     unit = int(candidates[int(torch.randint(len(candidates), (1,), generator=generator))])
     return scan.values[unit], scan.places[unit], scan.targets[unit], scan.inside[unit]
 

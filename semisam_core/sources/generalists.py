@@ -14,7 +14,7 @@ from semisam_core.plan import Plan
 from semisam_core.progress import ProgressCallback
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, weighted_moments
-from semisam_core.pseudo_labels.policy import policy_of, region_of_class
+from semisam_core.pseudo_labels.policy import claims_of, policy_of, region_of_class
 from semisam_core.sources.base import Evidence, SourceScan, nothing
 
 
@@ -53,21 +53,20 @@ class PromptedGeneralists:
         ensemble = GeneralistEnsemble(
             scan.image[0], scan.spacing_mm, self._generalists, self._store, policy, self._progress
         )
-        background = (1 - foreground.sum(0, keepdim=True)).clamp_min(0)
-        prediction = torch.cat([background, foreground])
-        found, spreads = torch.zeros_like(foreground), torch.zeros_like(foreground)
-        answered = torch.zeros(scan.classes, dtype=torch.bool)
+        claims = claims_of(foreground, self._plan, scan.scratch)
+        found, answered = scan.maps(), torch.zeros(scan.classes, dtype=torch.bool)
         refusals: list[Refusal | None] = []
-        for k in range(1, 1 + scan.classes):
-            region = region_of_class(prediction, k, self._plan)
-            outputs = {} if isinstance(region, Refusal) else ensemble.ask(region, prediction[k])
+        for k, probability in enumerate(foreground):
+            region = region_of_class(probability, 1 + k, self._plan, claims)
+            outputs = {} if isinstance(region, Refusal) else ensemble.ask(region, probability)
             refusals.append(region if isinstance(region, Refusal) else None if outputs else Refusal.FAILED)
-            if not outputs:
-                continue
-            mean, variance = weighted_moments(outputs, trust or {})
-            found[k - 1], spreads[k - 1] = _without_islands(mean, policy.prompting.component_share), variance
-            answered[k - 1] = bool((found[k - 1] > 0.5).any())
-        return Evidence(found, answered, spreads), tuple(refusals)
+            if outputs:
+                mean, _ = weighted_moments(outputs, trust or {})
+                found[k] = _without_islands(mean, policy.prompting.component_share)
+                answered[k] = bool((found[k] > 0.5).any())
+            del outputs
+            scan.scratch.release()
+        return Evidence(found, answered), tuple(refusals)
 
 
 def _without_islands(probability: Tensor, share: float) -> Tensor:

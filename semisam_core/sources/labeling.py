@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from semisam_core.prompting import Refusal, volume_refusal
 from semisam_core.pseudo_labels.calibration import Calibration
 from semisam_core.pseudo_labels.fusion import PseudoLabel, confidence, settle_overlaps
 from semisam_core.pseudo_labels.policy import policy_of
+from semisam_core.scratch import Scratch
 from semisam_core.sources.base import Evidence, Source, SourceName, SourceScan, nothing
 from semisam_core.sources.combine import CombinedEvidence, combine_evidence
 from semisam_core.sources.generalists import PromptedGeneralists
-from semisam_core.sources.volume import at_plausible_volumes
+from semisam_core.sources.volume import at_plausible_volume
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,10 @@ class LabelRecord:
 
     Attributes:
         label: the pseudo-label.
-        evidence: what each source said.
-        combined: what they said together, the generalists included.
+        combined: what the sources said together, the generalists included.
     """
 
     label: PseudoLabel
-    evidence: Mapping[str, Evidence]
     combined: CombinedEvidence
 
 
@@ -75,26 +74,26 @@ class EvidenceLabeler:
         self._voxels = [None if volume is None else volume / voxel_ml for volume in volumes_ml]
 
     def label(self, scan: SourceScan) -> LabelRecord:
-        """Return the pseudo-label of one scan and how it came about."""
+        """Return the pseudo-label of one scan, in the scan's scratch, and how it came about."""
         evidence = look(self._sources, scan) or {SourceName.SPECIALIST: nothing(scan)}
-        combined = self._combine(evidence)
+        combined = self._combine(evidence, scan.scratch)
         refusals: tuple[Refusal | None, ...] = (None,) * scan.classes
         if self._generalists is not None:
             answer, refusals = self._generalists.ask(scan, combined.foreground, self._calibration.trust)
             evidence[SourceName.GENERALISTS] = answer
-            combined = self._combine(evidence)
-        return LabelRecord(self._judge(scan, combined, evidence, refusals), evidence, combined)
+            combined = self._combine(evidence, scan.scratch)
+        return LabelRecord(self._judge(scan, combined, evidence, refusals), combined)
 
-    def _combine(self, evidence: Mapping[str, Evidence]) -> CombinedEvidence:
-        combined = combine_evidence(evidence, self._reliability)
+    def _combine(self, evidence: Mapping[str, Evidence], scratch: Scratch) -> CombinedEvidence:
+        combined = combine_evidence(evidence, self._reliability, scratch)
         tolerance, foreground = policy_of(self._plan).sources.volume_tolerance, combined.foreground
-        if tolerance is not None and self._voxels:
-            foreground = at_plausible_volumes(foreground, self._voxels, tolerance)
-        pieces = [
-            _one_piece(p) if target.connected else p
-            for p, target in zip(foreground, self._plan.task.classes, strict=True)
-        ]
-        return replace(combined, foreground=torch.stack(pieces))
+        for k, target in enumerate(self._plan.task.classes):
+            probability = foreground[k]
+            if tolerance is not None and self._voxels:
+                probability = at_plausible_volume(probability, self._voxels[k], tolerance)
+            foreground[k] = _one_piece(probability) if target.connected else probability
+            scratch.release()
+        return combined
 
     def _judge(
         self,
@@ -103,17 +102,21 @@ class EvidenceLabeler:
         evidence: Mapping[str, Evidence],
         refusals: Sequence[Refusal | None],
     ) -> PseudoLabel:
-        sharp = sharpened(combined.foreground, policy_of(self._plan).sources.sharpness)
-        uncertainty = uncertainty_of(sharp)
-        verdicts = [self._refusal(sharp[k], uncertainty[k], combined, k, refusals[k]) for k in range(scan.classes)]
-        valid = torch.tensor([verdict is None for verdict in verdicts])
-        keep = valid[:, None, None, None]
-        target = torch.where(keep, sharp, 0.0)
-        answer = evidence.get(SourceName.GENERALISTS)
-        own = torch.zeros_like(sharp) if answer is None else torch.where(keep, answer.foreground, 0.0)
+        target, uncertainty, own = (scan.maps() for _ in range(3))
+        answer, verdicts = evidence.get(SourceName.GENERALISTS), []
+        for k in range(scan.classes):
+            sharp = sharpened(combined.foreground[k], policy_of(self._plan).sources.sharpness)
+            doubt = uncertainty_of(sharp)
+            verdicts.append(self._refusal(sharp, doubt, combined, k, refusals[k]))
+            if verdicts[k] is None:
+                target[k], uncertainty[k] = sharp, doubt
+                if answer is not None:
+                    own[k] = answer.foreground[k]
+            scan.scratch.release()
         if scan.classes > 1:
-            target, own = settle_overlaps(target), settle_overlaps(own)
-        return PseudoLabel(target, torch.where(keep, uncertainty, 0.0), valid, tuple(verdicts), own)
+            target, own = settle_overlaps(target, scan.scratch), settle_overlaps(own, scan.scratch)
+        valid = torch.tensor([verdict is None for verdict in verdicts])
+        return PseudoLabel(target, uncertainty, valid, tuple(verdicts), own, scan.scratch)
 
     def _refusal(
         self, target: Tensor, uncertainty: Tensor, combined: CombinedEvidence, k: int, unprompted: Refusal | None
@@ -197,6 +200,7 @@ def reliability_of(
                 for k in annotated:
                     if bool((label == k).any()):
                         row[k - 1] = dice_of(evidence.foreground[k - 1] > 0.5, label == k)
+                        scan.scratch.release()
                 scores.setdefault(name, []).append(row)
     found = {name: torch.stack(rows).nanmean(0) for name, rows in scores.items()}
     return {

@@ -39,8 +39,8 @@ class PrototypeSource:
         if not self._examples:
             return nothing(scan)
         if self._learned is None:
-            self._learned = self._starter.learn((each.image, each.label) for each in self._examples)
-        return Evidence.of(self._starter.rough(scan.image, self._learned)[1:])
+            self._learned = self._starter.learn(((each.image, each.label) for each in self._examples), scan.scratch)
+        return Evidence.of(self._starter.rough(scan.image, self._learned, scan.scratch)[1:], scan.scratch)
 
     def without(self, key: str) -> PrototypeSource | None:
         """Return prototypes of the other labeled scans only, or None where there is no other."""

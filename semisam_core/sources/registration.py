@@ -100,42 +100,41 @@ class RegistrationSource:
 
     def look(self, scan: SourceScan) -> Evidence:
         """Return the mean of the labels that were carried over; nothing where no scan could be registered."""
-        maps = []
-        for atlas in self._atlases[: self._limit]:
-            carried = self._carry(atlas, scan)
-            if carried is not None:
-                maps.append(carried)
-        if not maps:
+        fixed, mean = _image(scan.image[0], scan.spacing_mm), scan.maps()
+        found = [(atlas, self._transform(atlas, scan, fixed)) for atlas in self._atlases[: self._limit]]
+        moves = [(atlas, transform) for atlas, transform in found if transform is not None]
+        if not moves:
             return nothing(scan)
-        stacked = torch.stack(maps)
-        mean = stacked.mean(0)
-        return Evidence(mean, Evidence.of(mean).answered, stacked.var(0, correction=0))
+        for k in range(scan.classes):
+            carried = [
+                _resampled((atlas.label == 1 + k).float(), atlas.spacing_mm, fixed, transform)
+                for atlas, transform in moves
+            ]
+            mean[k] = torch.stack(carried).mean(0)
+            scan.scratch.release()
+        return Evidence.of(mean, scan.scratch)
 
     def without(self, key: str) -> RegistrationSource | None:
         """Return this source with the other labeled scans only, or None where there is no other."""
         others = [atlas for atlas in self._atlases if atlas.key != key]
         return RegistrationSource(others, self._iterations, self._limit, self._cached) if others else None
 
-    def _carry(self, atlas: Atlas, scan: SourceScan) -> Tensor | None:
-        fixed = _image(scan.image[0], scan.spacing_mm)
+    def _transform(self, atlas: Atlas, scan: SourceScan, fixed: SimpleITK.Image) -> SimpleITK.AffineTransform | None:
+        """Return the transform from a scan to a labeled one; None if they cannot be registered."""
         moving = _image(atlas.image[0], atlas.spacing_mm)
 
         def register() -> list[float]:
             return register_affine(fixed, moving, self._iterations)
 
         try:
-            transform = _transform(self._cached(atlas.key, scan.key, register))
+            transform = _affine(self._cached(atlas.key, scan.key, register))
         except RuntimeError as error:  # SimpleITK's word for samples that all map outside the other scan
             logger.warning("A labeled scan could not be registered: %s", str(error).strip().splitlines()[-1])
             return None
         inside = SimpleITK.Resample(_ones_like(moving), fixed, transform, SimpleITK.sitkNearestNeighbor, 0.0)
         if float(SimpleITK.GetArrayViewFromImage(inside).mean()) < MINIMUM_OVERLAP:
             return None
-        maps = [
-            _resampled((atlas.label == k).float(), atlas.spacing_mm, fixed, transform)
-            for k in range(1, 1 + scan.classes)
-        ]
-        return torch.stack(maps)
+        return transform
 
 
 def register_affine(fixed: SimpleITK.Image, moving: SimpleITK.Image, iterations: int) -> list[float]:
@@ -169,7 +168,7 @@ def register_affine(fixed: SimpleITK.Image, moving: SimpleITK.Image, iterations:
     return [float(value) for value in (*matrix.ravel(), *offset)]
 
 
-def _transform(numbers: Sequence[float]) -> SimpleITK.AffineTransform:
+def _affine(numbers: Sequence[float]) -> SimpleITK.AffineTransform:
     transform = SimpleITK.AffineTransform(3)
     transform.SetMatrix([float(value) for value in numbers[:9]])
     transform.SetTranslation([float(value) for value in numbers[9:]])

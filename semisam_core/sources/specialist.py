@@ -15,7 +15,7 @@ class SpecialistSource:
 
     def look(self, scan: SourceScan) -> Evidence:
         """Return the teacher's foreground probabilities."""
-        return Evidence.of(scan.teacher[1:])
+        return Evidence.of(scan.teacher[1:], scan.scratch)
 
     def without(self, key: str) -> None:
         """Return None: the teacher cannot unlearn a scan."""

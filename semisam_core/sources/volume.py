@@ -6,8 +6,6 @@ The ranking of voxels is still good then: only the threshold is wrong. The label
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,20 +13,16 @@ REACH = 0.1  # no voxel below this probability becomes foreground, none above 1 
 _SURE = 1e-6
 
 
-def at_plausible_volumes(foreground: Tensor, voxels: Sequence[float | None], tolerance: float) -> Tensor:
-    """Shift each class's log odds until as many voxels as plausible are above 0.5; their order stays.
+def at_plausible_volume(probability: Tensor, expected: float | None, tolerance: float) -> Tensor:
+    """Shift a class's log odds until as many voxels as plausible are above 0.5; their order stays.
 
     A class whose volume is plausible, or of which no volume is known, stays as it is.
 
     Args:
-        foreground: probability of each class (K, H, W, D).
-        voxels: the expected number of voxels of each class, or None.
+        probability: of the class (H, W, D).
+        expected: its expected number of voxels, or None.
         tolerance: how many times smaller or larger a plausible volume may be, at least 1.
     """
-    return torch.stack([_shifted(p, v, tolerance) for p, v in zip(foreground, voxels, strict=True)])
-
-
-def _shifted(probability: Tensor, expected: float | None, tolerance: float) -> Tensor:
     if expected is None or expected < 1:
         return probability
     found = int((probability > 0.5).sum())

@@ -79,13 +79,13 @@ def test_prototypes_prompt_through_the_cold_start_and_the_teacher_afterwards(
 
     def by_prototypes(self: Labeler, *given: object) -> Callable[..., torch.Tensor]:
         predict_by = rough(self, *given)  # type: ignore[arg-type]
-        return lambda pair: events.append(f"prototypes {pair.scan.id}") or predict_by(pair)  # type: ignore[func-returns-value]
+        return lambda pair, room: events.append(f"prototypes {pair.scan.id}") or predict_by(pair, room)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(Labeler, "_prompted_by_prototypes", by_prototypes)
     monkeypatch.setattr(
         Labeler,
         "_predict",
-        lambda self, net, pair: events.append(f"teacher {pair.scan.id}") or network(self, net, pair),
+        lambda self, net, pair, room: events.append(f"teacher {pair.scan.id}") or network(self, net, pair, room),
     )
     seen = []
     for number in (1, 2, 3, 4, 5):

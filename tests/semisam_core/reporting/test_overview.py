@@ -26,7 +26,8 @@ COLUMN_WIDTH, ROW_HEIGHT = 270, 270  # pixels, without margins
 def _panel(**changes: Any) -> Panel:
     image, label = blob()
     mask = torch.from_numpy(label).float()[None]
-    panel = Panel("alpha", torch.from_numpy(image), torch.from_numpy(label), mask, mask, (2.0, 2.0, 2.0))
+    truth = torch.from_numpy(label)
+    panel = Panel("alpha", torch.from_numpy(image), truth, mask, (truth == 1).byte(), 1, (2.0, 2.0, 2.0))
     return dataclasses.replace(panel, **changes)
 
 
@@ -75,21 +76,22 @@ def test_each_class_has_its_own_colour(tmp_path: Path) -> None:
     truth = torch.zeros(24, 24, 16, dtype=torch.uint8)
     truth[2:8, 2:8, 2:14], truth[14:20, 14:20, 2:14], truth[2:8, 14:20, 2:14] = 1, 2, 3
     masks = torch.stack([(truth == k).float() for k in (1, 2, 3)])
-    pixels = _drawn(_panel(truth=truth, pseudo_label=masks, prediction=masks), tmp_path)
+    pixels = _drawn(_panel(truth=truth, pseudo_label=masks, prediction=truth, classes=3), tmp_path)
     for colour in COLOURS[:3]:
         assert _columns_with(pixels, colour) == [1, 2, 3]
 
 
 def test_more_classes_than_colours_can_be_drawn(tmp_path: Path) -> None:
     masks = torch.rand((len(COLOURS) + 2, 12, 12, 6), generator=torch.Generator().manual_seed(0))
-    _drawn(_panel(image=masks[0], truth=None, pseudo_label=masks, prediction=masks), tmp_path)
+    found = masks.argmax(0).byte()
+    _drawn(_panel(image=masks[0], truth=None, pseudo_label=masks, prediction=found, classes=len(masks)), tmp_path)
 
 
-@pytest.mark.parametrize("fill", [0.0, 1.0])
-def test_an_empty_or_full_prediction_has_no_outline(tmp_path: Path, fill: float) -> None:
-    masks = torch.full((1, 24, 24, 16), fill)
-    assert _columns_with(_drawn(_panel(prediction=masks), tmp_path), COLOURS[0]) == [1, 2]
-    _drawn(_panel(truth=None, pseudo_label=None, prediction=masks), tmp_path)
+@pytest.mark.parametrize("fill", [0, 1])
+def test_an_empty_or_full_prediction_has_no_outline(tmp_path: Path, fill: int) -> None:
+    found = torch.full((24, 24, 16), fill, dtype=torch.uint8)
+    assert _columns_with(_drawn(_panel(prediction=found), tmp_path), COLOURS[0]) == [1, 2]
+    _drawn(_panel(truth=None, pseudo_label=None, prediction=found), tmp_path)
 
 
 def test_the_slices_are_those_with_the_target(tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_the_slices_are_those_with_the_target(tmp_path: Path) -> None:
     def bare_scan(first: int) -> NDArray[Any]:
         truth = torch.zeros(24, 24, 16, dtype=torch.uint8)
         truth[8:16, 8:16, first : first + 3] = 1
-        pixels = _drawn(_panel(image=image, truth=truth, pseudo_label=None, prediction=truth[None].float()), tmp_path)
+        pixels = _drawn(_panel(image=image, truth=truth, pseudo_label=None, prediction=truth), tmp_path)
         return pixels[:, : pixels.shape[1] // 4]
 
     low, high = bare_scan(1), bare_scan(12)
@@ -112,7 +114,7 @@ def test_scans_of_any_shape_and_spacing_are_drawn(
     tmp_path: Path, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
 ) -> None:
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    _drawn(Panel("alpha", image, None, None, torch.sigmoid(image)[None], spacing_mm), tmp_path)
+    _drawn(Panel("alpha", image, None, None, (image > 0).byte(), 1, spacing_mm), tmp_path)
 
 
 def test_a_constant_scan_is_drawn(tmp_path: Path) -> None:
@@ -147,8 +149,8 @@ def test_pictures_have_the_patients_proportions(tmp_path: Path) -> None:
     spacing = (1.0, 3.0, 2.0)
     grid = torch.stack(torch.meshgrid(*(torch.arange(side) for side in (60, 20, 9)), indexing="ij"), -1)
     distance = ((grid - torch.tensor([29.5, 9.5, 4.0])) * torch.tensor(spacing)).norm(dim=-1)
-    ball: Tensor = (distance < 20).float()[None]
-    pixels = _drawn(Panel("alpha", ball[0], None, None, ball, spacing), tmp_path)
+    ball: Tensor = (distance < 20).byte()
+    pixels = _drawn(Panel("alpha", ball.float(), None, None, ball, 1, spacing), tmp_path)
     right = pixels[:, 3 * pixels.shape[1] // 4 :]
     wanted = [int(COLOURS[0][k : k + 2], 16) for k in (1, 3, 5)]
     where = np.argwhere((np.abs(right - wanted) < 40).all(-1))

@@ -40,7 +40,6 @@ def test_shares_sum_to_one_over_those_that_answered_and_the_mean_stays_between_t
             maps = torch.stack([evidence[name].foreground[k] for name in speaking])
             assert bool((combined.foreground[k] >= maps.amin(0) - 1e-6).all())
             assert bool((combined.foreground[k] <= maps.amax(0) + 1e-6).all())
-        assert 0 <= float(combined.disagreement[k].max()) <= 0.25 + 1e-6
 
 
 @given(st.permutations(["a", "b", "c"]))

@@ -17,6 +17,7 @@ from semisam_core.generalists import scan_key
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.calibration import Calibration
 from semisam_core.pseudo_labels.fusion import PseudoLabel
+from semisam_core.scratch import Scratch
 from semisam_core.sources.base import Evidence, Source, SourceName, SourceScan
 from semisam_core.sources.generalists import PromptedGeneralists
 from semisam_core.sources.labeling import EvidenceLabeler, reliability_of, sharpened, uncertainty_of
@@ -203,10 +204,10 @@ def test_with_a_single_labeled_scan_nothing_is_scored() -> None:
 class _Labels:
     """Stands for `ColdStarter`: what it finds in any scan is the mean of the labels that it learned from."""
 
-    def learn(self, examples: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def learn(self, examples: Sequence[tuple[Tensor, Tensor]], scratch: Scratch) -> list[tuple[Tensor, Tensor]]:
         return list(examples)
 
-    def rough(self, image: Tensor, learned: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def rough(self, image: Tensor, learned: list[tuple[Tensor, Tensor]], scratch: Scratch) -> Tensor:
         return torch.stack([torch.zeros(SHAPE), torch.stack([label for _, label in learned]).float().mean(0)])
 
 
