@@ -124,6 +124,19 @@ def check(plan: PlanOption, sites: SitesOption, assignments: SetOption = None) -
     console.print(f"plan hash {study.plan.hash}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The run folder.")]) -> None:
+    """Write the report on a run, finished or not: one HTML file of aggregates, report.html in the run folder.
+
+    Example: semisam report runs/atrium-20260301-093000
+    """
+    with readable_errors():
+        from reports.lead.report import write_report
+
+        path = write_report(run)
+    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command("init-sites")
 def init_sites(
     images: Annotated[Path, typer.Option(help="Folder of images.")],
