@@ -178,13 +178,7 @@ def generalists(
         with console.status("") as status:
             found = survey(site, measure, lambda name: status.update(f"{name} ..."))
     console.print(found.table())
-    lines = [each.problem for each in found.generalists if each.problem]
-    for each in found.generalists:
-        card = each.card
-        lines += ["", card.name, f"  licence: {card.licence}", f"  published as: {card.source}"]
-        lines += [f"  trained on: {' '.join(card.training_data)}"]
-        lines += [f"  benchmarks it may have seen: {'; '.join(card.overlaps) or 'none known'}"]
-    console.print("\n".join(lines), markup=False, highlight=False)
+    console.print("\n".join(found.details()), markup=False, highlight=False)
 
 
 @app.command()

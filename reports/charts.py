@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,7 +112,7 @@ class PairRow:
 
 @dataclass(frozen=True)
 class PairChart:
-    """Rows of two dots each on one scale from 0 to 1."""
+    """Rows of two dots each on one scale, which need not begin at 0."""
 
     title: str
     alt: str
@@ -168,21 +169,32 @@ def bar_chart(title: str, alt: str, columns: Mapping[int, Sequence[float]], roun
 def pair_chart(title: str, alt: str, rows: Sequence[tuple[str, Value | None, Value | None]]) -> PairChart:
     """Return rows of (name, first, second): the first a filled dot, the second an open one."""
     drawn = []
+    shown = [value for _, *pair in rows for value in pair if value is not None]
+    low, high = _span([end for each in shown for end in (each.value, each.low, each.high) if end is not None])
     for k, (name, first, second) in enumerate(rows):
         y = 24.0 + ROW * k
-        marks = [_mark("b", second, y, 3), _mark("a", first, y, -3)]
+        marks = [_mark("b", second, y + 3, low, high), _mark("a", first, y - 3, low, high)]
         name = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
         drawn.append(PairRow(name, y, tuple(each for each in marks if each is not None)))
     bottom = 10 + ROW * len(rows)
-    ticks = tuple(Tick(_along(k / 4), f"{k / 4:g}") for k in range(5))
+    ticks = tuple(Tick(_along(k / 4), f"{low + (high - low) * k / 4:.3g}") for k in range(5))
     return PairChart(title, alt, tuple(drawn), ticks, bottom + 26, bottom)
 
 
-def _mark(style: str, value: Value | None, y: float, aside: float) -> Mark | None:
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """Return an axis in tenths around all values, at least two tenths long and within [0, 1]."""
+    low = min(math.floor(10 * min(values, default=0.0)), 8)
+    high = max(math.ceil(10 * max(values, default=1.0)), low + 2)
+    return max(low, 0) / 10, min(high, 10) / 10
+
+
+def _mark(style: str, value: Value | None, y: float, low: float, high: float) -> Mark | None:
     if value is None:
         return None
-    ends = [None if each is None else _along(each) for each in (value.low, value.high)]
-    return Mark(style, _along(value.value), y + aside, ends[0], ends[1])
+    x, start, end = (
+        None if each is None else _along((each - low) / (high - low)) for each in (value.value, value.low, value.high)
+    )
+    return None if x is None else Mark(style, x, y, start, end)
 
 
 def _along(share: float) -> float:

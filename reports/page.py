@@ -33,7 +33,7 @@ dl.counts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 
 dl.counts div { background: var(--fill); padding: .6rem .8rem; }
 dt { color: var(--soft); font-size: .875rem; } dd { margin: 0; font-variant-numeric: tabular-nums; }
 dl.counts dd { font-size: 1.3rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: left; vertical-align: top;
   overflow-wrap: normal; min-width: 4.5rem; }

@@ -40,11 +40,13 @@ class LabelRecord:
         label: the pseudo-label.
         evidence: what each source said.
         combined: what they said together, the generalists included.
+        reliability: source -> (K,) its score on labeled scans, of those that have one.
     """
 
     label: PseudoLabel
     evidence: Mapping[str, Evidence]
     combined: CombinedEvidence
+    reliability: Mapping[str, Tensor]
 
 
 class EvidenceLabeler:
@@ -83,7 +85,7 @@ class EvidenceLabeler:
             answer, refusals = self._generalists.ask(scan, combined.foreground, self._calibration.trust)
             evidence[SourceName.GENERALISTS] = answer
             combined = self._combine(evidence)
-        return LabelRecord(self._judge(scan, combined, evidence, refusals), evidence, combined)
+        return LabelRecord(self._judge(scan, combined, evidence, refusals), evidence, combined, self._reliability)
 
     def _combine(self, evidence: Mapping[str, Evidence]) -> CombinedEvidence:
         combined = combine_evidence(evidence, self._reliability)
