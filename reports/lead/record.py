@@ -128,10 +128,11 @@ class RunRecord:
         Raises:
             ConfigError: it is none, or a file in it is damaged.
         """
-        if not (folder / "plan.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
+        begun = any((folder / name).is_file() for name in ("status.json", "metrics.jsonl"))
+        if not begun or not (folder / "plan.yaml").is_file():
             raise ConfigError(
-                f"{folder}: no run folder of a study is here (plan.yaml or metrics.jsonl is missing). `semisam "
-                "simulate` and `semisam lead run` print where theirs is."
+                f"{folder}: no run folder of a study is here (plan.yaml or status.json is missing). `semisam simulate` "
+                "and `semisam lead run` print where theirs is."
             )
         everything = read_json_lines(folder / "metrics.jsonl")
         local = sorted(path.parent for path in (folder / "local").glob("*/metrics.jsonl"))

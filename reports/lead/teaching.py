@@ -84,16 +84,23 @@ def loss_terms(record: RunRecord) -> Series:
 
 def unlabeled_scores(record: RunRecord) -> list[tuple[str, ...]]:
     """Return scores on scans that were trained on without their labels; see `HIDDEN_COLUMNS`."""
+    coarse = {site.name for site in record.sites if site.coarse}
     return [
         (
             str(each["site"]),
             str(each["target"]),
-            str(each["unlabeled_scored"]),
-            *(_dice(each.get(key)) for key in ("prompting_dice", "pseudo_label_dice", "unlabeled_dice")),
+            *(
+                [WITHHELD] * 4
+                if each["site"] in coarse
+                else [str(each["unlabeled_scored"]), *(_dice(each.get(key)) for key in _HIDDEN)]
+            ),
         )
         for each in record.results
         if each.get("unlabeled_scored")
     ]
+
+
+_HIDDEN = ("prompting_dice", "pseudo_label_dice", "unlabeled_dice")
 
 
 def _dice(value: float | None) -> str:

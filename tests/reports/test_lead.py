@@ -24,7 +24,7 @@ from semisam_core.files import append_json_line, read_json_lines, write_json
 from semisam_core.plan import write_plan
 from tests.conftest import tiny_plan
 from tests.reports.conftest import Ran
-from tests.reports.pages import check_page, name_of, rows, text
+from tests.reports.pages import check_page, name_of, parsed, rows, text
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = "Alone and federated, worst first"
@@ -142,6 +142,15 @@ def test_what_a_site_withholds_is_said_to_be_withheld_and_is_never_zero(ran: Ran
     assert {row[2] for row in pseudo} <= {"0", "1-4"}
     assert {row[5] for row in pseudo} == {"withheld"}
     assert [row[2] for row in rows(tree, "Dice by round") if row[0] == "gamma"] == ["withheld"] * 2
+
+
+def test_scores_on_hidden_labels_are_shown_where_a_site_sends_exact_numbers(copy: Path) -> None:
+    scores = {"target": "blob", "unlabeled_scored": 2, "prompting_dice": 0.5, "pseudo_label_dice": None}
+    sites = [{"site": name, **scores, "unlabeled_dice": 0.75} for name in ("alpha", "gamma")]
+    write_json(copy / "results.json", {"sites": sites})
+    tree = check_page(write_report(copy).read_text())
+    shown = rows(tree, "Scans whose labels the study never saw, scored afterwards on this machine")
+    assert shown == [["alpha", "blob", "2", "0.500", "-", "0.750"], ["gamma", "blob", *["withheld"] * 4]]
 
 
 def test_sites_stand_worst_first_and_those_without_a_score_last(ran: Ran) -> None:
@@ -307,6 +316,15 @@ def test_an_interval_of_few_cases_is_left_out() -> None:
 def test_a_folder_that_is_no_run_is_refused_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run folder of a study is here"):
         write_report(tmp_path)
+
+
+def test_a_run_that_ended_before_any_site_joined_has_a_report_that_says_why(made_up: Callable[..., Path]) -> None:
+    folder = made_up()
+    (folder / "metrics.jsonl").unlink()
+    write_json(folder / "status.json", {"state": "failed", "reason": "0 of 2 sites connected within 30 s."})
+    page = write_report(folder).read_text()
+    assert "0 of 2 sites connected within 30 s." in page
+    parsed(page)
 
 
 def test_a_report_that_cannot_be_written_does_not_end_a_run(copy: Path) -> None:
