@@ -23,7 +23,7 @@ class Interval(StrictModel):
 
 
 class Row(StrictModel):
-    """Dice of one class at one site, or over the cases of all (`site` is None).
+    """Dice at one site, or over the cases of all (`site` is None), of one class, or the mean of all (`target` is None).
 
     Attributes:
         alone: of the specialist that the site trained alone.
@@ -32,7 +32,7 @@ class Row(StrictModel):
     """
 
     site: str | None
-    target: str
+    target: str | None
     alone: Interval | None = None
     federated: Interval | None = None
     difference: Interval | None = None
@@ -44,18 +44,18 @@ class Intervals(StrictModel):
     version: Literal[1] = 1
     rows: tuple[Row, ...]
 
-    def of(self, site: str | None, target: str) -> Row:
+    def of(self, site: str | None, target: str | None) -> Row:
         """Return a site's row, or that of all sites; an empty one if there is none."""
         known = (row for row in self.rows if (row.site, row.target) == (site, target))
         return next(known, Row(site=site, target=target))
 
 
-def row_of(site: str | None, target: str, alone: Scores, federated: Scores) -> Row:
+def row_of(site: str | None, target: str | None, alone: Scores, federated: Scores) -> Row:
     """Return the row of these cases' scores.
 
     Args:
         site: the site, or None for all.
-        target: the class.
+        target: the class, or None for the mean of all.
         alone: (site, case) -> seed -> Dice.
         federated: likewise.
     """

@@ -25,6 +25,7 @@ COLUMNS = (
     "no distance",
 )
 FEWEST_SITES = FEWEST_CASES
+FEW = 10
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def verdict(record: RunRecord) -> Verdict:
     """Return whether federating was worth it, by mean Dice, and how sure that is."""
     if not record.alone:
         return Verdict("odd", "This run trained no site alone, so it cannot say whether federating was worth it.")
+    if record.selected is None:
+        return Verdict("odd", "The study has not come to its end, so nothing can be compared yet.")
     gains = _gains(record)
     if not gains:
         return Verdict("odd", "No site has both scores (alone and federated), so nothing can be compared.")
@@ -112,12 +115,14 @@ def verdict(record: RunRecord) -> Verdict:
             "interval, so this may be chance.",
         )
     low, high = found.low or 0.0, found.high or 0.0
-    said = f"{counted}; mean difference in Dice {found.mean:+.3f} [{low:+.3f}, {high:+.3f}] over {of_what}"
+    said = f"{counted}; mean difference in Dice {found.mean:+.3f} [{low:+.3f}, {high:+.3f}] over {of_what}."
+    if found.cases < FEW:
+        said += f" With fewer than {FEW}, the interval is too narrow."
     if low > 0:
-        return Verdict("good", f"Federating was worth it. {said}.")
+        return Verdict("good", f"Federating was worth it. {said}")
     if high < 0:
-        return Verdict("bad", f"Training alone was better. {said}.")
-    return Verdict("odd", f"Not clear. {said}: the interval includes no difference.")
+        return Verdict("bad", f"Training alone was better. {said}")
+    return Verdict("odd", f"Not clear, the interval includes no difference. {said}")
 
 
 def words(value: Value, digits: int) -> str:
@@ -138,10 +143,9 @@ def _gains(record: RunRecord) -> dict[str, float]:
 
 def _difference(record: RunRecord, gains: Mapping[str, float]) -> tuple[Interval | Estimate | None, str]:
     """Return the mean difference with its interval and over what it is; None without cases or sites enough."""
-    if len(record.plan.class_names) == 1:
-        row = record.intervals.of(None, record.plan.class_names[0])
-        if row.difference is not None and row.difference.low is not None:
-            return row.difference, f"{row.difference.cases} cases"
+    over_cases = record.intervals.of(None, None).difference
+    if over_cases is not None and over_cases.low is not None:
+        return over_cases, f"{over_cases.cases} cases"
     if len(gains) >= FEWEST_SITES:
         return estimate({(site, ""): {0: gain} for site, gain in gains.items()}), f"{len(gains)} sites"
     return None, ""

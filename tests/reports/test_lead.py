@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from engines.results import collect
+from experiments.intervals import dice_by_case
 from reports.lead.conduct import generalists
 from reports.lead.intervals import FILE, Interval, Intervals, Row, row_of, write_intervals
 from reports.lead.record import RunRecord
@@ -128,6 +129,7 @@ def test_intervals_are_given_from_enough_cases_on(ran: Ran) -> None:
     assert "[" not in shown["beta"][4]  # of one
     kept = json.loads((ran.folder / FILE).read_text())["rows"]
     assert {(row["site"], row["federated"]["cases"]) for row in kept} == {(None, 7), ("alpha", 6), ("beta", 1)}
+    assert [row["target"] for row in kept] == ["blob"] * 3 + [None] * 3
     assert "case-" not in (ran.folder / FILE).read_text()
 
 
@@ -273,7 +275,7 @@ def _scored(folder: Path, dice: dict[str, tuple[float, float]]) -> RunRecord:
     [
         (0.01, 0.2, "good", "Federating was worth it."),
         (-0.2, -0.01, "bad", "Training alone was better."),
-        (-0.01, 0.2, "odd", "Not clear."),
+        (-0.01, 0.2, "odd", "Not clear, the interval includes no difference."),
         (None, None, "odd", "too few cases for an interval, so this may be chance"),
     ],
 )
@@ -282,11 +284,12 @@ def test_the_verdict_says_no_more_than_the_interval(
 ) -> None:
     folder = made_up()
     difference = Interval(mean=0.1, low=low, high=high, cases=7)
-    write_intervals(folder, Intervals(rows=(Row(site=None, target="blob", difference=difference),)))
+    write_intervals(folder, Intervals(rows=(Row(site=None, target=None, difference=difference),)))
     found = verdict(_scored(folder, {"alpha": (0.5, 0.7), "beta": (0.6, 0.6)}))
     assert found.kind == kind
     assert words in found.sentence
     assert "at 1 of 2 sites" in found.sentence
+    assert ("too narrow" in found.sentence) == (low is not None)  # seven cases
 
 
 def test_with_sites_enough_the_interval_is_over_sites(made_up: Callable[..., Path]) -> None:
@@ -311,6 +314,20 @@ def test_an_interval_of_few_cases_is_left_out() -> None:
     assert shown.federated is not None
     assert shown.federated.low is not None
     assert shown.difference == Interval(mean=0.0, low=0.0, high=0.0, cases=5)
+
+
+def test_an_unfinished_run_is_not_compared(made_up: Callable[..., Path]) -> None:
+    folder = made_up(_joined("alpha"), ("evaluated", {"site": "alpha", "validation": 3, "dice.blob": 0.5}))
+    append_json_line(
+        folder / "local" / "alpha" / "metrics.jsonl", {"event": "selected", "round": 1, "by": "last round"}
+    )
+    assert "has not come to its end" in verdict(RunRecord.of(folder)).sentence
+
+
+def test_the_mean_over_structures_is_taken_case_by_case() -> None:
+    scores = {"liver": {"a": 0.5, "b": 0.75}, "spleen": {"a": 1.0}}
+    assert dice_by_case(scores, None) == {"a": 0.75, "b": 0.75}
+    assert dice_by_case(scores, "spleen") == {"a": 1.0}
 
 
 def test_a_folder_that_is_no_run_is_refused_with_a_sentence(tmp_path: Path) -> None:
