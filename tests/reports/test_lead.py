@@ -316,6 +316,30 @@ def test_an_interval_of_few_cases_is_left_out() -> None:
     assert shown.difference == Interval(mean=0.0, low=0.0, high=0.0, cases=5)
 
 
+def test_of_several_structures_each_has_its_own_order_and_one_that_a_site_does_not_mark_has_no_score(
+    made_up: Callable[..., Path],
+) -> None:
+    both = {"dice.liver": 0.9, "dice.spleen": 0.4, "missing_distances.spleen": 2}
+    folder = made_up(
+        _joined("alpha"),
+        _joined("beta"),
+        _joined("gamma", validation=0),
+        ("evaluated", {"site": "alpha", "validation": 3, **both}),
+        ("evaluated", {"site": "beta", "validation": 3, "dice.liver": 0.8}),
+        plan=("task.classes=[{name: liver, value: 1}, {name: spleen, value: 2}]",),
+    )
+    tree = check_page(write_report(folder).read_text())
+    assert [(row[0], row[1], row[4]) for row in rows(tree, COMPARED)] == [
+        ("beta", "liver", "0.800"),
+        ("alpha", "liver", "0.900"),
+        ("gamma", "liver", "no validation scans"),
+        ("alpha", "spleen", "0.400"),
+        ("beta", "spleen", "no score"),
+        ("gamma", "spleen", "no validation scans"),
+    ]
+    assert "liver: beta is lowest, Dice 0.800 against 0.850" in text(tree)
+
+
 def test_an_unfinished_run_is_not_compared(made_up: Callable[..., Path]) -> None:
     folder = made_up(_joined("alpha"), ("evaluated", {"site": "alpha", "validation": 3, "dice.blob": 0.5}))
     append_json_line(
