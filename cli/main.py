@@ -124,6 +124,19 @@ def check(plan: PlanOption, sites: SitesOption, assignments: SetOption = None) -
     console.print(f"plan hash {study.plan.hash}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The run folder.")]) -> None:
+    """Write the report on a run, finished or not: one HTML file of aggregates, report.html in the run folder.
+
+    Example: semisam report runs/atrium-20260301-093000
+    """
+    with readable_errors():
+        from reports.lead.report import write_report
+
+        path = write_report(run)
+    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command("init-sites")
 def init_sites(
     images: Annotated[Path, typer.Option(help="Folder of images.")],
@@ -165,13 +178,7 @@ def generalists(
         with console.status("") as status:
             found = survey(site, measure, lambda name: status.update(f"{name} ..."))
     console.print(found.table())
-    lines = [each.problem for each in found.generalists if each.problem]
-    for each in found.generalists:
-        card = each.card
-        lines += ["", card.name, f"  licence: {card.licence}", f"  published as: {card.source}"]
-        lines += [f"  trained on: {' '.join(card.training_data)}"]
-        lines += [f"  benchmarks it may have seen: {'; '.join(card.overlaps) or 'none known'}"]
-    console.print("\n".join(lines), markup=False, highlight=False)
+    console.print("\n".join(found.details()), markup=False, highlight=False)
 
 
 @app.command()

@@ -27,7 +27,7 @@ def fingerprint(
     Example: semisam site fingerprint site.yaml --plan draft.yaml -o north.fingerprint.json
     """
     with readable_errors(), Progress(console=errors, transient=True) as bar:
-        from client.fingerprint import write_fingerprint
+        from client.fingerprint import said_of_patients, write_fingerprint
         from client.site_config import load_site_config
         from semisam_core.data.patients import read_patients
         from semisam_core.plan import load_plan
@@ -36,13 +36,7 @@ def fingerprint(
         config = load_site_config(site)
         patients = read_patients(config.data.images)
         if patients is None:
-            errors.print(
-                f"{config.data.images}: no manifest of `semisam import` lies beside it, so every scan counts as a "
-                "patient of its own. If patients have several scans, raise egress.minimum_patients.",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            errors.print(said_of_patients(config), highlight=False, markup=False, soft_wrap=True)
 
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)

@@ -221,6 +221,28 @@ def privacy(folder: FolderOption = HERE, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def report(
+    folder: FolderOption = HERE,
+    site: Annotated[Path | None, typer.Option(help="The site's YAML; by default site.yaml of the folder.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="The run's plan; by default plan.yaml of the folder.")] = None,
+    run: Annotated[str | None, typer.Option(help="The run's name; by default the plan's last.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Show this scan, not the worst ones. Repeatable.")] = None,
+) -> None:
+    """Write a report with pictures of single scans, the worst first. It stays at this site.
+
+    Example: semisam site report --folder atrium-north
+    """
+    with readable_errors():
+        from client.site_config import load_site_config
+        from reports.site.report import write_site_report
+        from semisam_core.plan import load_plan
+
+        config, study = load_site_config(site or folder / "site.yaml"), load_plan(plan or folder / "plan.yaml")
+        path = write_site_report(config, study, run, case or [])
+    console.print(f"The report stays at this site: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def withdraw(
     folder: FolderOption = HERE,
     yes: YesOption = False,

@@ -31,6 +31,14 @@ VERSION = 1
 PERCENTILES = (0.5, 50, 99.5)
 
 
+def said_of_patients(config: SiteConfig) -> str:
+    """Return what a person should know where no manifest says whose each scan is."""
+    return (
+        f"{config.data.images}: no manifest of `semisam import` lies beside it, so every scan counts as a patient of "
+        "its own. If patients have several scans, raise egress.minimum_patients."
+    )
+
+
 def write_fingerprint(
     config: SiteConfig, plan: Plan, out: Path, patients: Mapping[str, str], progress: ProgressCallback | None = None
 ) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -123,16 +123,19 @@ class Labeler:
         cold = policy.cold(round_number)
         if cold and (starter := self._starter(scans)) is not None:
             # Prototypes, and thus prompts, stay the same for the whole cold start: one refresh is enough.
-            return self._label(
-                unlabeled, scans, self._prompted_by_prototypes(starter, scans), self._cold_store, round_number == 1
-            )
+            predict_by = self._prompted_by_prototypes(starter, scans)
+            return self._label(round_number, unlabeled, scans, predict_by, self._cold_store, round_number == 1)
         if round_number >= policy.first_round:
             predict_by = partial(self._predict, teacher)
-            return self._label(unlabeled, scans, predict_by, self._store, self._plan.refreshes(round_number), head)
-        return self._label(unlabeled, (), self._background_only, self._cold_store, True) if cold else {}
+            due = self._plan.refreshes(round_number)
+            return self._label(round_number, unlabeled, scans, predict_by, self._store, due, head)
+        if not cold:
+            return {}
+        return self._label(round_number, unlabeled, (), self._background_only, self._cold_store, True)
 
     def _label(
         self,
+        round_number: int,
         unlabeled: KeyedScans,
         labeled: Scans,
         predict_by: Predict,
@@ -151,7 +154,7 @@ class Labeler:
                 if pair is None or key is None:
                     continue
                 if make is None:
-                    make = self._maker(predict_by, labeled, head)
+                    make = self._maker(predict_by, labeled, head, round_number)
                 store.save(key, make(case, pair, self._new_scratch()))
                 label = _stored(store, key)
             found[case] = label
@@ -265,12 +268,17 @@ class Labeler:
         step, smooth = policy.prompting.slice_step_mm, policy.smooth_sigma_slices
         return FeatureReader(generalist, self._embeddings, step, smooth, self._report_embedding)
 
-    def _maker(self, predict_by: Predict, labeled: Scans, head: FeatureHead | None = None) -> Make:
-        """Return a function that makes the pseudo-label of one scan by the plan's method."""
+    def _maker(
+        self, predict_by: Predict, labeled: Scans, head: FeatureHead | None = None, round_number: int | None = None
+    ) -> Make:
+        """Return a function that makes the pseudo-label of one scan by the plan's method.
+
+        It logs how much each source counted; without a round, for a pseudo-label that teaches nothing.
+        """
         scans = list(labeled)
         calibration = self._calibration(predict_by, scans)
         if policy_of(self._plan).method == "semisam+":
-            return lambda _, pair, scratch: self._prompted(pair, predict_by(pair, scratch), calibration, scratch)
+            return partial(self._prompted, round_number, predict_by, calibration)
         site = SiteEvidence(
             self._generalist_plan,
             self.generalists,
@@ -287,15 +295,23 @@ class Labeler:
 
         def make(case: str, pair: ScanPair, scratch: Scratch) -> PseudoLabel:
             record = label_by(pair, scratch)
-            self._log_evidence(case, record)
+            self._log_sources(round_number, case, record.label, _evidence(record))
             return _on_the_specialists_grid(record.label, pair)
 
         return make
 
-    def _prompted(self, pair: ScanPair, prediction: Tensor, calibration: Calibration, scratch: Scratch) -> PseudoLabel:
+    def _prompted(
+        self,
+        round_number: int | None,
+        predict_by: Predict,
+        calibration: Calibration,
+        case: str,
+        pair: ScanPair,
+        scratch: Scratch,
+    ) -> PseudoLabel:
         label = make_pseudo_label(
             pair.for_generalists.image,
-            prediction,
+            predict_by(pair, scratch),
             self.generalists,
             self._embeddings,
             self._generalist_plan,
@@ -303,20 +319,19 @@ class Labeler:
             self._report_embedding,
             scratch,
         )
+        trust = {each.card.name: calibration.trust.get(each.card.name, 1.0) for each in self.generalists}
+        shares = {name: round(value / sum(trust.values()), 4) for name, value in trust.items()}
+        self._log_sources(round_number, case, label, [{"weights": shares}] * len(label.refusals))
         return _on_the_specialists_grid(label, pair)
 
-    def _log_evidence(self, case: str, record: LabelRecord) -> None:
+    def _log_sources(
+        self, round_number: int | None, case: str, label: PseudoLabel, about: Sequence[Mapping[str, object]]
+    ) -> None:
         """Log which source counted how much, class by class. The log stays at the site."""
-        names, combined = self._plan.class_names, record.combined
-        for k, name in enumerate(names):
-            line = {
-                "case": case,
-                "class": name,
-                "agreement": round(float(combined.agreement[k]), 4),
-                "weights": {source: round(float(weight[k]), 4) for source, weight in combined.weights.items()},
-                "refused": None if (refusal := record.label.refusals[k]) is None else refusal.value,
-            }
-            append_json_line(self._evidence_log, line)
+        for name, refusal, each in zip(self._plan.class_names, label.refusals, about, strict=True):
+            refused = None if refusal is None else refusal.value
+            line = {"round": round_number, "case": case, "class": name, "refused": refused}
+            append_json_line(self._evidence_log, line | dict(each))
 
     def _calibration(self, predict_by: Predict, labeled: Scans) -> Calibration:
         def example(pair: ScanPair, label: Tensor) -> LabeledExample:
@@ -331,6 +346,19 @@ class Labeler:
         overlap = None if self._plan.pseudo_labels is None else self._plan.pseudo_labels.window_overlap
         prediction = predict(network, pair.scan.image, self._plan, self._device, overlap, scratch)
         return resample(prediction, pair.scan.grid, pair.for_generalists.grid, scratch)
+
+
+def _evidence(record: LabelRecord) -> list[dict[str, object]]:
+    """Return for each class how much its sources agreed, their shares, and their scores on labeled scans."""
+    combined = record.combined
+    return [
+        {
+            "agreement": round(float(agreement), 4),
+            "weights": {source: round(float(weight[k]), 4) for source, weight in combined.weights.items()},
+            "reliability": {source: round(float(score[k]), 4) for source, score in record.reliability.items()},
+        }
+        for k, agreement in enumerate(combined.agreement)
+    ]
 
 
 def _labeled(scans: Scans) -> Iterator[tuple[ScanPair, Tensor]]:

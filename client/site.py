@@ -237,6 +237,7 @@ class Site:
             self.progress("evaluate", done, len(cases), "scans")
             scores.append(self._score(case, specialist))
         self.progress("evaluate", len(cases), len(cases), "scans")
+        self.state.save_scored(self.round, _cpu(specialist.state_dict()))
         if final:
             self._draw(specialist, head)
         means = mean_scores(scores, self.plan.class_names, self.config.egress.validation_scores)

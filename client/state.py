@@ -17,15 +17,17 @@ logger = logging.getLogger(__name__)
 
 KEEP_ROUNDS = 3
 TEACHER, NETWORKS, LAYERS, MOMENTS, UPDATE = "teacher", "networks", "layers", "moments", "update"
+SCORED = "scored"
 
 
 class RunState:
     """The folder of one run at one site.
 
     The teacher, the regularizer's own networks, the specialist's local layers and the optimizer's moments are kept for
-    the last three rounds that the site took part in. Each `load_*` returns what the latest of the site's rounds before
-    a given one left, which need not be the round just before: the site may have sat out some. A round that is asked for
-    again, because the server died after the site had answered, thus starts from the same tensors as the first time.
+    the last three rounds that the site took part in, and so are the specialists that were scored. Each `load_*` that
+    names a round returns what the latest of the site's rounds before it left, which need not be the round just before:
+    the site may have sat out some. A round that is asked for again, because the server died after the site had
+    answered, thus starts from the same tensors as the first time.
 
     Args:
         storage: the site's storage folder.
@@ -88,6 +90,19 @@ class RunState:
     def load_moments(self, before: int, since: int = 1) -> dict[str, Tensor] | None:
         """Return the latest moments of the optimizer of a round before this one and not before `since`, or None."""
         return self._latest(MOMENTS, before, since)
+
+    def save_scored(self, round_number: int, specialist: dict[str, Tensor]) -> None:
+        """Keep the specialist that was scored after this round, with the site's own layers, for the site's report.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._save(SCORED, round_number, specialist)
+
+    def load_scored(self) -> tuple[int, dict[str, Tensor]] | None:
+        """Return the round whose specialist was scored last, and that specialist; None before the first."""
+        kept = ((number, _read(self._file(SCORED, number))) for number in self._rounds(SCORED))
+        return next(((number, tensors) for number, tensors in kept if tensors is not None), None)
 
     def save_update(
         self, round_number: int, asked: str, tensors: dict[str, Tensor], scalars: dict[str, float | int]

@@ -46,6 +46,15 @@ class Survey:
     title: str
     generalists: tuple[Availability, ...]
 
+    def details(self) -> list[str]:
+        """Return lines on what cannot be used, and on each generalist's licence and training data."""
+        lines = [each.problem for each in self.generalists if each.problem]
+        for card in (each.card for each in self.generalists):
+            lines += ["", card.name, f"  licence: {card.licence}", f"  published as: {card.source}"]
+            lines += [f"  trained on: {' '.join(card.training_data)}"]
+            lines += [f"  benchmarks it may have seen: {'; '.join(card.overlaps) or 'none known'}"]
+        return lines
+
     def table(self) -> FittingTable:
         """Return one row per generalist."""
         table = FittingTable(

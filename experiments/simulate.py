@@ -20,6 +20,9 @@ from engines.results import SiteResult, as_json, collect, results_table
 from engines.run_state import longest, record_end, run_name, run_reason, run_state, settled
 from engines.simulation import run_flower
 from experiments.checks import CheckedStudy, check_study, study_table
+from experiments.intervals import case_intervals
+from reports.lead.intervals import write_intervals
+from reports.lead.report import tell_of_report
 from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError
 from semisam_core.files import read_json_lines, write_json
@@ -194,6 +197,9 @@ class Simulation:
         if results:
             self.console.print(results_table(results, f"{plan.task.name}, {self.out.name}", chosen_by))
         self.console.print(f"Everything is in {self.out}", highlight=False, markup=False, soft_wrap=True)
+        configs = [config for config, _ in self.study.sites]
+        write_intervals(self.out, case_intervals(configs, self.out, local, plan.class_names))
+        tell_of_report(self.out, self.console)
 
     def _with_unlabeled(self, results: list[SiteResult], run: str) -> list[SiteResult]:
         """Add scores on scans that the study used as unlabeled, where labels are at hand; also kept scan by scan."""

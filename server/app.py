@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import secrets
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+import semisam_core
 from semisam_core.errors import ConfigError, SemiSAMError
 from semisam_core.files import write_json
 from semisam_core.plan import Plan, load_plan
@@ -90,5 +93,12 @@ def _run_name(folder: RunFolder, plan: Plan) -> str:
             raise ConfigError(f"{path}: this folder holds a run of another plan; use another folder, or the same plan.")
         return str(kept["run"])
     run = f"{plan.task.name[:40]}-{secrets.token_hex(4)}"
-    write_json(path, {"run": run, "plan_hash": plan.hash, "plan": json.loads(plan.canonical_json())})
+    about = {"run": run, "plan_hash": plan.hash, "versions": _versions()}
+    write_json(path, about | {"plan": json.loads(plan.canonical_json())})
     return run
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions that a person needs to repeat the run."""
+    found = {name: importlib.metadata.version(name) for name in ("flwr", "torch", "monai", "numpy")}
+    return {"fedsemisam": semisam_core.__version__, "python": platform.python_version(), **found}

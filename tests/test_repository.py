@@ -14,7 +14,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("semisam_core", "client", "server")
-UPPER_ROOMS = ("deployment", "engines", "experiments", "intake", "release", "cli")
+UPPER_ROOMS = ("deployment", "engines", "experiments", "intake", "release", "reports", "cli")
+
+IMAGE_PACKAGES = {"nibabel", "SimpleITK", "pydicom", "highdicom", "h5py", "matplotlib", "PIL", "imageio"}
+IMAGE_ROOMS = (
+    "client",
+    "intake",
+    "release",
+    "reports.site",
+    "semisam_core.data",
+    "semisam_core.pseudo_labels",
+    "semisam_core.reporting.overview",
+)
 
 
 def _imports(path: Path) -> set[str]:
@@ -34,7 +45,7 @@ def test_core_client_and_server_import_nothing_but_the_core(room: str) -> None:
         assert not _imports(path) & forbidden, path
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "deployment", "engines", "experiments", "intake", "release"])
+@pytest.mark.parametrize("room", [*ROOMS, "deployment", "engines", "experiments", "intake", "release", "reports"])
 def test_nothing_imports_the_command_line(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
         assert "cli" not in _imports(path), path
@@ -42,10 +53,11 @@ def test_nothing_imports_the_command_line(room: str) -> None:
 
 def test_no_room_knows_the_rooms_above_it() -> None:
     for room, forbidden in (
-        ("engines", {"experiments", "deployment", "intake", "release"}),
+        ("engines", {"experiments", "deployment", "intake", "release", "reports"}),
         ("deployment", {"experiments", "release"}),
-        ("intake", {"engines", "experiments", "deployment", "release", "server"}),
+        ("intake", {"engines", "experiments", "deployment", "release", "reports", "server"}),
         ("release", {"experiments"}),
+        ("reports", {"experiments", "deployment", "release"}),
     ):
         for path in (ROOT / room).rglob("*.py"):
             assert not _imports(path) & forbidden, path
@@ -55,6 +67,39 @@ def test_no_room_knows_the_rooms_above_it() -> None:
 def test_the_two_sides_of_deployment_do_not_import_each_other(side: str, other: str) -> None:
     for path in (ROOT / "deployment" / side).rglob("*.py"):
         assert f"deployment.{other}" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize(("side", "other"), [("site", "lead"), ("lead", "site")])
+def test_the_two_reports_do_not_import_each_other_nor_does_the_other_side(side: str, other: str) -> None:
+    own = [*(ROOT / "reports").glob("*.py"), *(ROOT / "reports" / side).rglob("*.py")]
+    for path in [*own, *(ROOT / "deployment" / side).rglob("*.py")]:
+        assert f"reports.{other}" not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_leads_report_reaches_nothing_that_reads_images() -> None:
+    """Not by any chain of imports, those inside functions included."""
+    reached, waiting = set(), [f"reports.lead.{path.stem}" for path in (ROOT / "reports" / "lead").glob("*.py")]
+    while waiting:
+        name = waiting.pop()
+        path = ROOT / f"{name.replace('.', '/')}.py"
+        path = path if path.exists() else path.with_suffix("") / "__init__.py"
+        if name in reached or not path.exists():
+            continue
+        reached.add(name)
+        waiting += [name.rpartition(".")[0], *_imported_names(path)]
+        assert not _imports(path) & IMAGE_PACKAGES, path
+    assert {"reports.page", "semisam_core.contract", "server.metrics_log"} <= reached
+    assert not [name for name in reached if name.startswith(IMAGE_ROOMS)]
+
+
+def _imported_names(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
 
 
 def test_the_command_line_only_parses_and_prints() -> None:

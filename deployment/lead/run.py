@@ -20,6 +20,7 @@ from engines.monitor import RunMonitor
 from engines.processes import ProcessTree
 from engines.results import as_json, collect, results_table
 from engines.run_state import COMPLETED, longest, record_end, run_reason, run_state, settled
+from reports.lead.report import tell_of_report
 from semisam_core.configuration import StrictModel, parse, read_yaml
 from semisam_core.errors import ConfigError
 from semisam_core.files import read_json_lines, write_atomically, write_json
@@ -125,6 +126,7 @@ class LeadRun:
         write_json(self.folder / "results.json", {"plan_hash": self.plan.hash, "sites": as_json(results)})
         if results:
             console.print(results_table(results, f"{self.plan.task.name}, {self.folder.name}", chosen_by))
+        tell_of_report(self.folder, console)
 
 
 def new_run(study: StudyFolder, control: FlowerControl, sites: int | None) -> LeadRun:

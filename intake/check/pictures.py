@@ -42,7 +42,10 @@ class Plane:
 
 
 def planes_through(
-    voxels: NDArray[np.float32], structures: NDArray[np.uint8] | None, geometry: Geometry
+    voxels: NDArray[np.float32],
+    structures: NDArray[np.uint8] | None,
+    geometry: Geometry,
+    through: NDArray[np.uint8] | None = None,
 ) -> tuple[Plane, ...]:
     """Return the axial, coronal and sagittal plane through a label's centre, or the volume's where nothing is marked.
 
@@ -50,11 +53,13 @@ def planes_through(
         voxels: (X, Y, Z).
         structures: (X, Y, Z) class indices on the same grid, or None.
         geometry: of `voxels`.
+        through: another label on the same grid whose centre is taken instead.
     """
     along_ras = axis_change(geometry, Geometry(geometry.shape, torch.eye(4, dtype=torch.float64)))
     scan = apply_orientation(voxels, along_ras.orientation)
     label = apply_orientation(structures, along_ras.orientation) if structures is not None else None
-    centre = _centre(label) if label is not None and label.any() else tuple(side // 2 for side in scan.shape)
+    middle = label if through is None else apply_orientation(through, along_ras.orientation)
+    centre = _centre(middle) if middle is not None and middle.any() else tuple(side // 2 for side in scan.shape)
     extent = along_ras.geometry(geometry).extent_mm
     planes = []
     for axis in (2, 1, 0):
@@ -76,13 +81,13 @@ def grey_window(plan: Plan | None, intensities: Intensities) -> Window:
     return intensities.percentiles[0], intensities.percentiles[4]
 
 
-def draw_planes(planes: Sequence[Plane], window: Window) -> bytes:
-    """Return a PNG of planes side by side on one scale, each `SIDE` pixels wide and high."""
-    canvas = np.zeros((SIDE, SIDE * len(planes), 3))
+def draw_planes(planes: Sequence[Plane], window: Window, side: int = SIDE) -> bytes:
+    """Return a PNG of planes next to each other on one scale, each `side` pixels wide and high."""
+    canvas = np.zeros((side, side * len(planes), 3))
     longest = max(max(plane.size_mm) for plane in planes)
     for number, plane in enumerate(planes):
-        height, width = (max(1, round(SIDE * side / longest)) for side in plane.size_mm)
-        top, left = (SIDE - height) // 2, number * SIDE + (SIDE - width) // 2
+        height, width = (max(1, round(side * extent / longest)) for extent in plane.size_mm)
+        top, left = (side - height) // 2, number * side + (side - width) // 2
         canvas[top : top + height, left : left + width] = _painted(plane, (height, width), window)
     buffer = io.BytesIO()
     pixels = (255 * canvas).round().astype(np.uint8)

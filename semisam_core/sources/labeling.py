@@ -40,10 +40,12 @@ class LabelRecord:
     Attributes:
         label: the pseudo-label.
         combined: what the sources said together, the generalists included.
+        reliability: source -> (K,) its score on labeled scans, of those that have one.
     """
 
     label: PseudoLabel
     combined: CombinedEvidence
+    reliability: Mapping[str, Tensor]
 
 
 class EvidenceLabeler:
@@ -82,7 +84,7 @@ class EvidenceLabeler:
             answer, refusals = self._generalists.ask(scan, combined.foreground, self._calibration.trust)
             evidence[SourceName.GENERALISTS] = answer
             combined = self._combine(evidence, scan.scratch)
-        return LabelRecord(self._judge(scan, combined, evidence, refusals), combined)
+        return LabelRecord(self._judge(scan, combined, evidence, refusals), combined, self._reliability)
 
     def _combine(self, evidence: Mapping[str, Evidence], scratch: Scratch) -> CombinedEvidence:
         combined = combine_evidence(evidence, self._reliability, scratch)

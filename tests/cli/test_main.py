@@ -77,6 +77,12 @@ def test_a_study_in_one_process_ends_with_a_table_results_and_pictures(
     assert {path.name for path in (run / "checkpoints").iterdir()} >= {f"round-0000{k}.safetensors" for k in range(3)}
     assert (run / "best.safetensors").exists()
     assert (run / "plan.yaml").exists()
+    assert f"Report: {run / 'report.html'}" in output
+    page = (run / "report.html").read_text()
+    assert f"{results[0]['federated_dice']:.3f}" in page
+    (run / "report.html").unlink()
+    assert _call("report", run) == (0, str(run / "report.html"))
+    assert (run / "report.html").read_text() == page
 
 
 def test_the_local_baseline_takes_the_same_steps_from_the_same_start(study: tuple[Path, Path], tmp_path: Path) -> None:

@@ -110,6 +110,19 @@ def test_a_deployed_site_trains_on_pseudo_labels_of_its_unlabeled_scans(deployed
         assert any((deployed.hospitals[name].folder / "storage" / "embeddings").rglob("*.safetensors"))
 
 
+def test_a_deployed_run_leaves_a_report_of_aggregates_and_each_site_can_write_its_own(
+    deployed: Deployment, first: Run
+) -> None:
+    page = (first.folder / "report.html").read_text()
+    assert "trained no site alone" in page
+    assert "<img" not in page
+    north = deployed.hospitals["north"]
+    said = north.semisam("report", "--plan", first.folder / "plan.yaml", "--run", first.name)
+    path = north.folder / "storage" / "runs" / first.name / "report.html"
+    assert str(path) in said
+    assert "data:image/png" in path.read_text()
+
+
 def test_a_sites_audit_log_is_the_same_as_in_one_process(deployed: Deployment, first: Run, simulated: Path) -> None:
     for name, site in deployed.hospitals.items():
         alone = read_json_lines(simulated.parent / "storage" / name / "audit.jsonl")
