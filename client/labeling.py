@@ -61,6 +61,7 @@ class Labeler:
         self._store = PseudoLabelStore(folder / "pseudo_labels")
         self._cold_store = PseudoLabelStore(folder / "pseudo_labels_cold")
         self._evidence_log = folder / "evidence.jsonl"
+        self._round: int | None = None  # the one whose pseudo-labels are being made
         limit = int(config.storage.embeddings_gb * 1e9)
         self._embeddings = EmbeddingStore(config.storage.folder / "embeddings", limit)
 
@@ -115,7 +116,7 @@ class Labeler:
             labeled: (case, loader) of the scans that generalists and volumes are calibrated on.
             head: the global feature head, if the plan has one.
         """
-        policy = self._plan.pseudo_labels
+        policy, self._round = self._plan.pseudo_labels, round_number
         if policy is None or not self.active:
             return {}
         scans = list(labeled)
@@ -151,7 +152,7 @@ class Labeler:
                     continue
                 if make is None:
                     make = self._maker(predict_by, labeled, head)
-                store.save(key, make(case, pair))
+                store.save(key, make(case, pair), self._round)
                 label = _stored(store, key)
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")
