@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from release.outputs import nifti_bytes
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.geometry import Geometry
+from semisam_core.data.labels import class_indices
+from semisam_core.data.nifti import open_nifti
 from semisam_core.data.scans import Scan, load_original_label, resample
 from semisam_core.errors import CaseError
 from semisam_core.plan import Plan
@@ -71,3 +73,12 @@ def check_mask(mask: Mask, grid: Geometry, task: Task, case: str) -> None:
         raise CaseError(f"{case}: the mask has shape {mask.shape}, the image has {grid.shape}.")
     if int(mask.max(initial=0)) > len(task.classes):
         raise CaseError(f"{case}: the mask has the class {int(mask.max())}; the plan has {len(task.classes)}.")
+
+
+def stored_mask(path: Path, task: Task) -> Mask:
+    """Return a mask that the store keeps, as class indices.
+
+    Raises:
+        CaseError: it is unreadable, or has values outside the task's classes.
+    """
+    return class_indices(open_nifti(path, path.name, "label").voxels(), task, path.name)[0].numpy()
