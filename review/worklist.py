@@ -89,7 +89,7 @@ def ranked(
         plan: its classes and spacing.
     """
     entries = [WorklistEntry(case, _doubts(label, means_ml, plan), label.round) for case, label in labels]
-    return sorted(entries, key=lambda entry: (-entry.doubt, entry.case))
+    return sorted(entries, key=lambda entry: (-round(entry.doubt, 6), entry.case))
 
 
 def _doubts(label: StoredPseudoLabel, means_ml: Sequence[float | None], plan: Plan) -> tuple[ClassDoubt, ...]:

@@ -106,9 +106,8 @@ class PseudoLabelStore:
                 number = None if about.get("round") is None else int(about["round"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
-        return StoredPseudoLabel(
-            maps[0], maps[1], valid, tuple(refusals), tuple(confidences), tuple(foreground), number
-        )
+        decided = (tuple(refusals), tuple(confidences), tuple(foreground), number)
+        return StoredPseudoLabel(maps[0], maps[1], valid, *decided)
 
     def load(self, key: str) -> PseudoLabel | None:
         """Return a scan's pseudo-label with all its maps, or None if there is none or its file cannot be read."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -390,3 +392,23 @@ def test_an_error_of_the_program_tells_the_page_nothing(server: PageServer, monk
 
     monkeypatch.setattr(Desk, "worklist", broken)
     assert _get(server, "worklist") == (500, b"It failed; see the log.")
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node, which runs the page's scripts, is not installed")
+def test_the_pages_own_scripts_draw_undo_hand_over_rate_keep_and_end(site: Path) -> None:
+    server = PageServer(Desk(reviewing(site, "node"), 10))
+    thread = threading.Thread(target=server.serve_until_idle, args=(120.0,))
+    thread.start()
+    script = Path(__file__).parent / "page_in_node.js"
+    done = subprocess.run(
+        ["node", str(script), str(module.PAGE), server.url], capture_output=True, text=True, timeout=100, check=False
+    )
+    thread.join(10)
+    assert (done.returncode, thread.is_alive()) == (0, False), done.stderr
+    found = json.loads(done.stdout)
+    assert found["painted"] > found["before"] == found["undone"]
+    assert found["where"].startswith("axial ")
+    record = reviewing(site).store.records()[-1]
+    assert (record.rater, record.case, record.ratings, record.minutes) == ("node", found["cases"][0], {"blob": 2}, 3.5)
+    assert record.decision == "corrected"
+    assert "mask.nii.gz" in found["exchange"] or found["exchange"] == ""  # the next scan has been opened
