@@ -15,10 +15,12 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from numpy.typing import NDArray
 
 import review
+from review.codec import encode
 from review.view import STEPS, View
 from semisam_core.data.cases import Case, Role
+from semisam_core.data.scans import load_original_label
 from semisam_core.plan_sections.task import Intensity
-from tests.conftest import write_nifti
+from tests.conftest import tiny_plan, write_nifti
 
 PAGE = Path(review.__file__).parent / "page"
 MR = Intensity(kind="percentiles", lower=0.5, upper=99.5)
@@ -118,6 +120,21 @@ def test_the_brush_draws_millimetres_and_undo_brings_everything_back() -> None:
     first, both, line, *undone = found["counts"]
     assert line - both >= 21  # a diagonal without gaps, drawn elsewhere
     assert undone == [line, both, first, 0]
+
+
+def test_a_real_scan_is_shown_and_its_mask_comes_back(left_atrium: Path) -> None:
+    """A bright pool of blood lies in the middle of the thorax, so its axial slice is bright inside the true label."""
+    image = next(iter(sorted((left_atrium / "images").iterdir())))
+    case = Case("a", (image,), left_atrium / "labels" / image.name, Role.LABELED)
+    label, grid = load_original_label(case, tiny_plan("pseudo_labels=null"))
+    view = View(case, 0, MR, label.numpy())
+    page = view.to_page(label.numpy())
+    assert np.array_equal(view.from_page(page), label.numpy())
+    assert sorted(view.shape) == sorted(grid.shape)
+    fullest = int(page.sum((1, 2)).argmax())
+    shown = np.frombuffer(view.image_slice(2, fullest), "<u2").reshape(page.shape[1:])
+    assert shown[page[fullest] == 1].mean() > 1.5 * shown[page[fullest] == 0].mean()
+    assert len(encode(page)) < page.size / 20
 
 
 def test_the_plane_of_acquisition_is_shown_first_and_windows_are_wide_enough(tmp_path: Path) -> None:
