@@ -16,6 +16,7 @@ from cli.lead_commands import app as lead_app
 from cli.planning_commands import derive_plan, fingerprint
 from cli.predict_command import predict
 from cli.release_commands import export, verify
+from cli.review_commands import app as review_app
 from cli.site_commands import app as site_app
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(lead_app, name="lead")
+app.add_typer(review_app, name="review")
 app.add_typer(site_app, name="site")
 lead_app.command("plan")(derive_plan)
 site_app.command()(fingerprint)

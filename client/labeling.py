@@ -155,7 +155,7 @@ class Labeler:
                     continue
                 if make is None:
                     make = self._maker(predict_by, labeled, head, round_number)
-                store.save(key, make(case, pair, self._new_scratch()))
+                store.save(key, make(case, pair, self._new_scratch()), round_number)
                 label = _stored(store, key)
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import semisam_core
 from client.file_index import FileIndex, Verdict
 from client.progress import ProgressLog
+from client.reviews import InForce, ReviewStore, in_force, reviews_of_round, with_reviewed_labels, without_rejected
 from client.site_config import SiteConfig, annotated_classes, inventory
 from client.split import run_split
 from semisam_core.data.cases import Case, Inventory, Quarantined, Role
@@ -47,6 +48,7 @@ class SiteScans:
         plan: the study plan.
         progress: the site's progress log.
         run_folder: the run's folder at this site, whose split is followed; None for the split of now.
+        round_number: the round, whose reviewed labels are taken up; 0, while joining, for those of now.
 
     Attributes:
         annotated: the plan's classes (from 1) that the site's labels mark.
@@ -55,19 +57,32 @@ class SiteScans:
     Raises:
         ConfigError: folders or lists in the YAML are invalid, or the site has nothing to learn from.
         SplitChangedError: the split is not the one that the run began with.
+        OSError: the run's folder cannot be written.
     """
 
-    def __init__(self, config: SiteConfig, plan: Plan, progress: ProgressLog, run_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: SiteConfig,
+        plan: Plan,
+        progress: ProgressLog,
+        run_folder: Path | None = None,
+        round_number: int = 0,
+    ) -> None:
         self._config, self._plan, self._progress = config, plan, progress
         self._found: Inventory = inventory(config, plan)
         self.split_sha256: str | None = None
         self._patients = read_patients(config.data.images) or {}
+        self._index = FileIndex(config.storage.folder / "files.jsonl")
+        self._reviews = InForce(round=round_number, labels={}, rejected={})
         if run_folder is not None:
             split = run_split(run_folder, config.storage.folder, self._found, self._patients)
             kept = tuple(case for case in self._found.cases if case.id in split.roles)
             self._found, self.split_sha256 = replace(self._found, cases=kept), split.sha256
+            if config.data.reviewed and plan.privacy is None:
+                self._reviews = reviews_of_round(run_folder, round_number, lambda: self._reviews_now(round_number))
+                store = ReviewStore(config.storage.folder)
+                self._found = with_reviewed_labels(self._found, self._reviews.labels, store, self._index.sha256)
         self._checked = False
-        self._index = FileIndex(config.storage.folder / "files.jsonl")
         self._quarantined: dict[str, Quarantined] = {q.id: q for q in self._found.quarantined}
         self._cache: OrderedDict[str, Scan] = OrderedDict()
         self.annotated = annotated_classes(config, plan)
@@ -131,6 +146,30 @@ class SiteScans:
             "validation": len(self.usable(Role.VALIDATION)),
             "quarantined": len(self._quarantined),
         }
+
+    def image_hashes(self, case: Case) -> tuple[str, ...] | None:
+        """Return the SHA-256 of a case's image files, by channel; None if one cannot be read."""
+        try:
+            return tuple(self._index.sha256(path) for path in case.images)
+        except OSError:
+            return None
+
+    def taught_from(self, labels: Mapping[str, StoredPseudoLabel]) -> dict[str, StoredPseudoLabel]:
+        """Return the pseudo-labels that this round may learn from: those that no rater rejected.
+
+        Raises:
+            OSError: a pseudo-label's file cannot be read.
+        """
+        return without_rejected(labels, self._reviews.rejected, self._index.sha256)
+
+    def _reviews_now(self, round_number: int) -> InForce:
+        cases = {case.id: case for case in self._found.of(Role.UNLABELED)}
+        labels, rejected = in_force(
+            ReviewStore(self._config.storage.folder).records(),
+            self._plan.task,
+            lambda name: self.image_hashes(cases[name]) if name in cases else None,
+        )
+        return InForce(round=round_number, labels=labels, rejected=rejected)
 
     def patient(self, case: Case) -> str:
         """Return whose scan a case is; one that the manifest does not name counts as a patient of its own."""

@@ -76,7 +76,7 @@ class Site:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = config.torch_device()
-        self.scans = SiteScans(config, plan, self.progress, self.state.folder)
+        self.scans = SiteScans(config, plan, self.progress, self.state.folder, round_number)
         self._start = RoundStart(plan, self.state, round_number, self.device)
         self._privacy = SitePrivacy(config, plan)
 
@@ -138,7 +138,8 @@ class Site:
         regularizer = self._start.regularizer()
         optimizer = self._start.optimizer(specialist)
         known = self._known()
-        labels = self._labeler.labels(self.round, teacher, self.scans.keyed_pair_loaders(Role.UNLABELED), known, head)
+        made = self._labeler.labels(self.round, teacher, self.scans.keyed_pair_loaders(Role.UNLABELED), known, head)
+        labels = self.scans.taught_from(made)
         seed = derive_seed(self.plan.seed, self.config.site, self.round)
         head_steps = self._labeler.train_head(head, known, self.round, seed) if head is not None else 0
         labeled, unlabeled = self._loaders(labels) if self.plan.privacy is None else ([], [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -59,8 +59,10 @@ class SiteData(StrictModel):
         excluded: ids of the cases that must not be used.
         labeled_classes: names of the classes that the label files mark, or `all` of the plan's. A voxel without a label
             may be background or any class not named here.
+        reviewed: whether labels that came of reviewing pseudo-labels here are trained on, from the next round on.
     """
 
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("reviewed",)
     images: Path
     labels: Path | None = None
     labeled: Literal["all"] | tuple[str, ...] = ()
@@ -68,6 +70,7 @@ class SiteData(StrictModel):
     split: SplitRule | None = None
     excluded: tuple[str, ...] = ()
     labeled_classes: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
+    reviewed: bool = True
 
     @field_validator("labeled", "validation", "excluded")
     @classmethod

@@ -36,6 +36,8 @@ data:
   # Classes of the plan that the label files mark: all, or a list of names. A voxel without a label may then be any
   # class that is not named; training leaves that open, and scores are of the named classes only.
   labeled_classes: all
+  # Whether labels that came of `semisam review` here are trained on, from the next round on.
+  reviewed: true
 
 # Frozen foundation models at this site: `packaged` weights, or a file with its SHA-256.
 generalists: {generalists}

@@ -23,12 +23,16 @@ _GEOMETRY = (
 
 
 def write_nifti(path: Path, array: NDArray[Any], grid: Geometry, source: Path | None) -> None:
-    """Write an array as NIfTI, atomically; the same array gives the same bytes.
+    """Write an array as NIfTI, atomically: `nifti_bytes` says how."""
+    write_atomically(path, nifti_bytes(array, grid, source))
+
+
+def nifti_bytes(array: NDArray[Any], grid: Geometry, source: Path | None) -> bytes:
+    """Return a .nii.gz file's content; the same array gives the same bytes.
 
     Nothing but geometry is taken over from the scan's header: its texts may tell who the patient is.
 
     Args:
-        path: ends in .nii.gz.
         array: (X, Y, Z).
         grid: where its voxels lie.
         source: the scan's NIfTI file, whose geometry fields are taken over bit by bit; None for other formats.
@@ -45,7 +49,7 @@ def write_nifti(path: Path, array: NDArray[Any], grid: Geometry, source: Path | 
         for setter in (file.set_qform, file.set_sform):
             setter(grid.affine.numpy(), _SCANNER)
         file.header.set_xyzt_units("mm")
-    write_atomically(path, gzip.compress(file.to_bytes(), 5, mtime=0))
+    return gzip.compress(file.to_bytes(), 5, mtime=0)
 
 
 def _header(path: Path) -> tuple[Any, Any]:

@@ -291,14 +291,15 @@ def _check_buckets(scalars: Mapping[str, float]) -> None:
 def _check_counts(scalars: Mapping[str, float], kind: str, plan: Plan, joined: Admitted) -> None:
     """Compare counts with what the site declared when it joined; quarantined scans may have been repaired since.
 
-    A count in a bucket may be any of the bucket: what it limits is compared with the bucket's highest.
+    Scans become labeled, and unlabeled again, as people at the site review them, so only their sum is compared. A count
+    in a bucket may be any of the bucket: what it limits is compared with the bucket's highest.
     """
 
     def most(count: float) -> float:
         return bucket_top(int(count)) if joined.bucketed else count
 
     declared = {name: most(count) for name, count in joined.scalars.items()}
-    roles = {MessageType.TRAIN: ("labeled", "unlabeled"), MessageType.EVALUATE: ("validation",)}.get(kind, ())
+    roles = ("validation",) if kind == MessageType.EVALUATE else ()
     limits = [(role, scalars[role], declared[role] + declared["quarantined"]) for role in roles]
     if kind == MessageType.TRAIN:
         scans = sum(declared[name] for name in ("labeled", "unlabeled", "quarantined"))

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("semisam_core", "client", "server")
-UPPER_ROOMS = ("deployment", "engines", "experiments", "intake", "release", "reports", "cli")
+UPPER_ROOMS = ("deployment", "engines", "experiments", "intake", "release", "reports", "review", "cli")
 
 IMAGE_PACKAGES = {"nibabel", "SimpleITK", "pydicom", "highdicom", "h5py", "matplotlib", "PIL", "imageio"}
 IMAGE_ROOMS = (
@@ -45,7 +45,9 @@ def test_core_client_and_server_import_nothing_but_the_core(room: str) -> None:
         assert not _imports(path) & forbidden, path
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "deployment", "engines", "experiments", "intake", "release", "reports"])
+@pytest.mark.parametrize(
+    "room", [*ROOMS, "deployment", "engines", "experiments", "intake", "release", "reports", "review"]
+)
 def test_nothing_imports_the_command_line(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
         assert "cli" not in _imports(path), path
@@ -53,11 +55,13 @@ def test_nothing_imports_the_command_line(room: str) -> None:
 
 def test_no_room_knows_the_rooms_above_it() -> None:
     for room, forbidden in (
-        ("engines", {"experiments", "deployment", "intake", "release", "reports"}),
-        ("deployment", {"experiments", "release"}),
-        ("intake", {"engines", "experiments", "deployment", "release", "reports", "server"}),
-        ("release", {"experiments"}),
-        ("reports", {"experiments", "deployment", "release"}),
+        ("engines", {"experiments", "deployment", "intake", "release", "reports", "review"}),
+        ("deployment", {"experiments", "release", "review"}),
+        ("intake", {"engines", "experiments", "deployment", "release", "reports", "review", "server"}),
+        ("release", {"experiments", "review"}),
+        ("experiments", {"review"}),
+        ("reports", {"experiments", "deployment", "release", "review"}),
+        ("review", {"engines", "experiments", "server"}),
     ):
         for path in (ROOT / room).rglob("*.py"):
             assert not _imports(path) & forbidden, path
@@ -104,7 +108,7 @@ def _imported_names(path: Path) -> set[str]:
 
 def test_the_command_line_only_parses_and_prints() -> None:
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "cli").rglob("*.py")}
-    assert sum(lines.values()) < 1300, lines
+    assert sum(lines.values()) < 1400, lines
 
 
 def test_every_direct_dependency_has_an_exact_version_in_the_constraints() -> None:

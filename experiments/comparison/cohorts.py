@@ -71,7 +71,7 @@ def fingerprint(sites: Sites) -> str:
 
 
 def narrowed(sites: Sites, setting: str, plan: Plan) -> list[tuple[SiteConfig, Inventory]]:
-    """Keep the first labeled cases of each site's list; the others become unlabeled.
+    """Keep the first labeled cases of each site's list; the others become unlabeled, whatever a review made of them.
 
     Raises:
         ConfigError: a site has too few labeled cases, none is left at any site, or a site could learn from nothing.
@@ -80,12 +80,12 @@ def narrowed(sites: Sites, setting: str, plan: Plan) -> list[tuple[SiteConfig, I
     counts = label_counts(setting, listed)
     if not any(counts.values()):
         raise ConfigError(f"labeled: {setting}: no site would have a labeled case to learn from.")
-    if setting == ALL:
-        return list(sites)
     result = []
     for config, _ in sites:
-        kept = listed[config.site][: counts[config.site]]
-        changed = config.model_copy(update={"data": config.data.model_copy(update={"labeled": kept})})
+        kept = config.data.labeled if setting == ALL else listed[config.site][: counts[config.site]]
+        changed = config.model_copy(
+            update={"data": config.data.model_copy(update={"labeled": kept, "reviewed": False})}
+        )
         result.append((changed, inventory(changed, plan)))
     return result
 
@@ -199,6 +199,7 @@ def _pooled_site(
         labeled=tuple(each.id for each in cases if each.case.role is Role.LABELED),
         validation=tuple(each.id for each in cases if each.case.role is Role.VALIDATION),
         labeled_classes=annotated,
+        reviewed=False,
     )
     return SiteConfig(
         version=1,

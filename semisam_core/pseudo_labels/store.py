@@ -34,6 +34,7 @@ class StoredPseudoLabel:
         refusals: for each class, why it was refused, or None.
         confidences: the confidence in each accepted class.
         foreground: how many voxels of each class are foreground.
+        round: the round that made it; None if its file does not say.
     """
 
     target: StoredVolume
@@ -42,6 +43,7 @@ class StoredPseudoLabel:
     refusals: tuple[Refusal | None, ...]
     confidences: tuple[float, ...]
     foreground: tuple[int, ...]
+    round: int | None = None
 
     def voxels(self, k: int) -> Tensor:
         """Return the foreground voxels (N, 3) of the k-th class, from 1, in array order.
@@ -60,12 +62,13 @@ class PseudoLabelStore:
         """Use a folder, created on the first write."""
         self._folder = folder
 
-    def save(self, key: str, label: PseudoLabel) -> None:
+    def save(self, key: str, label: PseudoLabel, round_number: int | None = None) -> None:
         """Write a pseudo-label in half precision, class by class.
 
         Args:
             key: the scan's, such as `prepared_key`.
             label: the pseudo-label.
+            round_number: the round that makes it.
 
         Raises:
             OSError: the disk is full.
@@ -85,7 +88,11 @@ class PseudoLabelStore:
             if accepted:
                 confidences.append(confidence(target.float(), _half(label.uncertainty[k]).float()))
             scratch.release()
-        about = {"refusals": [refusal and refusal.value for refusal in label.refusals], "confidences": confidences}
+        about = {
+            "refusals": [refusal and refusal.value for refusal in label.refusals],
+            "confidences": confidences,
+            "round": round_number,
+        }
         save_tensor_parts(self._path(key), tensors, {"about": json.dumps(about)})
 
     def open(self, key: str) -> StoredPseudoLabel | None:
@@ -102,9 +109,11 @@ class PseudoLabelStore:
                 foreground = [int(file.get_slice(f"foreground.{k}").get_shape()[0]) for k in range(1, 1 + len(valid))]
                 refusals = [None if word is None else Refusal(word) for word in about["refusals"]]
                 confidences = [float(value) for value in about["confidences"]]
+                number = None if about.get("round") is None else int(about["round"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
-        return StoredPseudoLabel(maps[0], maps[1], valid, tuple(refusals), tuple(confidences), tuple(foreground))
+        decided = (tuple(refusals), tuple(confidences), tuple(foreground), number)
+        return StoredPseudoLabel(maps[0], maps[1], valid, *decided)
 
     def load(self, key: str) -> PseudoLabel | None:
         """Return a scan's pseudo-label with all its maps, or None if there is none or its file cannot be read."""

@@ -185,6 +185,25 @@ def test_scores_of_more_cases_than_the_site_declared_are_rejected(
     assert says in answer.reason
 
 
+@pytest.mark.parametrize(
+    ("labeled", "unlabeled", "admitted"),
+    [(1, 2, True), (2, 1, True), (3, 0, True), (0, 3, True), (2, 2, False), (4, 0, False), (0, 4, False)],
+)
+def test_scans_may_become_labeled_but_not_more(plan: Plan, labeled: int, unlabeled: int, admitted: bool) -> None:
+    scalars = SCALARS | {"labeled": labeled, "unlabeled": unlabeled}
+    reply = Message(
+        RecordDict(_records(plan) | {"metrics": MetricRecord(scalars)}),
+        reply_to=Message(RecordDict(), 7, MessageType.TRAIN),
+    )
+    declared = {"labeled": 1.0, "unlabeled": 2.0, "validation": 1.0, "quarantined": 0.0}
+    answer = admit(
+        reply, MessageType.TRAIN, 1, plan, specialist_spec(plan), {_node(reply): Admitted("alpha", declared, None)}
+    )
+    assert isinstance(answer, Admitted) is admitted
+    if isinstance(answer, Rejected):
+        assert (answer.rule, "labeled + unlabeled is 4" in answer.reason) == (RejectionRule.COUNTS, True)
+
+
 def test_a_reply_from_a_node_that_has_not_joined_is_rejected(plan: Plan) -> None:
     reply = Message(RecordDict(_records(plan)), reply_to=Message(RecordDict(), 7, MessageType.TRAIN))
     answer = admit(reply, MessageType.TRAIN, 1, plan, specialist_spec(plan), {})

@@ -42,6 +42,13 @@ def test_labeled_cases_beyond_the_count_become_unlabeled(study: Study, tmp_path:
     assert _ids(cohort.sites, Role.VALIDATION) == {site: ["case-3", "case-4"] for site in ("alpha", "beta")}
 
 
+@pytest.mark.parametrize("setting", ["1", "all"])
+def test_what_a_review_labeled_is_unlabeled_in_a_comparison(study: Study, tmp_path: Path, setting: str) -> None:
+    cohort = _cohort(study, tmp_path / "out", setting)
+    configs = [*load_site_folder(cohort.sites), *load_site_folder(cohort.pooled_sites)]
+    assert [config.data.reviewed for config in configs] == [False, False, False]
+
+
 def test_sites_keep_their_storage(study: Study, tmp_path: Path) -> None:
     cohort = _cohort(study, tmp_path / "out", "1")
     kept = {config.site: config.storage.folder for config in load_site_folder(cohort.sites)}
