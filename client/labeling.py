@@ -155,7 +155,7 @@ class Labeler:
                     continue
                 if make is None:
                     make = self._maker(predict_by, labeled, head, round_number)
-                store.save(key, make(case, pair, self._new_scratch()), round_number)
+                store.save(key, make(case, pair, self._config.storage.scratch()), round_number)
                 label = _stored(store, key)
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")
@@ -181,7 +181,7 @@ class Labeler:
             try:
                 if not learned:
                     examples = ((each.for_generalists.image, label) for each, label in _labeled(labeled))
-                    learned.append(starter.learn(examples, self._new_scratch()))
+                    learned.append(starter.learn(examples, self._config.storage.scratch()))
                 return starter.rough(pair.for_generalists.image, learned[0], scratch)
             except (RuntimeError, ValueError) as error:  # as for prompts: one scan does not stop the others
                 logger.warning("The cold start's generalist failed on a scan, which gets no pseudo-label: %s", error)
@@ -192,9 +192,6 @@ class Labeler:
     def _background_only(self, pair: ScanPair, scratch: Scratch) -> Tensor:
         return background_only(pair.for_generalists.image, len(self._plan.task.classes), scratch)
 
-    def _new_scratch(self) -> Scratch:
-        return Scratch(self._config.storage.folder / "scratch")
-
     def _report_embedding(self, done: int, total: int) -> None:
         self._progress("embed", done, total, "slices")
 
@@ -202,7 +199,7 @@ class Labeler:
         self, case: str, pair: ScanPair, network: nn.Module, labeled: Scans, head: FeatureHead | None = None
     ) -> PseudoLabel:
         """Return a pseudo-label, on the specialist's grid, with a network in the teacher's place."""
-        return self._maker(partial(self._predict, network), labeled, head)(case, pair, self._new_scratch())
+        return self._maker(partial(self._predict, network), labeled, head)(case, pair, self._config.storage.scratch())
 
     def train_head(self, head: FeatureHead, labeled: Scans, round_number: int, seed: int) -> int:
         """Train the feature head in place on this site's labels, and return the steps it took in each view.
@@ -221,7 +218,7 @@ class Labeler:
         known = list(_labeled(labeled))
         if not known or len(annotated_classes(self._config, self._plan)) < classes:
             return 0
-        scratch = self._new_scratch()
+        scratch = self._config.storage.scratch()
         sent = {name: value.clone() for name, value in head.state_dict().items()}
         try:
             scans = {
@@ -286,7 +283,7 @@ class Labeler:
             self._config.storage.folder / "transforms",
             annotated_classes(self._config, self._plan),
             self._report_embedding,
-            self._new_scratch,
+            self._config.storage.scratch,
         )
         reader = self._feature_reader()
         more = [] if head is None or reader is None else [FeatureHeadSource(head, reader, self._device)]
@@ -335,7 +332,7 @@ class Labeler:
 
     def _calibration(self, predict_by: Predict, labeled: Scans) -> Calibration:
         def example(pair: ScanPair, label: Tensor) -> LabeledExample:
-            scratch = self._new_scratch()
+            scratch = self._config.storage.scratch()
             return LabeledExample(pair.for_generalists.image, label, predict_by(pair, scratch), scratch)
 
         examples = (example(pair, label) for pair, label in _labeled(labeled))

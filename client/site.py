@@ -292,7 +292,7 @@ class Site:
         scan, annotated = self.scans.load(case), self.scans.annotated
         if scan is None:
             return [None] * len(self.plan.class_names)
-        found = segment_original(specialist, scan, self.plan, self.device)
+        found = segment_original(specialist, scan, self.plan, self.device, scratch=self.config.storage.scratch())
         label, geometry = load_original_label(case, self.plan)
         scores = score_case(
             found,
@@ -312,7 +312,8 @@ class Site:
         cases = next((usable for role in roles if (usable := self.scans.usable(role))), [])
         if not cases or (scan := self.scans.load(cases[0])) is None:
             return
-        found = segment_original(specialist, replace(scan, original=scan.grid), self.plan, self.device)
+        on_plans_grid, scratch = replace(scan, original=scan.grid), self.config.storage.scratch()
+        found = segment_original(specialist, on_plans_grid, self.plan, self.device, scratch=scratch)
         pair = self.scans.load_pair(cases[0])
         labeled = self._known()
         pseudo = (

@@ -25,6 +25,7 @@ from semisam_core.errors import ConfigError
 from semisam_core.generalists.registry import accepted_prompts
 from semisam_core.paths import absolute_path
 from semisam_core.plan import Plan
+from semisam_core.scratch import Scratch
 
 
 class SplitRule(StrictModel):
@@ -116,6 +117,10 @@ class Storage(StrictModel):
     folder: Path
     memory_gb: float = Field(default=4.0, gt=0)
     embeddings_gb: float = Field(default=10.0, ge=0)
+
+    def scratch(self) -> Scratch:
+        """Return room for the maps of all classes of one scan."""
+        return Scratch(self.folder / "scratch")
 
 
 class Egress(StrictModel):

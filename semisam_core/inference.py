@@ -82,6 +82,7 @@ def segment_original(
     device: torch.device,
     overlap: float | None = None,
     progress: ProgressCallback | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Return the segmentation of a scan on the grid of its own file, in bounded memory.
 
@@ -97,6 +98,7 @@ def segment_original(
         device: where to compute. Sums of windows and the result are on the CPU.
         overlap: as in `predict`.
         progress: called with (planes done, planes of the result) after each block.
+        scratch: where to keep the prediction's rows, which grow with the number of classes; None for memory.
 
     Returns:
         (X, Y, Z) uint8 of class indices on `scan.original`: 0 background, k the plan's k-th class.
@@ -111,10 +113,12 @@ def segment_original(
     try:
         with torch.inference_mode():
             share = plan.evaluation.overlap if overlap is None else overlap
-            rolling = SlidingProbabilities(network, scan.image, classes, plan.data.patch, share, device)
+            rolling = SlidingProbabilities(network, scan.image, classes, plan.data.patch, share, device, scratch)
             for number, ((_, rows), _, block) in enumerate(blocks):
                 rolling.advance(rows)
                 block.of(found).copy_(_most_probable(rolling.volume, change, block))
+                if scratch is not None:
+                    scratch.release()
                 rolling.release(min((first for (first, _), _, _ in blocks[number + 1 :]), default=0))
                 if progress is not None:
                     progress(sum(each.stop - each.start for _, _, each in blocks[: number + 1]), found.shape[axis])

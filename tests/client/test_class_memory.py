@@ -15,7 +15,7 @@ from client.labeling import Labeler
 from client.progress import ProgressLog
 from client.site import Site
 from client.site_config import load_site_config
-from semisam_core.contract import initial_head
+from semisam_core.data import resampling
 from semisam_core.data.cases import Role
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
@@ -125,11 +125,13 @@ def test_training_the_feature_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("message", ["join", "evaluate"])
-def test_joining_and_evaluating(tmp_path: Path, message: str) -> None:
+def test_joining_and_evaluating(tmp_path: Path, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resampling, "BLOCK_BYTES", 2_000_000)  # so that a scan this small has several blocks
+
     def prepare(path: Path, classes: int) -> Callable[[], object]:
-        plan = _plan(classes, *EVIDENCE)
+        plan = _plan(classes)
         site = Site(load_site_config(path), plan, "run", 0 if message == "join" else 1)
-        weights = dict(new_specialist(plan).state_dict()) | initial_head(plan)
+        weights = dict(new_specialist(plan).state_dict())
         return site.join if message == "join" else lambda: site.evaluate(weights, final=True)
 
     assert _growth_mb(tmp_path, prepare) < 0.5 * (MANY - FEW) * MAP_MB

@@ -24,6 +24,7 @@ from semisam_core.data.scans import Scan, to_original
 from semisam_core.inference import new_specialist, predict, segment_original, segmentation
 from semisam_core.plan import Plan
 from semisam_core.row_window import RowWindow
+from semisam_core.scratch import Scratch
 from tests.conftest import tiny_plan
 
 CPU = torch.device("cpu")
@@ -82,13 +83,20 @@ def test_it_is_the_segmentation_of_the_whole_probabilities(
 
 @settings(deadline=None, max_examples=40)
 @given(shape=SHAPES, seed=st.integers(0, 999), overlap=st.sampled_from([0.0, 0.25, 0.5]))
-def test_its_probabilities_are_equal_bit_by_bit(shape: tuple[int, int, int], seed: int, overlap: float) -> None:
+def test_its_probabilities_are_equal_bit_by_bit(
+    shape: tuple[int, int, int], seed: int, overlap: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     plan = tiny_plan(CLASSES, f"evaluation.overlap={overlap}")
     scan, network = _scan(shape, seed, False, True), _sharp(plan).eval()
     with torch.inference_mode():
         rolling = inference.SlidingProbabilities(network, scan.image, 4, plan.data.patch, overlap, CPU)
         rolling.advance(shape[0])
-    assert torch.equal(rolling.volume, predict(network, scan.image, plan, CPU))
+    probability = predict(network, scan.image, plan, CPU)
+    assert torch.equal(rolling.volume, probability)
+    scratch = Scratch(tmp_path_factory.mktemp("scratch"))
+    assert torch.equal(predict(network, scan.image, plan, CPU, scratch=scratch), probability)
+    on_disk, in_memory = (segment_original(network, scan, plan, CPU, scratch=each) for each in (scratch, None))
+    assert torch.equal(on_disk, in_memory)
 
 
 @settings(deadline=None, max_examples=40)
