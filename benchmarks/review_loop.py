@@ -1,6 +1,6 @@
 """What a radiologist's minutes buy: Dice against annotation minutes, in ranked and in random order.
 
-    python benchmarks/review_loop.py --data hippocampus --work loop --scans 12 --rounds 6 --seeds 1
+    python benchmarks/review_loop.py --work loop --scans 8 --tested 4 --rounds 4 --steps 50 --seeds 0 1
 
 One site of the data trains with one labeled scan until its unlabeled scans have pseudo-labels. From there the study
 goes on once for each order and budget of minutes: scans are reviewed in that order while the budget lasts, and the
@@ -58,11 +58,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="before the reviews, and as many afterwards")
     parser.add_argument("--steps", type=int, default=20, help="a round")
     parser.add_argument("--minutes", type=float, nargs="+", default=[0.0, 60.0])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shutil.rmtree(arguments.work, ignore_errors=True)
-    lines = [line for seed in range(arguments.seeds) for line in _loop(arguments, seed)]
+    lines = [line for seed in arguments.seeds for line in _loop(arguments, seed)]
     (arguments.work / "results.json").write_text(json.dumps(lines, indent=2))
     print(f"{'seed':>4} {'order':<8} {'budget':>7} {'minutes':>8} {'reviewed':>8} {'Dice':>6}")
     for line in lines:

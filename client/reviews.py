@@ -143,7 +143,7 @@ class ReviewStore:
         Raises:
             OSError: it cannot be written.
         """
-        self._make()
+        self.prepare()
         append_json_line(self.folder / RECORDS, record.model_dump(mode="json"))
 
     def keep(self, content: bytes) -> str:
@@ -154,7 +154,7 @@ class ReviewStore:
         """
         digest = hashlib.sha256(content).hexdigest()
         if not self.mask(digest).exists():
-            self._make()
+            self.prepare()
             write_atomically(self.mask(digest), content)
         return digest
 
@@ -162,7 +162,12 @@ class ReviewStore:
         """Return the path of a mask."""
         return self.folder / MASKS / f"{sha256}.nii.gz"
 
-    def _make(self) -> None:
+    def prepare(self) -> None:
+        """Make the folder, for its owner alone.
+
+        Raises:
+            OSError: it cannot be made.
+        """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(self.folder, 0o700)
 

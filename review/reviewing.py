@@ -75,6 +75,7 @@ class Reviewing:
     Raises:
         ConfigError: the rater's name is not accepted, the plan is private, or the site has no such run.
         SplitChangedError: the split is not the one that the run began with.
+        OSError: the storage cannot be written.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Reviewing:
         self._folder = config.storage.folder / "runs" / self.run
         if not is_name(self.run) or not self._folder.is_dir():
             raise ConfigError(f"--run {self.run!a}: this site has no run of this name in {config.storage.folder}/runs.")
+        self.store.prepare()
         progress = ProgressLog(config.storage.folder / FOLDER / "progress.jsonl", 0)
         self._scans = SiteScans(config, plan, progress, self._folder)
 
@@ -103,11 +105,18 @@ class Reviewing:
         """
         if self.second:
             return [WorklistEntry(case, (), first.round) for case, first in sorted(self._to_read_again().items())]
-        rated = {record.source for record in self.store.records() if record.rater == self.rater}
+        rated: dict[str, set[str | None]] = {}
+        for record in self.store.records():
+            if record.rater == self.rater:
+                rated.setdefault(record.case, set()).add(record.source)
         cases = [(case, self._pseudo_label(key)) for case, key, _ in self._scans.keyed_pair_loaders(Role.UNLABELED)]
         found = [(case, label) for case, label in cases if label is not None]
         labeled = [lambda case=case: self._scans.load(case) for case in self._scans.usable(Role.LABELED)]
-        new = [(case, label) for case, label in found if file_sha256(label.target.path) not in rated]
+        new = [
+            (case, label)
+            for case, label in found
+            if case not in rated or file_sha256(label.target.path) not in rated[case]
+        ]
         return ranked(new, mean_volumes_ml(labeled, self.plan), self.plan)
 
     def open(self, name: str) -> Opened:

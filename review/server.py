@@ -48,7 +48,7 @@ HEADERS = {
     ),
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # under no-referrer, some browsers call the page's own origin null
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }

@@ -155,6 +155,18 @@ def test_nothing_generated_is_tracked() -> None:
     assert not [name for name in tracked if name.startswith(("demo/", "runs/", ".venv/"))]
 
 
+def test_every_file_of_a_room_that_is_not_code_is_packed() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packed = {
+        path
+        for room, patterns in tools["package-data"].items()
+        for each in patterns
+        for path in (ROOT / room).glob(each)
+    }
+    files = {path for room in (*ROOMS, *UPPER_ROOMS) for path in (ROOT / room).rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} == packed
+
+
 def test_the_version_that_server_and_sites_compare_is_the_projects() -> None:
     import semisam_core
 

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from client.reviews import Decision, ReviewRecord, ReviewStore, decision_on, in_force
+from client.reviews import Decision, ReviewRecord, ReviewStore, decision_on, in_force, with_reviewed_labels
+from semisam_core.data.cases import Case, Inventory, Role
+from semisam_core.data.scans import file_sha256
 from tests.conftest import tiny_plan
 
 TASK = tiny_plan("pseudo_labels=null").task
@@ -135,3 +137,20 @@ def test_a_mask_is_kept_once_under_its_hash(tmp_path: Path) -> None:
     assert store.keep(b"mask") == digest
     assert (store.mask(digest).read_bytes(), store.mask(digest).stat().st_mtime_ns) == (b"mask", kept)
     assert store.folder.stat().st_mode & 0o077 == 0
+
+
+def test_only_unlabeled_cases_become_labeled(tmp_path: Path) -> None:
+    store = ReviewStore(tmp_path)
+    digest = store.keep(b"mask")
+    own = tmp_path / "own.nii.gz"
+    cases = [
+        Case(role.value, (tmp_path / "image.nii.gz",), None if role is Role.UNLABELED else own, role) for role in Role
+    ]
+    found = with_reviewed_labels(
+        Inventory(tuple(cases), ()), dict.fromkeys([role.value for role in Role], digest), store, file_sha256
+    )
+    assert {case.id: (case.role, case.label) for case in found.cases} == {
+        "labeled": (Role.LABELED, own),
+        "unlabeled": (Role.LABELED, store.mask(digest)),
+        "validation": (Role.VALIDATION, own),
+    }

@@ -32,7 +32,9 @@ def site(make_site: MakeSite) -> Path:
 
 
 def test_the_worklist_names_unlabeled_scans_only_and_the_round_of_their_pseudo_labels(site: Path) -> None:
-    entries = reviewing(site).worklist()
+    review = reviewing(site)
+    entries = review.worklist()
+    assert review.store.folder.stat().st_mode & 0o077 == 0
     assert {entry.case for entry in entries} == {"case-1", "case-3", "case-4"}
     assert {entry.round for entry in entries} == {1}
     assert [entry.doubt for entry in entries] == sorted((entry.doubt for entry in entries), reverse=True)

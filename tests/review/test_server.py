@@ -90,6 +90,10 @@ def test_the_pages_files_are_served_and_ask_nobody_else(server: PageServer, name
         assert word not in content
 
 
+def test_every_file_of_the_page_is_served_and_no_other() -> None:
+    assert {name for name, _ in FILES.values()} == {path.name for path in module.PAGE.iterdir()}
+
+
 def test_every_answer_forbids_caching_framing_referrers_and_foreign_content(server: PageServer) -> None:
     for path in (f"/{server.token}/", "/", f"/{server.token}/worklist"):
         head = _raw(server, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
@@ -98,7 +102,7 @@ def test_every_answer_forbids_caching_framing_referrers_and_foreign_content(serv
             b"cache-control: no-store",
             b"content-security-policy: default-src 'none'; script-src 'self';",
             b"frame-ancestors 'none'",
-            b"referrer-policy: no-referrer",
+            b"referrer-policy: same-origin",
             b"x-content-type-options: nosniff",
             b"cross-origin-resource-policy: same-origin",
         ):
