@@ -126,7 +126,7 @@ def _train(scalars: dict[str, int], declared: dict[str, float]) -> Admitted | No
     ("scalars", "says"),
     [
         ({"labeled": 3}, "labeled is 3, which begins no bucket"),
-        ({"labeled": 10}, "labeled is 10 but can be at most 8"),
+        ({"labeled": 20}, "labeled + unlabeled is 25 but can be at most 17"),
         ({"accepted": 5, "gated": 5}, "accepted + gated is 10 but can be at most 9"),
     ],
 )
