@@ -41,9 +41,14 @@ TINY_PLAN: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # before the fixtures of any module compute what is compared bit by bit
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_again(_one_thread: None) -> None:
+    torch.set_num_threads(1)  # a test may have set others
 
 
 @pytest.fixture(autouse=True, scope="session")
