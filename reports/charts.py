@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 340, 180
-LEFT, RIGHT, TOP, BOTTOM = 44, 330, 10, 150
+LEFT, RIGHT, TOP, BOTTOM = 54, 330, 10, 150
 ROW, NAME_LENGTH, MOST_TICKS = 34, 48, 8
 STYLES = ("a", "b", "c")
 
