@@ -176,6 +176,7 @@ def _refuse_other_files(path: Path) -> None:
         if name.upper() in ("LOCAL", "INTERNAL") and suffix != ".nhdr":
             continue
         beside = name not in ("", ".", "..") and not any(mark in name for mark in "/\\%\0")
+        beside = beside and name[0] not in "=:"  # a second separator, which the reader may skip
         attached = suffix in (".nrrd", ".mha")
         if attached or not beside or name.upper().startswith("LIST") or (path.parent / name).is_symlink():
             raise IntakeError(f"{path.name!a}: its voxels are in {shown(name)}; only a file beside the header is read.")

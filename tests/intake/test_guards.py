@@ -107,6 +107,7 @@ META = b"ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR
 NRRD = b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 4 4\nencoding: raw\n"
 ELSEWHERE = {
     "colon.mhd": META + b"ElementDataFile: ../secret.raw\n",
+    "two-separators.mhd": META + b"ElementDataFile := beside.raw\n",
     "attached.mha": META + b"ElementDataFile = beside.raw\n",
     "after-blank-lines.mhd": META + b"\n\nElementDataFile = ../secret.raw\n",
     "after-comments.mhd": META + b"Comment = x\n" * 20_000 + b"ElementDataFile = ../secret.raw\n",
