@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from cli.errors import errors, readable_errors
-
-if TYPE_CHECKING:
-    from intake.check.examine import DataCheck
 
 app = typer.Typer(no_args_is_help=True, help="A hospital's data, before it joins a study.")
 console = Console()
@@ -39,6 +36,7 @@ def check(
         from client.site_config import load_site_config
         from intake.check.examine import check_site_data
         from intake.check.report import REPORT, write_report
+        from intake.check.view import print_check
         from semisam_core.paths import absolute_path
         from semisam_core.plan import load_plan
 
@@ -52,25 +50,6 @@ def check(
         if as_json:
             typer.echo(json.dumps(found.as_json() | {"report": str(path)}, indent=2))
         else:
-            _print(found, path)
+            print_check(found, path, console)
     if not found.sound:
         raise typer.Exit(1)
-
-
-def _print(found: DataCheck, path: Path) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from semisam_core.text import printable
-
-    table = Table("case", "severity", "check", "found", title=f"Data check of {found.site}")
-    for finding in found.findings:
-        said = (finding.case or "(site)", finding.severity.value, finding.check, finding.sentence)
-        table.add_row(*(Text(printable(cell), overflow="fold") for cell in said))
-    if found.findings:
-        console.print(table)
-    for reason, names in found.reasons_not_done().items():
-        console.print(f"Not done: {', '.join(names)} ({reason}).", markup=False, highlight=False, soft_wrap=True)
-    counts = ", ".join(f"{number} {name}" for name, number in found.counts().items())
-    console.print(f"{counts}.", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"The report stays at this site: {path}", markup=False, highlight=False, soft_wrap=True)

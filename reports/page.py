@@ -80,6 +80,22 @@ FRAME = """\
 """
 
 PARTS = """\
+{% macro counted(counts) %}
+<dl class="counts">
+{%- for name, value in counts %}
+<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
+{%- endfor %}
+</dl>
+{% endmacro %}
+
+{% macro contents(sections) %}
+<nav aria-label="Sections"><ul>
+{%- for anchor, name in sections %}
+<li><a href="#{{ anchor }}">{{ name }}</a></li>
+{%- endfor %}
+</ul></nav>
+{% endmacro %}
+
 {% macro table(caption, columns, rows) %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}"><table>
 <caption>{{ caption }}</caption>

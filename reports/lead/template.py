@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TEMPLATE = """\
 {% extends "frame" %}
-{% from "parts" import table, numbers, key, lines, bars, pairs with context %}
+{% from "parts" import counted, contents, table, numbers, key, lines, bars, pairs with context %}
 {% block title %}Study {{ task }}{% endblock %}
 {% block body %}
 <header>
@@ -16,17 +16,9 @@ often since it is about too few patients; it is not zero.</p>
 {%- if state != "completed" %}
 <p class="bad"><strong>This run has not completed ({{ state }}).{% if reason %} {{ reason }}{% endif %}</strong></p>
 {%- endif %}
-<dl class="counts">
-{%- for name, value in counts %}
-<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
-{%- endfor %}
-</dl>
+{{ counted(counts) }}
 <p class="soft">{{ period }}. Scores: {{ scores_of }}.</p>
-<nav aria-label="Sections"><ul>
-{%- for anchor, name in sections %}
-<li><a href="#{{ anchor }}">{{ name }}</a></li>
-{%- endfor %}
-</ul></nav>
+{{ contents(sections) }}
 </header>
 <main>
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TEMPLATE = """\
 {% extends "frame" %}
-{% from "parts" import table, numbers, key, lines, bars with context %}
+{% from "parts" import counted, contents, table, numbers, key, lines, bars with context %}
 {% block sources %}; img-src data:{% endblock %}
 {% block title %}{{ site }}: {{ run }}{% endblock %}
 {% block body %}
@@ -12,16 +12,8 @@ TEMPLATE = """\
 <h1>Site {{ site }}, run {{ run }}</h1>
 <p class="stays"><strong>This report stays at the site.</strong> It names cases and shows scans of patients. Do not send
 it to the lead of a study or to anyone who may not see them; nothing in FedSemiSAM sends it.</p>
-<dl class="counts">
-{%- for name, value in counts %}
-<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
-{%- endfor %}
-</dl>
-<nav aria-label="Sections"><ul>
-{%- for anchor, name in sections %}
-<li><a href="#{{ anchor }}">{{ name }}</a></li>
-{%- endfor %}
-</ul></nav>
+{{ counted(counts) }}
+{{ contents(sections) }}
 </header>
 <main>
 

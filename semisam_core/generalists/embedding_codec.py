@@ -78,7 +78,8 @@ def decoded(coded: Coded) -> Tensor:
     count = int(np.prod(shape, dtype=np.int64))
     deflated = zlib.decompressobj()
     try:
-        raw = deflated.decompress(coded.codes.numpy().tobytes(), 2 * count)  # whatever the file says
+        # No more than the shape allows, whatever the codes say; 0 would mean without a bound.
+        raw = deflated.decompress(coded.codes.numpy().tobytes(), max(1, 2 * count))
     except zlib.error as error:
         raise ValueError(f"codes cannot be inflated: {error}") from None
     block = _block(shape)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +83,17 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"fit|inflated"):
             decoded(broken)
+
+
+@pytest.mark.parametrize("shape", [[0], [64, 64]])
+def test_codes_are_inflated_no_further_than_their_shape_allows(shape: list[int]) -> None:
+    codes = torch.frombuffer(bytearray(zlib.compress(bytes(100_000_000))), dtype=torch.uint8)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="fit"):
+        decoded(Coded(codes, torch.ones(7), torch.tensor(shape, dtype=torch.int64)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_lite_medsam_answers_the_same_from_a_third_of_the_bytes() -> None:
