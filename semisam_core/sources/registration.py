@@ -6,10 +6,11 @@ by the number of iterations and of sampled voxels; the same scans give the same 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,7 +148,6 @@ def register_affine(fixed: SimpleITK.Image, moving: SimpleITK.Image, iterations:
         fixed, moving, SimpleITK.AffineTransform(3), SimpleITK.CenteredTransformInitializerFilter.GEOMETRY
     )
     method = SimpleITK.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)  # sums in another order would give another transform
     method.SetMetricAsMattesMutualInformation(BINS)
     method.SetMetricSamplingStrategy(method.REGULAR)
     levels, share = ((2, 1), 0.5) if min(fixed.GetSize()) < SMALL else ((4, 2), 0.2)
@@ -161,11 +161,27 @@ def register_affine(fixed: SimpleITK.Image, moving: SimpleITK.Image, iterations:
     method.SetSmoothingSigmasPerLevel([float(level) for level in levels])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetInitialTransform(start, inPlace=False)
-    found = SimpleITK.AffineTransform(SimpleITK.CompositeTransform(method.Execute(fixed, moving)).GetNthTransform(0))
+    with _one_thread():
+        executed = method.Execute(fixed, moving)
+    found = SimpleITK.AffineTransform(SimpleITK.CompositeTransform(executed).GetNthTransform(0))
     matrix = np.asarray(found.GetMatrix()).reshape(3, 3)
     centre, shift = np.asarray(found.GetCenter()), np.asarray(found.GetTranslation())
     offset = shift + centre - matrix @ centre
     return [float(value) for value in (*matrix.ravel(), *offset)]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let ITK use one thread: sums in another order give another transform.
+
+    The method's own number of threads does not reach its metric, so the process's default must be changed.
+    """
+    before = SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
 
 def _affine(numbers: Sequence[float]) -> SimpleITK.AffineTransform:

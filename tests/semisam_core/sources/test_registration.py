@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 
 import pytest
+import SimpleITK
 import torch
 from torch import Tensor
 
+from semisam_core.data.phantom import DEMO_SCANNERS, make_phantom
 from semisam_core.evaluation import dice_of
 from semisam_core.sources.base import SourceScan
-from semisam_core.sources.registration import Atlas, RegistrationSource, TransformStore
+from semisam_core.sources.registration import Atlas, RegistrationSource, TransformStore, _image, register_affine
 
 SPACING = (2.0, 2.0, 3.0)
 SHAPE = (32, 28, 20)
@@ -57,6 +59,21 @@ def test_the_same_scans_give_the_same_label_bit_by_bit() -> None:
     image, _ = _body((5.0, 2.0, 0.0))
     one, other = (RegistrationSource([_atlas()]).look(_scan(image)).foreground for _ in range(2))
     assert torch.equal(one, other)
+
+
+def test_a_registration_repeats_bit_by_bit_however_many_threads_there_are() -> None:
+    """On a scan large enough for the metric to be summed by several threads."""
+    scanner = DEMO_SCANNERS["south"]
+    images = [torch.from_numpy(make_phantom(scanner, seed)[0]).float() for seed in (1, 2)]
+    fixed, moving = (_image((image - image.mean()) / image.std(), scanner.spacing_mm) for image in images)
+    before = SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(4)
+    try:
+        found = [register_affine(fixed, moving, 100) for _ in range(4)]
+        assert SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads() == 4
+    finally:
+        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+    assert all(each == found[0] for each in found)
 
 
 def test_a_transform_is_made_once_for_each_pair_of_scans() -> None:
