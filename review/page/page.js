@@ -308,7 +308,7 @@ function setUp() {
     document.body.textContent = "The work has ended; you can close this page.";
   }));
   document.addEventListener("keydown", (event) => {
-    if (event.target.matches("input, select")) return;
+    if (!desk || event.target.matches("input, select")) return;
     if (event.key === "z") undo();
     if (event.key === "ArrowUp" || event.key === "ArrowDown") moveTo(desk.slice + (event.key === "ArrowUp" ? 1 : -1));
   });

@@ -13,6 +13,7 @@ from client.site_config import SiteConfig
 from experiments.intervals import case_intervals
 from reports.lead.intervals import write_intervals
 from semisam_core.plan import Plan
+from tests.browser import browser as browser
 from tests.conftest import tiny_plan, write_blobs, write_site
 from tests.reports.runs import EVIDENCE, run_study
 

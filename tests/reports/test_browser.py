@@ -1,14 +1,7 @@
-"""Reports in a real browser: nothing fetched, nothing wrong, readable on small screens and in the dark.
-
-Skipped without a Chromium and the extra `browser`. SEMISAM_CHROMIUM names the program; without it, one on the PATH is
-taken. The npm package @sparticuz/chromium ships one, and its `executablePath()` unpacks it.
-"""
+"""Reports in a real browser: nothing fetched, nothing wrong, readable on small screens and in the dark."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +11,6 @@ from reports.lead.report import write_report
 from reports.site.report import write_site_report
 from tests.reports.conftest import Ran
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LEAST_CONTRAST = 4.5  # WCAG 2.2, 1.4.3
 # What sticks out of the page, beside regions that scroll by themselves.
 STICKS_OUT = """
@@ -36,19 +28,6 @@ COLOURS = """
 [...document.querySelectorAll('p, li, td, th, dt, dd, h1, h2, h3, figcaption, caption, summary, a, code')]
   .map(each => [getComputedStyle(each).color, getComputedStyle(document.body).backgroundColor])
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    on_the_path = next((found for each in NAMES if (found := shutil.which(each))), None)
-    program = os.environ.get("SEMISAM_CHROMIUM") or on_the_path
-    if program is None:
-        pytest.skip("no Chromium: SEMISAM_CHROMIUM names none and none is on the PATH")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module", params=["lead", "site"])
