@@ -227,6 +227,7 @@ def report(
     plan: Annotated[Path | None, typer.Option(help="The run's plan; by default plan.yaml of the folder.")] = None,
     run: Annotated[str | None, typer.Option(help="The run's name; by default the plan's last.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="Show this scan, not the worst ones. Repeatable.")] = None,
+    viewer: Annotated[bool, typer.Option("--viewer", help="Also write a page with these scans in 3D.")] = False,
 ) -> None:
     """Write a report with pictures of single scans, the worst first. It stays at this site.
 
@@ -238,7 +239,7 @@ def report(
         from semisam_core.plan import load_plan
 
         config, study = load_site_config(site or folder / "site.yaml"), load_plan(plan or folder / "plan.yaml")
-        path = write_site_report(config, study, run, case or [])
+        path = write_site_report(config, study, run, case or [], viewer)
     console.print(f"The report stays at this site: {path}", markup=False, highlight=False, soft_wrap=True)
 
 

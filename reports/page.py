@@ -1,4 +1,4 @@
-"""The frame of all reports: one HTML file that fetches nothing and runs no script, on small screens and in the dark."""
+"""The frame of all reports: one HTML file that fetches nothing, on small screens and in the dark; no script runs."""
 
 from __future__ import annotations
 

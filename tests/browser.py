@@ -24,6 +24,6 @@ def browser() -> Iterator[Any]:
         pytest.skip("no Chromium: SEMISAM_CHROMIUM names none and none is on the PATH")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
     with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--enable-unsafe-swiftshader"])
         yield opened
         opened.close()

@@ -17,7 +17,9 @@ from client.scans import SiteScans
 from client.state import RunState
 from intake.check.pictures import draw_planes, planes_through
 from reports.site.record import SiteRun
+from reports.site.viewer import Layer, layer
 from semisam_core.data.cases import Case, Role
+from semisam_core.data.geometry import Geometry
 from semisam_core.data.scans import Scan
 from semisam_core.errors import ConfigError
 from semisam_core.inference import new_specialist, predict, segmentation
@@ -46,12 +48,25 @@ class View:
 
 @dataclass(frozen=True)
 class CasePictures:
-    """All pictures of one scan, and why it is shown."""
+    """All pictures of one scan, and why it is shown; its volumes, if they are asked for."""
 
     case: str
     role: str
     why: str
     views: tuple[View, ...]
+    layers: tuple[Layer, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """What there is of one scan, (H, W, D) each: intensity, classes of three kinds, uncertainty in [0, 1]."""
+
+    image: NDArray[np.float32]
+    truth: NDArray[np.uint8] | None
+    taught: NDArray[np.uint8] | None
+    predicted: NDArray[np.uint8] | None
+    doubt: NDArray[np.float32] | None
+    grid: Geometry
 
 
 class _Silent(ProgressLog):
@@ -79,8 +94,12 @@ class Illustrator:
         self._keys = {case: key for case, key, _ in self._scans.keyed_pair_loaders(Role.UNLABELED)}
         self._specialist, self.prediction_of = self._scored()
 
-    def draw(self, wanted: Sequence[str] = ()) -> Iterator[CasePictures]:
+    def draw(self, wanted: Sequence[str] = (), layers: bool = False) -> Iterator[CasePictures]:
         """Yield the pictures of the wanted cases; by default of the worst scored and the least certain unlabeled ones.
+
+        Args:
+            wanted: names of cases.
+            layers: whether their volumes are packed too, for the viewer.
 
         Raises:
             ConfigError: a wanted case cannot be used or is not there.
@@ -91,7 +110,9 @@ class Illustrator:
         chosen = [(name, "chosen by --case") for name in wanted] or [*self._worst(usable), *self._doubtful(usable)]
         for name, why in chosen:
             if (scan := self._scans.load(usable[name])) is not None:
-                yield CasePictures(name, usable[name].role.value, why, tuple(self._views(usable[name], scan)))
+                maps = self._maps(usable[name], scan)
+                packed = tuple(_layers(maps)) if layers else ()
+                yield CasePictures(name, usable[name].role.value, why, tuple(self._views(name, maps)), packed)
 
     def _worst(self, usable: dict[str, Case]) -> list[tuple[str, str]]:
         lowest: dict[str, str] = {}
@@ -131,44 +152,64 @@ class Illustrator:
             ) from None
         return specialist.to(self._device).eval(), f"the specialist after round {kept[0]}"
 
-    def _views(self, case: Case, scan: Scan) -> Iterator[View]:
-        names = self._site.plan.class_names
-        image = np.asarray(scan.image[0], np.float32)
-        truth = None if scan.label is None else np.asarray(scan.label, np.uint8)
+    def _maps(self, case: Case, scan: Scan) -> _Maps:
         key = self._keys.get(case.id)
         label = None if key is None else self._open(key)
-        taught = None if label is None else _classes(label.target, label.valid)
-        predicted = self._predicted(scan)
-        marked = [each for each in (truth, taught, predicted) if each is not None and each.any()]
-        window = (float(np.percentile(image, 1)), float(np.percentile(image, 99)))
+        return _Maps(
+            np.asarray(scan.image[0], np.float32),
+            None if scan.label is None else np.asarray(scan.label, np.uint8),
+            None if label is None else _classes(label.target, label.valid),
+            self._predicted(scan),
+            None if label is None else np.asarray((1 - torch.exp(-label.uncertainty)).amax(0), np.float32),
+            scan.grid,
+        )
+
+    def _views(self, case: str, maps: _Maps) -> Iterator[View]:
+        names = self._site.plan.class_names
+        marked = [each for each in (maps.truth, maps.taught, maps.predicted) if each is not None and each.any()]
+        window = (float(np.percentile(maps.image, 1)), float(np.percentile(maps.image, 99)))
 
         def drawn(title: str, structures: NDArray[np.uint8] | None, grey: NDArray[np.float32], words: str) -> View:
-            planes = planes_through(grey, structures, scan.grid, marked[0] if marked else None)
-            png = draw_planes(planes, window if grey is image else (0.0, 1.0), SIDE)
-            return View(title, base64.b64encode(png).decode(), f"{case.id}, {words}, {PLANES}")
+            planes = planes_through(grey, structures, maps.grid, marked[0] if marked else None)
+            png = draw_planes(planes, window if grey is maps.image else (0.0, 1.0), SIDE)
+            return View(title, base64.b64encode(png).decode(), f"{case}, {words}, {PLANES}")
 
-        yield drawn("scan", None, image, "the scan alone")
+        yield drawn("scan", None, maps.image, "the scan alone")
         for title, structures, absent in (
-            ("label", truth, "none at this site"),
-            ("pseudo-label", taught, "none: only unlabeled scans have one, once there was a round that made them"),
-            ("prediction", predicted, self.prediction_of),
+            ("label", maps.truth, "none at this site"),
+            ("pseudo-label", maps.taught, "none: only unlabeled scans have one, once there was a round that made them"),
+            ("prediction", maps.predicted, self.prediction_of),
         ):
             if structures is None:
                 yield View(title, None, absent)
             else:
                 seen = [name for k, name in enumerate(names, start=1) if (structures == k).any()]
-                yield drawn(title, structures, image, f"{title}, outlines of {', '.join(seen) or 'nothing'}")
-        if label is None:
+                yield drawn(title, structures, maps.image, f"{title}, outlines of {', '.join(seen) or 'nothing'}")
+        if maps.doubt is None:
             yield View("uncertainty", None, "none without a pseudo-label")
         else:
-            doubt = np.asarray((1 - torch.exp(-label.uncertainty)).amax(0), np.float32)
-            yield drawn("uncertainty", None, doubt, "uncertainty of the pseudo-label, black certain, white uncertain")
+            yield drawn(
+                "uncertainty", None, maps.doubt, "uncertainty of the pseudo-label, black certain, white uncertain"
+            )
 
     def _predicted(self, scan: Scan) -> NDArray[np.uint8] | None:
         if self._specialist is None:
             return None
         found = segmentation(predict(self._specialist, scan.image, self._site.plan, self._device), self._site.plan)
         return np.asarray(found, np.uint8)
+
+
+def _layers(maps: _Maps) -> Iterator[Layer]:
+    low, high = np.percentile(maps.image, (0.5, 99.5))
+    grey = np.clip((maps.image - low) / (high - low or 1.0), 0, 1)
+    yield layer("scan", "scan", (255 * grey).astype(np.uint8), maps.grid, True)
+    structures = [("label", maps.truth), ("pseudo-label", maps.taught), ("prediction", maps.predicted)]
+    shown = next((name for name, each in reversed(structures) if each is not None), None)
+    for name, each in structures:
+        if each is not None:
+            yield layer(name, "structures", each, maps.grid, name == shown)
+    if maps.doubt is not None:
+        yield layer("uncertainty", "uncertainty", (255 * maps.doubt).astype(np.uint8), maps.grid, False)
 
 
 def _classes(target: Tensor, valid: Tensor) -> NDArray[np.uint8]:

@@ -14,10 +14,12 @@ from reports.site import sections
 from reports.site.pictures import SIDE, CasePictures, Illustrator
 from reports.site.record import SiteRun
 from reports.site.template import TEMPLATE
+from reports.site.viewer import viewer_page
 from semisam_core.plan import Plan
 from semisam_core.reporting.overview import COLOURS
 
 REPORT = "report.html"
+VIEWER = "viewer.html"
 OWNER_ONLY = 0o600
 SECTIONS = (
     ("scores", "Scores"),
@@ -32,7 +34,9 @@ SECTIONS = (
 )
 
 
-def write_site_report(config: SiteConfig, plan: Plan, run: str | None = None, cases: Sequence[str] = ()) -> Path:
+def write_site_report(
+    config: SiteConfig, plan: Plan, run: str | None = None, cases: Sequence[str] = (), viewer: bool = False
+) -> Path:
     """Write the report and return its path, in the run's folder of the site's storage.
 
     Args:
@@ -40,6 +44,7 @@ def write_site_report(config: SiteConfig, plan: Plan, run: str | None = None, ca
         plan: the plan that the run was started with.
         run: the run's name; by default the last under this plan.
         cases: scans to show; by default the worst scored and the least certain unlabeled ones.
+        viewer: whether those scans can also be seen in three dimensions, in a page beside the report.
 
     Raises:
         ConfigError: there is no such run or case here.
@@ -49,14 +54,23 @@ def write_site_report(config: SiteConfig, plan: Plan, run: str | None = None, ca
     """
     site = SiteRun.of(config, plan, run)
     illustrator = Illustrator(site)
-    pictures = list(illustrator.draw(cases))
+    pictures = list(illustrator.draw(cases, viewer))
+    if viewer:
+        shown = [(f"{each.case} ({each.role})", each.layers) for each in pictures]
+        write_page(site.folder / VIEWER, viewer_page(config.site, site.run, plan.class_names, shown), OWNER_ONLY)
     ledger = None if plan.privacy is None else privacy_report(config, plan.privacy.delta)
-    page = page_of(site, pictures, illustrator.prediction_of, ledger)
+    page = page_of(site, pictures, illustrator.prediction_of, ledger, VIEWER if viewer else None)
     return write_page(site.folder / REPORT, page, OWNER_ONLY)
 
 
-def page_of(site: SiteRun, pictures: Sequence[CasePictures], prediction_of: str, ledger: PrivacyReport | None) -> str:
-    """Return the page."""
+def page_of(
+    site: SiteRun,
+    pictures: Sequence[CasePictures],
+    prediction_of: str,
+    ledger: PrivacyReport | None,
+    viewer: str | None = None,
+) -> str:
+    """Return the page; `viewer` is the file beside it that shows the scans in three dimensions."""
     names = site.plan.class_names
     return render(
         TEMPLATE,
@@ -72,6 +86,7 @@ def page_of(site: SiteRun, pictures: Sequence[CasePictures], prediction_of: str,
         case_columns=sections.CASE_COLUMNS,
         pictures=pictures,
         prediction_of=prediction_of,
+        viewer=viewer,
         side=SIDE,
         colours=[(name, COLOURS[k % len(COLOURS)]) for k, name in enumerate(names)],
         learning=sections.learning(site),

@@ -32,7 +32,8 @@ given from {{ fewest }} cases on; below about ten they are too narrow.</p>
 <section id="pictures">
 <h2>Pictures</h2>
 <p>Axial, coronal and sagittal plane through the middle of the label, or of the pseudo-label or prediction where there
-is none; the patient's right is on the left. Prediction: {{ prediction_of }}.</p>
+is none; the patient's right is on the left. Prediction: {{ prediction_of }}.
+{%- if viewer %} The same scans <a href="{{ viewer }}">in three dimensions</a>.{% endif %}</p>
 <ul class="key">
 {%- for name, colour in colours %}
 <li><i style="background: {{ colour }}; border-color: {{ colour }}"></i>{{ name }}</li>

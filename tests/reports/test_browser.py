@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 
 from reports.lead.report import write_report
-from reports.site.report import write_site_report
+from reports.site.report import VIEWER, write_site_report
 from tests.reports.conftest import Ran
 
 LEAST_CONTRAST = 4.5  # WCAG 2.2, 1.4.3
@@ -62,6 +66,46 @@ def test_a_report_is_readable_and_asks_for_nothing(browser: Any, page: Path, wid
     assert min(_contrast(*pair) for pair in colours) >= LEAST_CONTRAST
     assert (_light(colours[0][1]) < 0.2) == (scheme == "dark")
     context.close()
+
+
+def test_the_viewer_shows_volumes_and_asks_for_nothing(browser: Any, ran: Ran) -> None:
+    path = write_site_report(ran.site("alpha"), ran.plan, cases=["case-1", "case-2"], viewer=True).with_name(VIEWER)
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    said: list[str] = []
+    asked: list[str] = []
+    tab.on(
+        "console",
+        lambda message: (
+            "GPU stall" in message.text or message.type not in ("error", "warning") or said.append(message.text)
+        ),
+    )
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(path.as_uri())
+    tab.locator("#state", has_text="case-1 (unlabeled): scan, pseudo-label, prediction, uncertainty").wait_for()
+    planes = _seen(tab)
+    assert (planes > 60).mean() > 0.05  # a scan, not an empty canvas
+    assert _colours(planes) > 100  # with its prediction
+    tab.locator("#opacity-2").fill("0")  # the prediction
+    assert _colours(_seen(tab)) < 0.5 * _colours(planes)
+    tab.locator("#view").select_option(label="axial")
+    assert abs(_seen(tab) - planes).mean() > 1
+    tab.locator("#case").select_option(label="case-2 (validation)")
+    tab.locator("#state", has_text="case-2 (validation): scan, label, prediction").wait_for()
+    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+    assert said == []
+    tab.close()
+
+
+def _seen(tab: Any) -> NDArray[np.int64]:
+    """Return the pixels (rows, columns, RGB) of the viewer's picture."""
+    tab.wait_for_timeout(300)
+    picture = Image.open(io.BytesIO(tab.locator("#volume").screenshot())).convert("RGB")
+    return np.asarray(picture).astype(np.int64)
+
+
+def _colours(pixels: NDArray[np.int64]) -> int:
+    return int((np.ptp(pixels, axis=-1) > 60).sum())
 
 
 def _light(colour: str) -> float:
