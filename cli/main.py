@@ -184,6 +184,15 @@ def generalists(
 
 
 @app.command()
+def examples(out: Annotated[Path, typer.Option(help="A new folder.")] = Path("site_configs")) -> None:
+    """Write the plans and site files that come with the package, every key explained."""
+    with readable_errors():
+        from experiments.examples import write_examples
+
+        console.print(f"Plans and site files are in {write_examples(out)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def phantom(
     out: Annotated[Path, typer.Option(help="Folder of the hospitals' data.")],
     cases: Annotated[int, typer.Option(help="Scans per hospital.", min=2, max=1000)] = 6,

@@ -31,7 +31,7 @@ def _commands(text: str) -> Iterator[str]:
     for block in blocks:
         for line in block.replace("\\\n", " ").splitlines():
             before, found, rest = line.partition("semisam ")
-            if found and re.fullmatch(r"\s*((sudo|docker compose exec \S+)( -u \S+)?\s+)?", before):
+            if found and re.fullmatch(r"\s*((sudo|docker exec \S+)( -u \S+)?\s+)?", before):
                 yield found + rest
     for command in INLINE.findall(text):
         yield " ".join(command.split())
