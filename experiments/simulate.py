@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from rich.progress import Progress
@@ -21,13 +23,14 @@ from engines.run_state import longest, record_end, run_name, run_reason, run_sta
 from engines.simulation import run_flower
 from experiments.checks import CheckedStudy, check_study, study_table
 from experiments.intervals import case_intervals
+from experiments.local_arms import LocalArms
 from reports.lead.intervals import write_intervals
 from reports.lead.report import tell_of_report
 from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError
 from semisam_core.files import read_json_lines, write_json
 from semisam_core.paths import absolute_path, new_folder
-from semisam_core.plan import Plan, write_plan
+from semisam_core.plan import write_plan
 
 ENGINES = ("flower", "in-process")
 POLL_S = 0.4
@@ -97,48 +100,39 @@ class Simulation:
         """Run whatever has not finished, write and print the report; return whether the study completed."""
         self.console.print(study_table(self.study))
         self.console.print(f"Run folder: {self.out}", highlight=False, markup=False, soft_wrap=True)
-        if self.local_baseline:
-            self._run_local_arms()
-        completed = self._run_federated()
+        with self._local_arms() as arms:
+            if torch.cuda.is_available():
+                arms.finish()  # first, since a GPU's memory may not hold two trainings
+            completed = self._run_federated(arms)
+            arms.finish()
         self._report()
         return completed
 
-    def _run_local_arms(self) -> None:
-        plan_path = self.out / "local" / "plan.yaml"
-        write_plan(plan_path, supervised_alone(self.study.plan))
-        for config, found in self.study.sites:
-            folder = self.out / "local" / config.site
-            if not found.of(Role.LABELED) or run_state(folder) == "completed":
-                continue
-            command = self._child_command(plan_path, folder, config.site)
-            title = f"{config.site} alone"
-            with (
-                ProcessTree() as tree,
-                RunMonitor(title, folder, {config.site: config.storage.folder}, self.console) as monitor,
-            ):
-                self._wait(tree, command, self.out / "local" / f"{config.site}.log", monitor)
-            if run_state(folder) != "completed":
-                self.console.print(f"  {title} did not complete: {run_reason(folder)}", highlight=False, markup=False)
+    def _local_arms(self) -> LocalArms:
+        labeled = [config for config, found in self.study.sites if found.of(Role.LABELED)]
+        folder = self.out / "local"
+        return LocalArms(self.study.plan, self.sites, folder, labeled if self.local_baseline else (), self.console)
 
-    def _run_federated(self) -> bool:
+    def _run_federated(self, arms: LocalArms) -> bool:
         if run_state(self.out) == "completed":
             return True
         storages = {config.site: config.storage.folder for config, _ in self.study.sites}
         with RunMonitor("federated", self.out, storages, self.console) as monitor:
+
+            def tick() -> None:
+                monitor.tick()
+                arms.advance()
+
             if self.engine == "in-process":
-                with ProcessTree() as tree:
-                    command = self._child_command(self.out / "plan.yaml", self.out, None)
-                    self._wait(tree, command, self.out / "log" / "in-process.log", monitor)
+                self._run_in_process(tick)
             else:
-                self._run_flower(monitor)
+                self._run_flower(tick)
         state = run_state(self.out)
         if state != "completed":
             self.console.print(f"The study did not complete ({state}): {run_reason(self.out)}", markup=False)
         return state == "completed"
 
-    def _run_flower(self, monitor: RunMonitor) -> None:
-        import torch
-
+    def _run_flower(self, tick: Callable[[], None]) -> None:
         sites = len(self.study.sites)
         run_config: dict[str, str | int] = {
             "plan": str(self.out / "plan.yaml"),
@@ -155,7 +149,7 @@ class Simulation:
             cpus_per_site=max((t for t in threads if t), default=1),
             gpus_per_site=gpus,
             work=self.out / "log",
-            on_tick=monitor.tick,
+            on_tick=tick,
             settled=lambda: settled(self.out),
             max_seconds=longest(self.study.plan),
         )
@@ -165,18 +159,15 @@ class Simulation:
             )
             record_end(self.out, outcome.status, outcome.details)
 
-    def _child_command(self, plan: Path, folder: Path, only: str | None) -> list[str]:
-        command = [sys.executable, "-m", "cli.main", "run-in-process"]
-        command += ["--plan", str(plan), "--sites", str(self.sites), "--run-folder", str(folder)]
-        return command + (["--only", only] if only is not None else [])
-
-    @staticmethod
-    def _wait(tree: ProcessTree, command: list[str], log: Path, monitor: RunMonitor) -> None:
+    def _run_in_process(self, tick: Callable[[], None]) -> None:
+        command = [sys.executable, "-m", "cli.main", "run-in-process", "--plan", str(self.out / "plan.yaml")]
+        command += ["--sites", str(self.sites), "--run-folder", str(self.out)]
+        log = self.out / "log" / "in-process.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
+        with ProcessTree() as tree, log.open("ab") as file:
             process = tree.start(command, stdout=file, stderr=file)
             while process.poll() is None:
-                monitor.tick()
+                tick()
                 time.sleep(POLL_S)
 
     def _report(self) -> None:
@@ -239,16 +230,6 @@ class Simulation:
             self.out / "simulation.json",
             {"sites": str(self.sites), "engine": self.engine, "local_baseline": self.local_baseline},
         )
-
-
-def supervised_alone(plan: Plan) -> Plan:
-    """Return the plan of the local baseline: supervised, with the same steps and seed, for one site."""
-    return plan.alone().model_copy(
-        update={
-            "regularizer": plan.regularizer.model_copy(update={"name": "none"}),
-            "pseudo_labels": None,
-        }
-    )
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import yaml
 from client.app import app as client_app
 from client.site_config import SiteConfig, load_site_config
 from engines.in_process_grid import run_in_process
-from experiments.simulate import supervised_alone
+from experiments.local_arms import supervised_alone
 from semisam_core.plan import Plan
 from server.app import app as server_app
 
