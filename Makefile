@@ -1,11 +1,12 @@
 # make demo: set everything up and run the main job on generated hospitals. make test: every check that CI runs.
+# make docs: the documentation as a site in site/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo/run
 
-.PHONY: demo test lint mutants clean-demo
+.PHONY: demo test lint docs mutants clean-demo
 
 demo: $(INSTALLED)
 	$(BIN)/semisam phantom --out demo/data
@@ -19,6 +20,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict
 
 # Puts known faults into a copy of the code, one at a time, and prints those that no test catches. Not part of CI.
 mutants: $(INSTALLED)

@@ -93,7 +93,12 @@ class SiteData(StrictModel):
 
 
 class SiteGeneralist(StrictModel):
-    """A generalist's weights at this site: `packaged` with its Python package, or a file and its SHA-256."""
+    """A generalist's weights at this site.
+
+    Attributes:
+        weights: `packaged` with its Python package, or a file.
+        sha256: SHA-256 that the file must have, 64 hexadecimal digits; required for a file.
+    """
 
     weights: Literal["packaged"] | Path = "packaged"
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
@@ -179,7 +184,15 @@ class PrivacyLimits(StrictModel):
 
 
 class SiteConfig(StrictModel):
-    """One hospital. The files in `site_configs/` explain every key."""
+    """One hospital. The files in `site_configs/` explain every key.
+
+    Attributes:
+        version: version of this format.
+        site: the site's name, which appears in the server's record.
+        generalists: the generalists that this site has, by name.
+        device: `auto` takes a GPU if there is one; or `cpu`, `cuda`, `cuda:1`.
+        threads: CPU threads; None for all.
+    """
 
     version: Literal[1]
     site: Name

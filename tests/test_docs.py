@@ -22,7 +22,8 @@ INDENTED = re.compile(r"^ {4}.+", re.MULTILINE)
 INLINE = re.compile(r"`(semisam [^`]+)`", re.DOTALL)
 SERVICE = re.compile(r"bin/(semisam [^\n]+)")
 ROW = re.compile(r"^\| (?!mechanism|---)([^|]+?) \| ([^|]+?) \|(?: ([^|]+?) \|)?$", re.MULTILINE)
-LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
 def _commands(text: str) -> Iterator[str]:
@@ -108,8 +109,21 @@ def test_every_file_that_the_architecture_page_names_exists() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_on_a_page_leads_to_a_file(page: Path) -> None:
-    targets = [target for target in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target]
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+    links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link[0]]
+    assert [target for target, _ in links if not (page.parent / target).exists()] == []
+    anchors = [(page.parent / target if target else page, anchor) for target, anchor in links if anchor]
+    assert [(path.name, anchor) for path, anchor in anchors if anchor not in _anchors(path)] == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    headings = HEADING.findall(FENCED.sub("", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def test_an_anchor_that_does_not_exist_is_caught() -> None:
+    assert {"noise", "claims-and-their-tests"} <= _anchors(ROOT / "docs" / "privacy.md")
+    assert "no-such-heading" not in _anchors(ROOT / "docs" / "privacy.md")
 
 
 def test_the_two_deployment_pages_link_to_each_other() -> None:

@@ -17,8 +17,9 @@ LEAST_SUMMED, MOST_SUMMED = 3, 64  # sites in a secure sum
 class Admission(StrictModel):
     """Which updates of a round are rejected for their size.
 
-    `norm_factor`: an update is rejected if the norm of its change exceeds this multiple of the round's median, provided
-    that at least three sites took steps. None turns the comparison off.
+    Attributes:
+        norm_factor: an update is rejected if the norm of its change exceeds this multiple of the round's median,
+            provided that at least three sites took steps; null turns the comparison off.
     """
 
     norm_factor: float | None = Field(default=10.0, gt=1)
@@ -27,8 +28,14 @@ class Admission(StrictModel):
 class ServerOptimizerSettings(StrictModel):
     """What the server does with the combined specialist; its state is saved beside the checkpoints.
 
-    `none`: uses it as it is. `momentum`: FedAvgM (Hsu et al., 2019). `adam`: FedAdam (Reddi et al., ICLR 2021).
-    `momentum` is the decay of the first moment in both, `second_momentum` and `tau` are adam's beta_2 and tau.
+    Attributes:
+        name: `none`: uses it as it is. `momentum`: FedAvgM (Hsu et al., 2019). `adam`: FedAdam (Reddi et al., ICLR
+            2021).
+        learning_rate: step towards the combined specialist; required unless the name is `none`. Usual are 1.0 for
+            momentum and 0.01 for adam.
+        momentum: decay of the first moment, in both.
+        second_momentum: adam's beta_2.
+        tau: adam's tau.
     """
 
     name: Literal["none", "momentum", "adam"] = "none"
@@ -47,7 +54,12 @@ class ServerOptimizerSettings(StrictModel):
 
 
 class Exclusion(StrictModel):
-    """A site that fails `after_failures` rounds in a row sits out the next `rounds` rounds and is then asked again."""
+    """A site that fails `after_failures` rounds in a row sits out the next `rounds` rounds and is then asked again.
+
+    Attributes:
+        after_failures: failed rounds in a row after which a site sits out.
+        rounds: rounds that it sits out.
+    """
 
     after_failures: int = Field(default=3, ge=1, le=1000)
     rounds: int = Field(default=2, ge=1, le=1000)
@@ -56,9 +68,11 @@ class Exclusion(StrictModel):
 class SecureAggregation(StrictModel):
     """The server learns the sum of the sites' updates, and no update (SecAgg; Bonawitz et al., CCS 2017).
 
-    `threshold`: share of a sum's sites that can complete it, more than half. `maximum_norm`: a site whose specialist or
-    feature head changed by a larger norm refuses to add it. `maximum_weight`: a site's largest weight, in quarters of a
-    scan. `stage_deadline_s`: how long a site may take for one of the four stages.
+    Attributes:
+        threshold: share of a sum's sites that can complete it, more than half.
+        maximum_norm: a site whose specialist or feature head changed by a larger norm refuses to add it.
+        maximum_weight: a site's largest weight, in quarters of a scan.
+        stage_deadline_s: how long a site may take for one of the four stages.
     """
 
     threshold: float = Field(default=0.66, gt=0.5, le=1)
@@ -74,18 +88,24 @@ class SecureAggregation(StrictModel):
 class Aggregation(StrictModel):
     """Which updates are admitted, how they are weighted and combined, and how long the server waits for sites.
 
-    Rules: `weighted-mean` uses `weights`. `median` and `trimmed-mean` (without `trim_share` of the values at each end)
-    work coordinate by coordinate and give all sites the same weight. `krum` takes the one update closest to the others,
-    `multi-krum` the weighted mean of all but the `malicious_sites` farthest from the others.
-
-    Weights: `samples`: scans used in training. `equal`: one site, one vote. `evidence`: labeled scans plus
-    `unlabeled_share` of the accepted pseudo-labels, ramped up over the study. `confidence`: the same, but each accepted
-    pseudo-label counts as its mean confidence exp(-U) within the target.
-
-    A round counts if `minimum_sites` contribute. If fewer do, the server waits for others, `wait_for_quorum_s` at most;
-    a site that returns within `rejoin_window_s` of a round's start still takes part in it.
-
     With `secure` the server sees no single update, so it can neither compare updates nor reject one.
+
+    Attributes:
+        rule: `weighted-mean` uses `weights`. `median` and `trimmed-mean` work coordinate by coordinate and give all
+            sites the same weight. `krum` takes the one update closest to the others, `multi-krum` the weighted mean of
+            all but the `malicious_sites` farthest from the others.
+        trim_share: share of the values that `trimmed-mean` drops at each end.
+        malicious_sites: hostile sites that `krum` and `multi-krum` assume.
+        weights: `samples`: scans used in training. `equal`: one site, one vote. `evidence`: labeled scans plus
+            `unlabeled_share` of the accepted pseudo-labels, ramped up over the study. `confidence`: the same, but each
+            accepted pseudo-label counts as its mean confidence exp(-U) within the target.
+        unlabeled_share: what an accepted pseudo-label counts against a labeled scan.
+        minimum_sites: sites that must contribute for a round to count.
+        join_deadline_s: how long the server waits for sites at the start.
+        round_deadline_s: how long a site may take for a round.
+        wait_for_quorum_s: if fewer than `minimum_sites` contribute, how long a round waits for others before the run
+            ends.
+        rejoin_window_s: a site that returns within this time of a round's start still takes part in it.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("secure",)

@@ -16,17 +16,20 @@ from semisam_core.regularizers import why_not_private
 class Privacy(StrictModel):
     """Local training with differential privacy (DP-SGD, Abadi et al., CCS 2016) whose unit is the patient.
 
-    At each step every patient of the site is drawn with probability `sampling_rate`. The gradient of each drawn
-    patient's loss, over `patches_per_patient` patches of its labeled scans and as many of its unlabeled ones, is
-    clipped to `clipping_norm`. Gaussian noise with a standard deviation of `noise_multiplier` * `clipping_norm` is
-    added to their sum, which is divided by the expected number of patients. `training.labeled_batch` and
+    At each step every patient of the site is drawn at random. The gradient of each drawn patient's loss is clipped,
+    noise is added to their sum, and the sum is divided by the expected number of patients. `training.labeled_batch` and
     `training.unlabeled_batch` have no effect.
 
     Nothing that was learned from other patients' labels is used: generalists all count the same, and pseudo-labels are
-    made from the patient's own scan and the teacher, an average of private specialists.
+    made from the patient's own scan and the teacher, an average of private specialists. How much epsilon a site spends
+    at most is the site's decision, not the plan's.
 
-    `delta`: the probability with which the guarantee may fail, well below one in the number of patients. How much
-    epsilon a site spends at most is the site's decision, not the plan's.
+    Attributes:
+        noise_multiplier: standard deviation of the Gaussian noise, as a multiple of `clipping_norm`.
+        clipping_norm: norm to which a patient's gradient is clipped.
+        sampling_rate: probability with which a step draws a patient.
+        patches_per_patient: patches of a drawn patient's labeled scans, and as many of the unlabeled ones.
+        delta: the probability with which the guarantee may fail, well below one in the number of patients.
     """
 
     noise_multiplier: float = Field(gt=0, le=1000)

@@ -39,9 +39,20 @@ USABLE_KINDS: dict[Strategy, frozenset[PromptKind]] = {  # a generalist must tak
 class Prompting(StrictModel):
     """How the teacher's prediction becomes prompts.
 
-    `planes`: the planes in which slice-wise generalists cut a scan; volumetric ones ignore it. `slice_step_mm`: the
-    distance between prompted slices; answers are interpolated between them. `component_share`: a component smaller than
-    this share of the largest one does not prompt.
+    Attributes:
+        strategy: the kind of prompts; each generalist must take them. `uncertainty-rectified` asks with several prompt
+            sets, one per margin, whose disagreement is uncertainty.
+        planes: the planes in which slice-wise generalists cut a scan; volumetric ones ignore it.
+        slice_step_mm: the distance between prompted slices; answers are interpolated between them. 0 prompts every
+            slice.
+        margins_mm: margins around the region, one prompt set each.
+        smooth_slices: slices over which the bounds of boxes are smoothed by a median; odd.
+        clicks: successive clicks of `points`, each in the largest error.
+        scribble_points: clicks of `scribbles`, per slice or scan.
+        span_margin_slices: slices beyond the region to which `propagated` carries its prompts.
+        class_aware: whether there are negative clicks in the other classes, if the generalist takes clicks.
+        component_share: a component smaller than this share of the largest one does not prompt.
+        threshold: probability above which the teacher's prediction is foreground.
     """
 
     strategy: Strategy = Strategy.UNCERTAINTY_RECTIFIED
@@ -74,7 +85,13 @@ class Prompting(StrictModel):
 class Gates(StrictModel):
     """What a pseudo-label must satisfy to be used in training. Refused ones are counted and reported.
 
-    `minimum_confidence` bounds the mean of exp(-U) over the target's foreground.
+    Attributes:
+        minimum_volume_ml: least volume of a structure.
+        maximum_volume_ml: largest volume of a structure.
+        minimum_agreement: least Dice with the prompted region; with `method: evidence`, least agreement of the sources.
+        minimum_quality: least overlap with the truth that the generalists themselves expect.
+        minimum_confidence: least mean of exp(-U) over the target's foreground.
+        volume_factor: the volume must be within that of the site's own labels, widened by this factor; null is off.
     """
 
     minimum_volume_ml: float = Field(default=0.5, ge=0)
@@ -92,7 +109,12 @@ class Gates(StrictModel):
 
 
 class Uncertainty(StrictModel):
-    """U = prompts * variance over models, planes and prompt sets + specialist * (teacher - generalist)^2, a map."""
+    """U = prompts * variance over models, planes and prompt sets + specialist * (teacher - generalist)^2, a map.
+
+    Attributes:
+        prompts: weight of the variance over models, planes and prompt sets.
+        specialist: weight of the squared disagreement of teacher and generalists.
+    """
 
     prompts: float = Field(default=20.0, ge=0)
     specialist: float = Field(default=4.0, ge=0)
@@ -103,6 +125,9 @@ class ColdStart(Prototypes):
 
     Up to and including `until_round`, even before `first_round`, they prompt instead of the teacher at sites with
     labeled scans.
+
+    Attributes:
+        until_round: the last round in which prototypes prompt.
     """
 
     until_round: int = Field(ge=1)
@@ -113,6 +138,11 @@ class PseudoLabelLoss(StrictModel):
 
     The squared error is the paper's. Its gradient is small where the student is sure and wrong; cross-entropy and Dice
     are loudest there.
+
+    Attributes:
+        squared: weight of the squared error.
+        cross_entropy: weight of the cross-entropy.
+        dice: weight of the soft Dice loss.
     """
 
     squared: float = Field(default=1.0, ge=0, le=10)
@@ -129,21 +159,27 @@ class PseudoLabelLoss(StrictModel):
 class PseudoLabels(StrictModel):
     """Pseudo-labels and their loss L_sam, weighted by lambda_s(t).
 
-    `method`: under `semisam+`, the paper's, generalists prompted by the teacher make the pseudo-label. Under
-    `evidence`, all `sources` do: their combination prompts the generalists, whose answer is one more source.
-
-    `schedule`: `decay` is the paper's weight * exp(-5 (t/T)^2), which trusts generalists less as the specialist learns;
-    `ramp-up` rises to the full weight over the first `ramp_share` of the study, since pseudo-labels get better;
-    `constant` stays.
-
-    A `fused` target is share * generalists + (1 - share) * teacher, with share = generalist_share + share_gain * (1 -
-    agreement), at most 1. The agreement is the Dice overlap of the two: the smaller it is, the weaker the specialist.
-
-    `spacing_mm`: the grid on which generalists see scans, if other than the specialist's. A grid that is coarse enough
-    for fast training shows them too little.
-
-    `window_overlap`: overlap of the sliding window whose predictions become prompts and fused targets; scores use
-    `evaluation.overlap`.
+    Attributes:
+        method: under `semisam+`, the paper's, generalists prompted by the teacher make the pseudo-label. Under
+            `evidence`, all `sources` do: their combination prompts the generalists, whose answer is one more source.
+        generalists: the frozen models to ask; a site skips those that it does not have.
+        weight: lambda_s where the schedule is highest.
+        schedule: `decay` is the paper's weight * exp(-5 (t/T)^2), which trusts generalists less as the specialist
+            learns; `ramp-up` rises to the full weight over the first `ramp_share` of the study, since pseudo-labels get
+            better; `constant` stays.
+        ramp_share: share of the study over which `ramp-up` rises.
+        spacing_mm: the grid on which generalists see scans, if other than the specialist's. A grid that is coarse
+            enough for fast training shows them too little.
+        first_round: first round with pseudo-labels prompted by the teacher, which must have learned something by then.
+        refresh_every: rounds between refreshes.
+        target: `generalist`: the generalists' answer. `fused`: share * generalists + (1 - share) * teacher, with share
+            = generalist_share + share_gain * (1 - agreement), at most 1. The agreement is the Dice overlap of the two:
+            the smaller it is, the weaker the specialist.
+        generalist_share: share of the generalists where they and the teacher agree.
+        share_gain: how much disagreement raises that share.
+        smooth_sigma_slices: smoothing of slice-wise answers along the slices, a standard deviation in slices.
+        window_overlap: overlap of the sliding window whose predictions become prompts and fused targets; scores use
+            `evaluation.overlap`.
     """
 
     omitted_defaults = ("method", "sources", "window_overlap", "ramp_share", "loss")

@@ -24,9 +24,17 @@ def _with_features(value: str, accepts: Callable[[GeneralistCard], bool], words:
 class FeatureHeadSettings(StrictModel):
     """A small network on a generalist's features that sites with labels train and the server averages.
 
-    On a slice-wise generalist it has a part for each of `prompting.planes`, on a 3D one a single part for the volume.
-    Each takes `steps_per_round` steps of `batch` slices or cubes in each of the study's first `rounds` rounds, null for
-    all; see `sources/feature_head.py`.
+    On a slice-wise generalist it has a part for each of `prompting.planes`, on a 3D one a single part for the volume;
+    see `sources/feature_head.py`.
+
+    Attributes:
+        generalist: whose features it reads; one of `pseudo_labels.generalists` with feature maps.
+        reduced_channels: channels to which the features are reduced first.
+        hidden_channels: channels of its hidden layer.
+        steps_per_round: optimizer steps per round, for each part.
+        batch: slices or cubes per step.
+        learning_rate: learning rate.
+        rounds: it is trained in the study's first so many rounds and used in all; null for all.
     """
 
     generalist: str
@@ -44,7 +52,17 @@ class FeatureHeadSettings(StrictModel):
 
 
 class Prototypes(StrictModel):
-    """Prototypes of each class in a generalist's features, in one plane; see `pseudo_labels/cold_start.py`."""
+    """Prototypes of each class in a generalist's features, in one plane; see `pseudo_labels/cold_start.py`.
+
+    Attributes:
+        generalist: whose features are compared; one of `pseudo_labels.generalists` with feature maps of slices.
+        plane: plane of the slices.
+        foreground_prototypes: prototypes of each class.
+        background_prototypes: prototypes of the background.
+        position_weight: how much the position in the scan counts beside the features; 0 if scans show different parts
+            of the body.
+        temperature: temperature of the softmax over classes.
+    """
 
     generalist: str
     plane: Anatomical = "axial"
@@ -62,8 +80,9 @@ class Prototypes(StrictModel):
 class Registration(StrictModel):
     """Labels of the site carried to its unlabeled scans by affine registration; see `sources/registration.py`.
 
-    `iterations` of the optimizer at each resolution and `atlases`, the number of labeled scans that are registered,
-    bound its time.
+    Attributes:
+        iterations: iterations of the optimizer at each resolution.
+        atlases: the number of labeled scans that are registered with each unlabeled one. Both bound its time.
     """
 
     iterations: int = Field(default=100, ge=1, le=1000)
@@ -73,9 +92,13 @@ class Registration(StrictModel):
 class Sources(StrictModel):
     """What pseudo-labels by evidence are made from, and how; false or null leaves a source out.
 
-    `sharpness` s turns the mean p over sources into the target p^s / (p^s + (1 - p)^s). Its threshold is chosen so that
-    each class's volume is that of the labels up to a factor of `volume_tolerance`, null leaves it at 0.5. A good factor
-    is about exp(s), s the standard deviation of the log volume between people.
+    Attributes:
+        specialist: whether the teacher's prediction is a source.
+        generalists: whether the generalists, prompted by what all others say together, are a source.
+        sharpness: s turns the mean p over sources into the target p^s / (p^s + (1 - p)^s).
+        volume_tolerance: the target's threshold is chosen so that each class's volume is that of the labels up to this
+            factor; null leaves it at 0.5. A good factor is about exp(s), s the standard deviation of the log volume
+            between people.
     """
 
     specialist: bool = True

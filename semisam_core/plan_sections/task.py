@@ -14,8 +14,11 @@ LabelValue = Annotated[int, Field(ge=1, le=255)]
 class TargetClass(StrictModel):
     """One structure to segment: its value in label files, or the values of its parts.
 
-    A class has either one `value`, or two or more `values`, kept in ascending order. With `connected`, segmentations
-    keep only the structure's largest connected component.
+    Attributes:
+        name: its name in scores, reports and packages.
+        value: its value in label files; or give `values`.
+        values: two or more values that together mark it, kept in ascending order.
+        connected: whether it is in one piece: of a segmentation, only the largest connected component is kept.
     """
 
     omitted_defaults = ("value", "values", "connected")
@@ -51,9 +54,14 @@ class TargetClass(StrictModel):
 class Task(StrictModel):
     """What is segmented, on what kind of scan.
 
-    A label value that marks no class quarantines the case, because it may be the wrong file. With
-    `ignore_other_values`, other whole numbers from 1 up are background, for label files with more structures than the
-    study needs.
+    Attributes:
+        name: the study's name.
+        classes: the structures to segment; background is 0 in label files and not listed.
+        channels: input channels, in order; with several, images are called `<case>_0000.nii.gz`, `<case>_0001.nii.gz`
+            and so on.
+        ignore_other_values: whether other whole numbers from 1 up in a label file are background, for files with more
+            structures than the study needs. If not, a value that marks no class quarantines the case, because it may be
+            the wrong file.
     """
 
     name: Name
@@ -76,8 +84,11 @@ class Task(StrictModel):
 class Intensity(StrictModel):
     """How intensities are normalised.
 
-    `percentiles`: clip to the [lower, upper] percentiles of the scan, then zero mean and unit variance (MR).
-    `window`: clip to [lower, upper] in the scan's own units, then scale to [0, 1] (CT in HU, PET in SUV).
+    Attributes:
+        kind: `percentiles`: clip to the [lower, upper] percentiles of the scan, then zero mean and unit variance (MR).
+            `window`: clip to [lower, upper] in the scan's own units, then scale to [0, 1] (CT in HU, PET in SUV).
+        lower: lower bound, a percentile or in the scan's units.
+        upper: upper bound, a percentile or in the scan's units.
     """
 
     kind: Literal["percentiles", "window"]
@@ -96,8 +107,13 @@ class Intensity(StrictModel):
 class Data(StrictModel):
     """The specialist's grid: RAS orientation, this spacing, patches of this size.
 
-    `nan` is what happens to a scan with NaN voxels: `refuse` quarantines it; `zero` sets them to 0 in the scan's own
-    units, for scans whose background is NaN.
+    Attributes:
+        spacing_mm: voxel size to which scans are resampled, each between 0.05 and 20 mm; predictions are resampled
+            back.
+        patch: sides of a training patch in voxels, each between 8 and 512 and a multiple of what the specialist needs.
+        foreground_share: share of training patches that are centred on foreground.
+        nan: what happens to a scan with NaN voxels: `refuse` quarantines it; `zero` sets them to 0 in the scan's own
+            units, for scans whose background is NaN.
     """
 
     omitted_defaults = ("nan",)

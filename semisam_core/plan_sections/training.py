@@ -12,9 +12,13 @@ from semisam_core.configuration import Fraction, StrictModel
 class SpecialistSettings(StrictModel):
     """The trainable network: its name in the registry and its arguments.
 
-    `statistics` is required for a network with batch norm and not accepted otherwise. `shared`: running statistics,
-    scales and shifts of batch-norm layers are averaged like all other tensors. `local`: they stay at each site (FedBN,
-    Li et al., ICLR 2021); the published specialist then lacks them, and prediction needs those of a site.
+    Attributes:
+        name: the network.
+        arguments: the network's own arguments; omitted ones have their defaults.
+        statistics: required for a network with batch norm and not accepted otherwise. `shared`: running statistics,
+            scales and shifts of batch-norm layers are averaged like all other tensors. `local`: they stay at each site
+            (FedBN, Li et al., ICLR 2021); the published specialist then lacks them, and prediction needs those of a
+            site.
     """
 
     name: str
@@ -25,8 +29,13 @@ class SpecialistSettings(StrictModel):
 class OptimizerSettings(StrictModel):
     """The local optimizer.
 
-    `state`: its moments at the start of a round. `reset`: none. `kept`: as the site's latest round left them, for
-    studies of many short rounds, where moments that start over stay noisy. They never leave the site.
+    Attributes:
+        name: AdamW, or SGD with momentum.
+        learning_rate: learning rate of the first step.
+        weight_decay: strength of weight decay.
+        final_share: share of the learning rate that is left at the last step; it falls all the way.
+        state: its moments at the start of a round. `reset`: none. `kept`: as the site's latest round left them, for
+            studies of many short rounds, where moments that start over stay noisy. They never leave the site.
     """
 
     omitted_defaults = ("state",)
@@ -45,8 +54,15 @@ AXES: tuple[Axis, ...] = ("right-left", "anterior-posterior", "superior-inferior
 class Augmentation(StrictModel):
     """Random changes to training patches: probabilities and strengths, each switched off by 0.
 
-    `flip`: the probability of a flip along each of `flip_axes`. A flip must not turn one structure into another, as one
-    from front to back does with structures that differ in little but where they are.
+    Attributes:
+        flip: the probability of a flip along each of `flip_axes`.
+        flip_axes: axes that may be flipped. A flip must not turn one structure into another, as one from front to back
+            does with structures that differ in little but where they are.
+        rotation_degrees: largest rotation around each axis.
+        scale: largest change of size, as a share.
+        affine_probability: the probability that a patch is rotated and scaled.
+        intensity: largest change of gain, offset and gamma.
+        noise: largest standard deviation of added noise.
     """
 
     omitted_defaults = ("flip_axes",)
@@ -69,11 +85,15 @@ class Augmentation(StrictModel):
 class TrainingSettings(StrictModel):
     """Local training at one site.
 
-    `proximal` is FedProx's mu (Li et al., MLSys 2020): mu/2 times the squared distance to the global specialist at the
-    start of the round is added to the loss; 0 switches it off.
-
-    `generations`: the study's rounds are divided into so many equal parts. Each begins with a new specialist, which
-    learns from the pseudo-labels that the one before left, and all schedules start over.
+    Attributes:
+        rounds: rounds of the study; each combines all sites' updates into a new global specialist.
+        steps_per_round: optimizer steps per site and round.
+        generations: the study's rounds are divided into so many equal parts. Each begins with a new specialist, which
+            learns from the pseudo-labels that the one before left, and all schedules start over.
+        labeled_batch: patches of labeled scans per step.
+        unlabeled_batch: patches of unlabeled scans per step.
+        proximal: FedProx's mu (Li et al., MLSys 2020): mu/2 times the squared distance to the global specialist at the
+            start of the round is added to the loss; 0 switches it off.
     """
 
     omitted_defaults = ("generations",)
@@ -111,7 +131,10 @@ class TrainingSettings(StrictModel):
 class RegularizerSettings(StrictModel):
     """L_unsup by its name in the registry; lambda_c(t) = weight * exp(-5 (1 - min(t, t_ramp) / t_ramp)^2).
 
-    t_ramp is `ramp_share` of the study's steps.
+    Attributes:
+        name: what is learned from unlabeled scans alone.
+        weight: lambda_c once the ramp is over.
+        ramp_share: t_ramp as a share of the study's steps.
     """
 
     name: str = "mean-teacher"
@@ -122,8 +145,10 @@ class RegularizerSettings(StrictModel):
 class TeacherSettings(StrictModel):
     """The exponential moving average of the specialist; it never leaves the site.
 
-    `start: global` starts each round from the global specialist; `start: site` resumes from the teacher that the site
-    kept.
+    Attributes:
+        decay: share of the teacher that a step keeps; smaller in the first steps.
+        start: `global` starts each round from the global specialist; `site` resumes from the teacher that the site
+            kept.
     """
 
     decay: float = Field(default=0.99, ge=0, lt=1)
