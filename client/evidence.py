@@ -17,11 +17,12 @@ from semisam_core.pseudo_labels.calibration import Calibration
 from semisam_core.pseudo_labels.cold_start import ColdStarter
 from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.scratch import Scratch
-from semisam_core.sources.base import Source, SourceScan
+from semisam_core.sources.base import LabeledScan, Source, SourceScan
 from semisam_core.sources.generalists import PromptedGeneralists
 from semisam_core.sources.labeling import EvidenceLabeler, LabelRecord, reliability_of
-from semisam_core.sources.prototypes import PrototypeExample, PrototypeSource
+from semisam_core.sources.prototypes import PrototypeSource
 from semisam_core.sources.registration import Atlas, RegistrationSource, TransformStore
+from semisam_core.sources.registry import source_builder
 from semisam_core.sources.specialist import SpecialistSource
 
 logger = logging.getLogger(__name__)
@@ -116,9 +117,13 @@ class SiteEvidence:
                 logger.warning("There are no prototypes at this site: the generalist %s is missing here.", name)
             else:
                 starter = ColdStarter(generalist, self._embeddings, self._plan, settings.prototypes, self._progress)
-                known = [
-                    PrototypeExample(scan_key(pair.for_generalists.image), pair.for_generalists.image, label)
-                    for pair, label in examples()
-                ]
-                sources.append(PrototypeSource(starter, known))
+                sources.append(PrototypeSource(starter, _known(examples)))
+        sources += [source_builder(name)(_known(examples)) for name in settings.more]
         return sources
+
+
+def _known(examples: Examples) -> list[LabeledScan]:
+    return [
+        LabeledScan(scan_key(pair.for_generalists.image), pair.for_generalists.image, label)
+        for pair, label in examples()
+    ]

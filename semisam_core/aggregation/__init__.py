@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from semisam_core.aggregation import krum, median, multi_krum, trimmed_mean, weighted_mean
 from semisam_core.aggregation.base import AggregationRule, RuleSettings, Update
+from semisam_core.registry import add_entry
 
-__all__ = ["RULES", "AggregationRule", "RuleSettings", "Update", "aggregation_rule"]
+__all__ = ["RULES", "AggregationRule", "RuleSettings", "Update", "aggregation_rule", "register_rule"]
 
 RULES: dict[str, AggregationRule] = {
     rule.name: rule
@@ -17,6 +18,15 @@ RULES: dict[str, AggregationRule] = {
         multi_krum.RULE,
     )
 }
+
+
+def register_rule(rule: AggregationRule) -> None:
+    """Add a rule to the registry of this process.
+
+    Raises:
+        ValueError: another rule has the name.
+    """
+    add_entry(RULES, "rule", rule.name, rule)
 
 
 def aggregation_rule(name: str) -> AggregationRule:

@@ -14,6 +14,7 @@ import torch
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.generalists import cards
 from semisam_core.generalists.base import Generalist, GeneralistCard, PromptKind
+from semisam_core.registry import add_entry
 
 Loader = Callable[[torch.device, Path | None, str | None], Generalist]
 
@@ -84,8 +85,7 @@ def register(spec: GeneralistSpec) -> None:
     Raises:
         ValueError: another generalist has the name.
     """
-    if _SPECS.setdefault(spec.name, spec) is not spec:
-        raise ValueError(f"a generalist named {spec.name} is already registered; choose another name")
+    add_entry(_SPECS, "generalist", spec.name, spec)
 
 
 def generalist_names() -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from semisam_core.configuration import StrictModel
 from semisam_core.generalists.base import GeneralistCard
 from semisam_core.generalists.registry import generalist_names, generalist_spec
+from semisam_core.sources.registry import source_builder
 
 Anatomical = Literal["axial", "coronal", "sagittal"]
 
@@ -99,7 +100,10 @@ class Sources(StrictModel):
         volume_tolerance: the target's threshold is chosen so that each class's volume is that of the labels up to this
             factor; null leaves it at 0.5. A good factor is about exp(s), s the standard deviation of the log volume
             between people.
+        more: names of further sources, from the registry in `sources/registry.py`.
     """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("more",)
 
     specialist: bool = True
     generalists: bool = True
@@ -108,3 +112,13 @@ class Sources(StrictModel):
     prototypes: Prototypes | None = None
     sharpness: float = Field(default=2.0, ge=1, le=10)
     volume_tolerance: float | None = Field(default=1.25, ge=1, le=100)
+    more: tuple[str, ...] = ()
+
+    @field_validator("more")
+    @classmethod
+    def _known_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            source_builder(name)
+        if len(set(value)) < len(value):
+            raise ValueError("each source may be named only once")
+        return value

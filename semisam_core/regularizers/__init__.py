@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from semisam_core.registry import add_entry
 from semisam_core.regularizers.adversarial import DeepAdversarial
 from semisam_core.regularizers.auxiliary_networks import AuxiliaryNetworks
 from semisam_core.regularizers.base import (
@@ -36,6 +37,7 @@ __all__ = [
     "UnlabeledPatches",
     "build_regularizer",
     "check_regularizer",
+    "register_regularizer",
     "teaches",
     "why_not_private",
 ]
@@ -64,7 +66,7 @@ class RegularizerSpec:
 _MIXES = "mixes patches of several patients"
 _SECOND_NETWORK = "trains a network of its own on all patients without noise"
 
-REGULARIZERS: Mapping[str, RegularizerSpec] = {
+REGULARIZERS: dict[str, RegularizerSpec] = {
     "mean-teacher": RegularizerSpec(lambda context: MeanTeacher(), not_private=None),
     "ua-mt": RegularizerSpec(lambda context: UncertaintyAwareMeanTeacher(), not_private=None),
     "entropy-minimisation": RegularizerSpec(lambda context: EntropyMinimisation(), not_private=None),
@@ -74,6 +76,15 @@ REGULARIZERS: Mapping[str, RegularizerSpec] = {
     "fixmatch": RegularizerSpec(lambda context: FixMatch(), not_private=None),
     "bcp": RegularizerSpec(lambda context: CopyPaste(), needs_labels=True, not_private=_MIXES),
 }
+
+
+def register_regularizer(name: str, spec: RegularizerSpec) -> None:
+    """Add a regularizer to the registry of this process.
+
+    Raises:
+        ValueError: another regularizer has the name.
+    """
+    add_entry(REGULARIZERS, "regularizer", name, spec)
 
 
 def check_regularizer(name: str, unlabeled_batch: int) -> None:

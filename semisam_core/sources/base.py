@@ -15,7 +15,7 @@ from semisam_core.scratch import Scratch
 
 
 class SourceName(StrEnum):
-    """The sources, as plans and metrics name them."""
+    """The sources for which a plan has a key of their own, as logs and metrics name them."""
 
     SPECIALIST = "specialist"
     GENERALISTS = "generalists"
@@ -78,12 +78,21 @@ class Evidence:
         return cls(foreground, torch.tensor(answered, dtype=torch.bool))
 
 
+@dataclass(frozen=True, eq=False)
+class LabeledScan:
+    """One labeled scan of this site: its key, image (C, H, W, D) and label (H, W, D) of class indices."""
+
+    key: str
+    image: Tensor
+    label: Tensor
+
+
 class Source(Protocol):
     """Tells where each class is in a scan. One object lives for one round at one site."""
 
     @property
-    def name(self) -> SourceName:
-        """Its name."""
+    def name(self) -> str:
+        """Its name: a `SourceName`, or that in the registry of further sources."""
 
     def look(self, scan: SourceScan) -> Evidence:
         """Return the source's evidence about a scan.

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
 
 from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes
-from semisam_core.sources.base import Evidence, SourceName, SourceScan, nothing
-
-
-@dataclass(frozen=True, eq=False)
-class PrototypeExample:
-    """One labeled scan of this site: its key, image (C, H, W, D) and label (H, W, D) of class indices."""
-
-    key: str
-    image: Tensor
-    label: Tensor
+from semisam_core.sources.base import Evidence, LabeledScan, SourceName, SourceScan, nothing
 
 
 class PrototypeSource:
@@ -30,7 +18,7 @@ class PrototypeSource:
 
     name = SourceName.PROTOTYPES
 
-    def __init__(self, starter: ColdStarter, examples: Sequence[PrototypeExample]) -> None:
+    def __init__(self, starter: ColdStarter, examples: Sequence[LabeledScan]) -> None:
         self._starter, self._examples = starter, tuple(examples)
         self._learned: Prototypes | None = None
 

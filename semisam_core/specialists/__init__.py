@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from semisam_core.configuration import StrictModel
+from semisam_core.registry import add_entry
 from semisam_core.specialists.dynunet import DynUNetArguments, build_dynunet
 from semisam_core.specialists.layers import batch_norm_tensors
 from semisam_core.specialists.memory import on_meta_device, training_step_memory
@@ -35,6 +36,7 @@ __all__ = [
     "outline_specialist",
     "parameter_count",
     "patch_divisor",
+    "register_specialist",
 ]
 
 
@@ -60,13 +62,22 @@ class SpecialistSpec:
     input_channels: tuple[int, ...] | None = None
 
 
-SPECIALISTS: Mapping[str, SpecialistSpec] = {
+SPECIALISTS: dict[str, SpecialistSpec] = {
     "dynunet": SpecialistSpec(DynUNetArguments, build_dynunet),
     "segresnet": SpecialistSpec(SegResNetArguments, build_segresnet),
     "swinunetr": SpecialistSpec(SwinUNETRArguments, build_swinunetr),
     "unet": SpecialistSpec(UNetArguments, build_unet),
     "vnet": SpecialistSpec(VNetArguments, build_vnet, INPUT_CHANNELS),
 }
+
+
+def register_specialist(name: str, spec: SpecialistSpec) -> None:
+    """Add a network to the registry of this process.
+
+    Raises:
+        ValueError: another network has the name.
+    """
+    add_entry(SPECIALISTS, "specialist", name, spec)
 
 
 def check_specialist(name: str, arguments: Mapping[str, Any], patch: tuple[int, int, int], channels: int) -> None:

@@ -18,10 +18,10 @@ from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.calibration import Calibration
 from semisam_core.pseudo_labels.fusion import PseudoLabel
 from semisam_core.scratch import Scratch
-from semisam_core.sources.base import Evidence, Source, SourceName, SourceScan
+from semisam_core.sources.base import Evidence, LabeledScan, Source, SourceName, SourceScan
 from semisam_core.sources.generalists import PromptedGeneralists
 from semisam_core.sources.labeling import EvidenceLabeler, reliability_of, sharpened, uncertainty_of
-from semisam_core.sources.prototypes import PrototypeExample, PrototypeSource
+from semisam_core.sources.prototypes import PrototypeSource
 from tests.conftest import tiny_plan
 
 SHAPE = (12, 12, 8)
@@ -215,8 +215,7 @@ def test_prototypes_leave_out_the_scan_that_they_are_scored_on() -> None:
     scans = [_scan(0), _scan(1)]
     one, other = ((_ball(shift)[0] > 0.5).long() for shift in (0, 4))
     known = [
-        PrototypeExample(scan_key(scan.image), scan.image, label)
-        for scan, label in zip(scans, (one, other), strict=True)
+        LabeledScan(scan_key(scan.image), scan.image, label) for scan, label in zip(scans, (one, other), strict=True)
     ]
     rest = PrototypeSource(_Labels(), known).without(scans[0].key)  # type: ignore[arg-type]
     assert rest is not None
