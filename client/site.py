@@ -40,6 +40,7 @@ from semisam_core.inference import segment_original
 from semisam_core.optimizers import moments
 from semisam_core.plan import Plan
 from semisam_core.privacy.randomness import SecureRandomness, SeededRandomness
+from semisam_core.pseudo_labels.fusion import PseudoLabel
 from semisam_core.pseudo_labels.store import StoredPseudoLabel
 from semisam_core.regularizers import teaches
 from semisam_core.reporting.overview import Panel, draw_overview
@@ -246,6 +247,21 @@ class Site:
         patients = score_patients(scores, owners, self.plan.class_names)
         return SiteReport({"validation": len(cases)} | means, patients=patients)
 
+    def pseudo_label(self, case: Case, weights: Mapping[str, Tensor]) -> PseudoLabel | None:
+        """Return a pseudo-label of one scan, on the plan's grid, with a given specialist in the teacher's place.
+
+        It is not stored. None if the case is quarantined, or if this site cannot make pseudo-labels under the plan.
+
+        Args:
+            case: one of `scans.usable(...)`.
+            weights: the tensors as the server sends them, the specialist's and the feature head's.
+
+        Raises:
+            WeightsNotAgreedError: the weights are not the plan's specialist.
+        """
+        own, head_weights = split_update(weights)
+        return self._asked(case, self._start.specialist(own, self.round), self._start.head(head_weights))
+
     @cached_property
     def secure(self) -> SecureRound | None:
         """This round's part in the secure sum; None if the plan does not ask for one."""
@@ -314,11 +330,7 @@ class Site:
             return
         on_plans_grid, scratch = replace(scan, original=scan.grid), self.config.storage.scratch()
         found = segment_original(specialist, on_plans_grid, self.plan, self.device, scratch=scratch)
-        pair = self.scans.load_pair(cases[0])
-        labeled = self._known()
-        pseudo = (
-            self._labeler.ask(cases[0].id, pair, specialist, labeled, head) if pair and self._labeler.active else None
-        )
+        pseudo = self._asked(cases[0], specialist, head)
         panel = Panel(
             site=self.config.site,
             image=scan.image[0],
@@ -329,6 +341,12 @@ class Site:
             spacing_mm=scan.grid.spacing_mm,
         )
         draw_overview(panel, self.state.folder / "overview.png")
+
+    def _asked(self, case: Case, specialist: nn.Module, head: FeatureHead | None) -> PseudoLabel | None:
+        pair = self.scans.load_pair(case)
+        if pair is None or not self._labeler.active:
+            return None
+        return self._labeler.ask(case.id, pair, specialist, self._known(), head)
 
 
 def derive_seed(seed: int, site: str, round_number: int) -> int:

@@ -8,6 +8,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from semisam_core.components import largest_component
+from semisam_core.contract import initial_head, travelling
 from semisam_core.data.resampling import Block, GridChange
 from semisam_core.data.scans import Scan
 from semisam_core.plan import Plan
@@ -15,6 +16,11 @@ from semisam_core.progress import ProgressCallback
 from semisam_core.scratch import Scratch
 from semisam_core.sliding_window import BATCH, SIGMA_SCALE, SlidingProbabilities
 from semisam_core.specialists import build_specialist
+
+
+def initial_weights(plan: Plan) -> dict[str, Tensor]:
+    """Return the tensors with which a study begins, as sent to sites: the specialist's and the feature head's."""
+    return travelling(plan, new_specialist(plan)) | initial_head(plan)
 
 
 def new_specialist(plan: Plan) -> nn.Module:

@@ -19,14 +19,13 @@ from semisam_core.contract import (
     SPECIALIST_RECORD,
     STUDY_RECORD,
     RejectionRule,
-    initial_head,
     split_update,
     travelling,
     update_spec,
     weights_sha256,
 )
 from semisam_core.errors import SemiSAMError
-from semisam_core.inference import new_specialist
+from semisam_core.inference import initial_weights, new_specialist
 from semisam_core.plan import Plan
 from semisam_core.secure_aggregation.weights import whole_weights
 from server.admission import Admitted, Rejected
@@ -121,7 +120,7 @@ class Study:
         """Return where to resume: the newest intact checkpoint, or the initial specialist."""
         found = self.folder.newest(self.plan)
         if found is None:
-            weights = travelling(self.plan, new_specialist(self.plan)) | initial_head(self.plan)
+            weights = initial_weights(self.plan)
             found = Checkpoint(0, weights, {}, {})
             self.folder.save_round(0, found.weights, self.plan)
         if self.folder.metrics_path.exists():

@@ -17,7 +17,7 @@ class BrightnessSource:
         self._known = tuple(known)  # none at a site without labels
 
     def look(self, scan: SourceScan) -> Evidence:
-        """Return exp(-z^2 / 2) of each voxel and class (K, H, W, D), z its distance from the labels' mean in deviations."""
+        """Return exp(-z^2 / 2) of each voxel and class (K, H, W, D), z how many deviations from the mean."""
         image, maps = scan.image[0], scan.maps()
         for k in range(scan.classes if self._known else 0):
             seen = torch.cat([each.image[0][each.label == k + 1] for each in self._known])
