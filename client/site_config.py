@@ -186,14 +186,6 @@ class PrivacyLimits(StrictModel):
 class SiteConfig(StrictModel):
     """One hospital. The files in `site_configs/` explain every key.
 
-    Attributes: version: version of this format. site: the site's name, which appears in the server's record.
-    generalists: the generalists that this site has, by name. device: `auto` takes a GPU if there is one; or `cpu`,
-    `cuda`, `cuda:1`. threads: CPU threads; None for all.
-
-    Attributes: version: version of this format. site: the site's name, which appears in the server's record.
-    generalists: the generalists that this site has, by name. device: `auto` takes a GPU if there is one; or `cpu`,
-    `cuda`, `cuda:1`. threads: CPU threads; None for all.
-
     Attributes:
         version: version of this format.
         site: the site's name, which appears in the server's record.

@@ -30,14 +30,6 @@ from semisam_core.specialists import check_specialist, check_statistics
 class Evaluation(StrictModel):
     """Sliding-window evaluation of whole scans at the site, in the scan's own geometry.
 
-    Attributes: every_rounds: rounds between scorings of the global specialist on the sites' validation cases; the last
-    round is scored too. overlap: overlap of the sliding window, as a share of the patch. surface_tolerance_mm: distance
-    up to which surfaces count as one in the surface Dice.
-
-    Attributes: every_rounds: rounds between scorings of the global specialist on the sites' validation cases; the last
-    round is scored too. overlap: overlap of the sliding window, as a share of the patch. surface_tolerance_mm: distance
-    up to which surfaces count as one in the surface Dice.
-
     Attributes:
         every_rounds: rounds between scorings of the global specialist on the sites' validation cases; the last round is
             scored too.
@@ -52,14 +44,6 @@ class Evaluation(StrictModel):
 
 class Plan(StrictModel):
     """One study. The shipped plans in `site_configs/` explain every key.
-
-    Attributes: version: version of this format. selection: which specialist is published as `best.safetensors`: that of
-    the `last` round, which uses no label, or the one with the best mean Dice on `validation` cases. seed: seed of
-    initial weights, patches and augmentation.
-
-    Attributes: version: version of this format. selection: which specialist is published as `best.safetensors`: that of
-    the `last` round, which uses no label, or the one with the best mean Dice on `validation` cases. seed: seed of
-    initial weights, patches and augmentation.
 
     Attributes:
         version: version of this format.

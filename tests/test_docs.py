@@ -13,6 +13,8 @@ import pytest
 import typer.main
 
 from cli.main import app
+from client.site_config import Egress, PrivacyLimits
+from semisam_core.plan import load_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -172,3 +174,35 @@ def test_every_mechanism_of_the_threat_model_has_claims_that_are_tested() -> Non
 )
 def test_a_claim_whose_test_is_gone_is_caught(named: str) -> None:
     assert not _is_a_test(named)
+
+
+def _officers_rows() -> list[str]:
+    return [
+        line
+        for line in _section("data-protection.md", "What leaves, and how to forbid it").splitlines()
+        if "::" in line
+    ]
+
+
+def test_all_that_leaves_is_said_to_the_officer_with_tests_that_exist() -> None:
+    text = _section("data-protection.md", "What leaves, and how to forbid it")
+    assert len(_officers_rows()) >= 9
+    assert [each for each in re.findall(r"`([^`]+::[^`]+)`", text) if not _is_a_test(each)] == []
+
+
+def test_the_officers_keys_are_those_of_a_site_file_and_every_limit_on_egress_is_among_them() -> None:
+    text = (ROOT / "docs" / "data-protection.md").read_text(encoding="utf-8")
+    sections = {"egress": Egress.model_fields, "privacy": PrivacyLimits.model_fields}
+    named = re.findall(r"`(egress|privacy)\.(\w+)(?:: [^`]+)?`", text)
+    assert [key for section, key in named if key not in sections[section]] == []
+    assert set(Egress.model_fields) - {key for _, key in named} == {"significant_digits"}  # how, not whether
+
+
+def test_overrides_that_the_researchers_page_offers_are_accepted() -> None:
+    text = _section("researcher.md", "Change one thing")
+    rows = [re.findall(r"`([^`]+)`", line.split(" | ", 1)[1]) for line in text.splitlines() if line.startswith("| ")][
+        2:
+    ]
+    assert len(rows) > 5
+    plan = ROOT / "site_configs" / "left-atrium" / "plan.yaml"
+    assert len({load_plan(plan, assignments).hash for assignments in rows} - {load_plan(plan).hash}) == len(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import subprocess
 import sys
@@ -75,6 +76,14 @@ def test_nothing_on_a_page_is_left_to_insert_and_files_outside_come_along(site: 
     assert copied.read_bytes() == (ROOT / "site_configs" / "left-atrium" / "plan.yaml").read_bytes()
     assert 'href="repository/site_configs/left-atrium/plan.yaml"' in (site / "reference-plan.html").read_text()
     assert not (site / "tools").exists()
+
+
+def test_examples_and_the_notebook_are_on_their_pages(site: Path) -> None:
+    for page, words in (("extending", "geometric_median"), ("researcher", "initial_weights")):
+        text = html.unescape(re.sub(r"<[^>]+>", "", (site / f"{page}.html").read_text(encoding="utf-8")))
+        assert words in text
+    assert (site / "examples" / "rule.py").exists()
+    assert (site / "notebook.ipynb").exists()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ class Admission(StrictModel):
 
     Attributes:
         norm_factor: an update is rejected if the norm of its change exceeds this multiple of the round's median,
-            provided that at least three sites took steps. None turns the comparison off.
+            provided that at least three sites took steps; null turns the comparison off.
     """
 
     norm_factor: float | None = Field(default=10.0, gt=1)
@@ -55,10 +55,6 @@ class ServerOptimizerSettings(StrictModel):
 
 class Exclusion(StrictModel):
     """A site that fails `after_failures` rounds in a row sits out the next `rounds` rounds and is then asked again.
-
-    Attributes: after_failures: failed rounds in a row after which a site sits out. rounds: rounds that it sits out.
-
-    Attributes: after_failures: failed rounds in a row after which a site sits out. rounds: rounds that it sits out.
 
     Attributes:
         after_failures: failed rounds in a row after which a site sits out.

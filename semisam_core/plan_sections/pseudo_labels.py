@@ -111,12 +111,6 @@ class Gates(StrictModel):
 class Uncertainty(StrictModel):
     """U = prompts * variance over models, planes and prompt sets + specialist * (teacher - generalist)^2, a map.
 
-    Attributes: prompts: weight of the variance over models, planes and prompt sets. specialist: weight of the squared
-    disagreement of teacher and generalists.
-
-    Attributes: prompts: weight of the variance over models, planes and prompt sets. specialist: weight of the squared
-    disagreement of teacher and generalists.
-
     Attributes:
         prompts: weight of the variance over models, planes and prompt sets.
         specialist: weight of the squared disagreement of teacher and generalists.
@@ -132,10 +126,6 @@ class ColdStart(Prototypes):
     Up to and including `until_round`, even before `first_round`, they prompt instead of the teacher at sites with
     labeled scans.
 
-    Attributes: until_round: the last round in which prototypes prompt.
-
-    Attributes: until_round: the last round in which prototypes prompt.
-
     Attributes:
         until_round: the last round in which prototypes prompt.
     """
@@ -148,12 +138,6 @@ class PseudoLabelLoss(StrictModel):
 
     The squared error is the paper's. Its gradient is small where the student is sure and wrong; cross-entropy and Dice
     are loudest there.
-
-    Attributes: squared: weight of the squared error. cross_entropy: weight of the cross-entropy. dice: weight of the
-    soft Dice loss.
-
-    Attributes: squared: weight of the squared error. cross_entropy: weight of the cross-entropy. dice: weight of the
-    soft Dice loss.
 
     Attributes:
         squared: weight of the squared error.

@@ -100,6 +100,7 @@ class Sources(StrictModel):
         volume_tolerance: the target's threshold is chosen so that each class's volume is that of the labels up to this
             factor; null leaves it at 0.5. A good factor is about exp(s), s the standard deviation of the log volume
             between people.
+        more: names of further sources, from the registry in `sources/registry.py`.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("more",)

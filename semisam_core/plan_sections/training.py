@@ -61,7 +61,7 @@ class Augmentation(StrictModel):
         rotation_degrees: largest rotation around each axis.
         scale: largest change of size, as a share.
         affine_probability: the probability that a patch is rotated and scaled.
-        intensity: largest change of gain and of offset; intensities have about unit variance.
+        intensity: largest change of gain, offset and gamma.
         noise: largest standard deviation of added noise.
     """
 

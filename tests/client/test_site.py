@@ -15,6 +15,7 @@ from client.restore import WeightsNotAgreedError
 from client.site import NoUsableCaseError, Site
 from client.site_config import load_site_config
 from semisam_core.contract import TRAIN_SCALARS, evaluation_scalars
+from semisam_core.data.cases import Role
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
@@ -240,3 +241,28 @@ def test_nothing_is_written_outside_the_sites_storage(make_site: MakeSite, tmp_p
     site.train(_weights(plan))
     site.evaluate(_weights(plan), final=True)
     assert {p for p in tmp_path.rglob("*") if "storage" not in p.parts} == before
+
+
+def test_a_pseudo_label_can_be_had_for_one_scan_with_any_specialist_and_is_not_stored(
+    make_site: MakeSite, plan: Plan
+) -> None:
+    site = _site(make_site(), plan)
+    (case,) = site.scans.usable(Role.UNLABELED)
+    trained = _site(make_site(), plan, run="other").train(_weights(plan)).weights
+    assert trained is not None
+    first, second = (site.pseudo_label(case, weights) for weights in (_weights(plan), trained))
+    assert first is not None
+    assert second is not None
+    assert first.target.shape == (1, 24, 24, 16)
+    assert first.valid.tolist() == [refusal is None for refusal in first.refusals]
+    assert not torch.equal(first.target, second.target)  # each was prompted by its own specialist
+    assert not list(site.state.folder.glob("pseudo_labels/*"))
+
+
+def test_there_is_no_pseudo_label_without_a_section_for_it_nor_with_other_weights(make_site: MakeSite) -> None:
+    plan = tiny_plan("pseudo_labels=null")
+    site = _site(make_site(), plan)
+    (case,) = site.scans.usable(Role.UNLABELED)
+    assert site.pseudo_label(case, _weights(plan)) is None
+    with pytest.raises(WeightsNotAgreedError):
+        site.pseudo_label(case, {"alien": torch.zeros(1)})
