@@ -19,7 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from engines.results import bucketed, count_words
+from engines.results import count_words
+from server.metrics_log import bucketed, gradient_shares
 
 TAIL_BYTES = 4096
 
@@ -52,7 +53,7 @@ def describe(event: Mapping[str, Any], in_buckets: bool = False) -> str | None:
         pseudo_labels = f", pseudo-labels {count('accepted')} accepted, {count('gated')} gated" if told else ""
         return (
             f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps"
-            f"{pseudo_labels}{_gradients(event)}{_epsilon(event)}"
+            f"{pseudo_labels}{_gradients(event, in_buckets)}{_epsilon(event)}"
         )
     if kind == "evaluated":
         scores = [f"{key[5:]} {value:.3f}" for key, value in event.items() if key.startswith("dice.")]
@@ -77,13 +78,10 @@ def _epsilon(event: Mapping[str, Any]) -> str:
     )
 
 
-def _gradients(event: Mapping[str, Any]) -> str:
+def _gradients(event: Mapping[str, Any], in_buckets: bool) -> str:
     """Return each loss term's share of the gradients, so that a term that teaches nothing is seen at once."""
-    norms = {key.partition(".")[2]: value for key, value in event.items() if key.startswith("gradient.")}
-    total = sum(norms.values())
-    if len(norms) < 2 or total <= 0 or (event.get("labeled", 0) > 0 and "supervised" not in norms):
-        return ""  # without a term that was withheld, shares would be of something else
-    return "; gradient " + ", ".join(f"{term} {norm / total:.0%}" for term, norm in norms.items())
+    shares = gradient_shares(event, in_buckets)
+    return "; gradient " + ", ".join(f"{term} {share:.0%}" for term, share in shares.items()) if len(shares) > 1 else ""
 
 
 class RunMonitor:
@@ -213,6 +211,8 @@ def _fault(event: Mapping[str, Any]) -> str | None:
         return f"{at} {event['site']} is left out until round {event['until']}: {event['reason']}"
     if kind == "set-aside":
         return f"a checkpoint was set aside: {event['reason']}"
+    if kind == "not-logged":
+        return f"{event['logger']} could not be written, the run goes on: {event['reason']}"
     if kind == "resumed":
         return f"resumed from round {event['round']}"
     return None

@@ -17,7 +17,7 @@ from reports.lead.record import RunRecord, SiteRecord
 from reports.page import listed
 from semisam_core.contract import update_spec
 from semisam_core.generalists.registry import generalist_spec
-from semisam_core.secure_aggregation.fixed_point import leaving_spec
+from semisam_core.secure_aggregation.fixed_point import leaving_bytes
 
 LEFT_COLUMNS = ("site", "replies", "numbers", "bytes of updates", "refusals")
 EPSILON_COLUMNS = ("site", "private rounds", "epsilon of the last round", "epsilon in total", "delta")
@@ -34,6 +34,7 @@ FAULTS = frozenset(
         "set-aside",
         "resumed",
         "sum-given-up",
+        "not-logged",
     }
 )
 ABOUT_A_LINE = frozenset({"event", "time", "round", "site", "kind", "final", "counts"})
@@ -61,7 +62,7 @@ class Seen:
 
 def what_left(record: RunRecord) -> list[tuple[str, ...]]:
     """Return what the server admitted from each site; see `LEFT_COLUMNS`."""
-    size = sum(math.prod(each.shape) * each.dtype.itemsize for each in leaving_spec(record.plan).values())
+    size = leaving_bytes(record.plan)
     rows: list[tuple[str, ...]] = []
     for site in sorted(record.sites, key=lambda each: each.name):
         lines = [line for line in record.everything if line.get("site") == site.name and line["event"] in _REPLIES]
@@ -79,7 +80,7 @@ def update_size(record: RunRecord) -> str:
     said = f"An update has {len(spec)} tensors with {size:,} bytes."
     if record.plan.aggregation.secure is None:
         return said
-    masked = sum(math.prod(each.shape) * each.dtype.itemsize for each in leaving_spec(record.plan).values())
+    masked = leaving_bytes(record.plan)
     return (
         f"{said} Under secure aggregation they left as one masked vector of {masked:,} bytes, with keys and "
         "shares; the server saw the sum only."
