@@ -8,6 +8,7 @@ from typing import Any
 from semisam_core.contract import BUCKETED_COUNTS, COUNTS_WORD
 
 RESUMED = "resumed"
+TERMS = ("supervised", "consistency", "generalist")  # of the loss
 AT_THE_END = ("selected",)
 
 

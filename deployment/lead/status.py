@@ -16,8 +16,8 @@ from deployment.lead.registration import admitted_keys
 from deployment.lead.run import last_run
 from deployment.lead.service import control_of, find
 from deployment.lead.study_folder import StudyFolder, invitation_differs
+from engines.events import describe
 from engines.flower_control import FlowerControl, FlowerError, FlowerNode
-from engines.monitor import describe
 from engines.run_state import run_reason, run_state
 from engines.tables import FittingTable
 from semisam_core.files import read_json_lines

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from engines.monitor import describe
+from engines.events import FAULTS, describe
 from reports.lead.record import RunRecord, SiteRecord
 from reports.page import listed
 from semisam_core.contract import update_spec
@@ -22,21 +22,6 @@ from semisam_core.secure_aggregation.fixed_point import leaving_bytes
 LEFT_COLUMNS = ("site", "replies", "numbers", "bytes of updates", "refusals")
 EPSILON_COLUMNS = ("site", "private rounds", "epsilon of the last round", "epsilon in total", "delta")
 FAULT_COLUMNS = ("time (UTC)", "what happened")
-FAULTS = frozenset(
-    {
-        "refused",
-        "silent",
-        "late",
-        "left",
-        "rejoined",
-        "excluded",
-        "waiting",
-        "set-aside",
-        "resumed",
-        "sum-given-up",
-        "not-logged",
-    }
-)
 ABOUT_A_LINE = frozenset({"event", "time", "round", "site", "kind", "final", "counts"})
 WITHHELD = "withheld"
 

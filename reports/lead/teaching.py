@@ -9,10 +9,9 @@ from typing import Any
 from engines.results import count_words
 from reports.charts import BarChart, bar_chart
 from reports.lead.record import RunRecord, SiteRecord
-from server.metrics_log import gradients
+from server.metrics_log import TERMS, gradients
 
 WITHHELD = "withheld"
-TERMS = ("supervised", "consistency", "generalist")
 LABEL_COLUMNS = ("site", "labeled", "unlabeled", "validation", "not usable", "generalists")
 HIDDEN_COLUMNS = ("site", "structure", "scans", "Dice prompting", "Dice pseudo-label", "Dice final")
 
