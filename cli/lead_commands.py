@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from cli.errors import readable_errors
+from cli.errors import INTERRUPTED, readable_errors
 
 if TYPE_CHECKING:
     from deployment.lead.study_folder import StudyFolder
@@ -209,27 +209,29 @@ def run(
             if stale := stale_invitations(opened):
                 _say(f"Invited to an earlier plan, code or address of this study: {', '.join(stale)}.")
             started = resumed_run(opened, control, sites, console) if resume else new_run(opened, control, sites)
-            try:
-                completed = started.follow(control, console)
-            except KeyboardInterrupt:
-                _say(
-                    "No longer following; the run continues. `semisam lead run --resume` follows it again, "
-                    "`semisam lead stop --run` stops it."
-                )
-                raise typer.Exit(130) from None
+            completed = started.follow(control, console)
     if not completed:
-        raise typer.Exit(1)
+        raise typer.Exit(1 if completed is False else INTERRUPTED)
 
 
 @app.command()
-def status(study: StudyOption = Path(), as_json: JsonOption = False) -> None:
+def status(
+    study: StudyOption = Path(),
+    as_json: JsonOption = False,
+    live: Annotated[bool, typer.Option("--watch", help="Follow the run to its end; Ctrl-C leaves it alone.")] = False,
+) -> None:
     """Show the state of the study: server, sites, run, latest events.
 
-    Example: semisam lead status --study atrium-study --json
+    Example: semisam lead status --study atrium-study --watch
     """
     from deployment.lead.status import status_of, status_view
+    from deployment.lead.watch import watch
 
-    with readable_errors():
+    if live and as_json:
+        raise typer.BadParameter("--watch is for people; for scripts use --json alone, as often as needed.")
+    with readable_errors("The run is left alone."):
+        if live:
+            return watch(_open(study), console)
         found = status_of(_open(study))
     if as_json:
         _json(found)

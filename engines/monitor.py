@@ -25,7 +25,7 @@ class RunMonitor:
         run_folder: the server's record.
         storages: site name -> its storage folder, of sites on this machine.
         console: where to print.
-        above: shown above the view, on a terminal.
+        below: shown below the view, on a terminal.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class RunMonitor:
         run_folder: Path,
         storages: Mapping[str, Path],
         console: Console,
-        above: RenderableType = "",
+        below: RenderableType = "",
     ) -> None:
-        self.above = above
+        self.below = below
         self._title, self._console = title, console
         self._follower = RunFollower(run_folder, storages)
         self._said: set[tuple[str, int, str]] = set()
@@ -66,7 +66,7 @@ class RunMonitor:
         for event in self._follower.news():
             self._learn(event)
             if (text := describe(event, str(event.get("site")) in self._in_buckets)) is not None:
-                self._say(text)
+                self.say(text)
         work = self._follower.work()
         if self._live is None:
             self._say_work(work)
@@ -76,7 +76,11 @@ class RunMonitor:
             self._seen = seen
             self._snapshot = snapshot(self._title, self._follower.lines, seen[1], work)
         shown = view(self._snapshot, time.time())
-        self._live.update(Group(self.above, shown) if self.above else shown, refresh=True)
+        self._live.update(Group(shown, self.below) if self.below else shown, refresh=True)
+
+    def say(self, text: str) -> None:
+        """Print a line, above the view if there is one."""
+        self._console.print(f"  {text}", highlight=False, markup=False)
 
     def _learn(self, event: Mapping[str, Any]) -> None:
         if bucketed(event):
@@ -87,7 +91,4 @@ class RunMonitor:
             said = (site, line["round"], line["phase"])
             if said not in self._said:
                 self._said.add(said)
-                self._say(f"{site}: round {line['round']}, {line['phase']}, {line['total']} {line['unit']}")
-
-    def _say(self, text: str) -> None:
-        self._console.print(f"  {text}", highlight=False, markup=False)
+                self.say(f"{site}: round {line['round']}, {line['phase']}, {line['total']} {line['unit']}")

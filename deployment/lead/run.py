@@ -32,6 +32,10 @@ UNREACHABLE_S = 180.0
 SERVER_APP_GONE_S = 30.0
 KILLED_S = 5.0
 RECORD = "lead.json"
+LEFT = (
+    "No longer following; the run continues. `semisam lead run --resume` follows it again, `semisam lead stop --run` "
+    "stops it."
+)
 
 
 class RunRecord(StrictModel):
@@ -77,16 +81,22 @@ class LeadRun:
     run_id: int
     plan: Plan
 
-    def follow(self, control: FlowerControl, console: Console) -> bool:
+    def follow(self, control: FlowerControl, console: Console) -> bool | None:
         """Show the run until it ends and write its report; return whether it completed.
+
+        After Ctrl-C the run goes on without being followed; then return None.
 
         Raises:
             LeadError: the SuperLink ended before the run did, or the run took longer than all its deadlines.
             FlowerError: the SuperLink can no longer be reached.
         """
         console.print(f"Run folder: {self.folder}", highlight=False, markup=False, soft_wrap=True)
-        with RunMonitor(self.study.settings.name, self.folder, {}, console) as monitor:
-            run = self._wait(control, monitor.tick)
+        try:
+            with RunMonitor(self.study.settings.name, self.folder, {}, console) as monitor:
+                run = self._wait(control, monitor.tick)
+        except KeyboardInterrupt:
+            console.print(LEFT, highlight=False, markup=False, soft_wrap=True)
+            return None
         end = run.end or "unknown"
         record_end(self.folder, end, run.details)
         self._report(console)

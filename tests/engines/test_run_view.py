@@ -201,7 +201,7 @@ def test_a_run_of_another_process_is_shown_to_its_end(terminal: bool, tmp_path: 
 def test_what_happened_before_is_shown_in_the_view_and_not_said_again(tmp_path: Path) -> None:
     _write_a_run(tmp_path)
     said = io.StringIO()
-    with RunMonitor("federated", tmp_path, {}, Console(file=said, width=100, force_terminal=True), above="The study"):
+    with RunMonitor("federated", tmp_path, {}, Console(file=said, width=100, force_terminal=True), below="The study"):
         pass
     assert "aggregated after" not in said.getvalue()
     assert "20 of 20 rounds done" in said.getvalue()
