@@ -25,6 +25,9 @@ console = Console()
 
 StudyOption = Annotated[Path, typer.Option("--study", help="The study folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+MlflowOption = Annotated[
+    Path | None, typer.Option(help="Also log the run to MLflow, in this local folder. Needs the extra `mlflow`.")
+]
 SiteArgument = Annotated[str, typer.Argument(help="The site's name: lowercase letters, digits, dashes.")]
 
 
@@ -191,6 +194,7 @@ def run(
         bool, typer.Option("--resume", help="Resume the interrupted run, or follow the one in progress.")
     ] = False,
     sites: Annotated[int | None, typer.Option(help="How many sites to wait for.", min=1)] = None,
+    mlflow: MlflowOption = None,
 ) -> None:
     """Run the study and follow it to the end; the exit status is 0 only if it completed.
 
@@ -208,7 +212,10 @@ def run(
             _tell_of_code(opened.installed_code_differs())
             if stale := stale_invitations(opened):
                 _say(f"Invited to an earlier plan, code or address of this study: {', '.join(stale)}.")
-            started = resumed_run(opened, control, sites, console) if resume else new_run(opened, control, sites)
+            if resume:
+                started = resumed_run(opened, control, sites, console, mlflow)
+            else:
+                started = new_run(opened, control, sites, mlflow)
             completed = started.follow(control, console)
     if not completed:
         raise typer.Exit(1 if completed is False else INTERRUPTED)

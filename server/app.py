@@ -18,6 +18,7 @@ import semisam_core
 from semisam_core.errors import ConfigError, SemiSAMError
 from semisam_core.files import write_json
 from semisam_core.plan import Plan, load_plan
+from server.mlflow_log import mlflow_loggers
 from server.patient_grid import PatientGrid
 from server.run_folder import RunFolder
 from server.run_log import RunLog
@@ -48,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(_run_path(str(config.get("run-folder", ""))))
     run = _run_name(folder, plan)
     folder.set_status("running", run=run)
-    log = RunLog(folder, plan, [TensorBoardLogger(folder.path)])
+    log = RunLog(folder, plan, [TensorBoardLogger(folder.path), *mlflow_loggers(folder.path, plan, run)])
     superlink = os.environ.get(SUPERLINK, "")
     with SuperLinkWatch(superlink, lambda why: folder.set_status("failed", why, run=run)) as watch:
         try:
