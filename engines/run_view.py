@@ -195,7 +195,7 @@ def _site(name: str, own: Sequence[Line], status: Line, work: Line | None, fault
 
 def _phase(name: str, own: Sequence[Line], status: Line, work: Line | None) -> str:
     if status.get("state") == "running" and name in status.get("waiting_for", ()):
-        if work is not None and work["round"] == status.get("round"):
+        if work is not None and work["round"] == status.get("round") and work["done"] < work["total"]:
             return f"{work['phase']} {work['done']}/{work['total']}"
         return str(status.get("phase", ""))
     last = own[-1]
@@ -220,7 +220,7 @@ def _pseudo_labels(trained: Line, coarse: bool) -> str:
 def _shares(trained: Line, coarse: bool) -> str:
     shares = gradient_shares(trained, coarse)
     if shares:
-        return "/".join(f"{shares.get(term, 0.0):.0%}"[:-1] for term in TERMS)
+        return "/".join(f"{100 * shares[term]:.0f}" if term in shares else NONE for term in TERMS)
     return WITHHELD if trained.get("steps") else NONE
 
 

@@ -130,6 +130,18 @@ def test_a_site_that_is_not_waited_for_shows_what_it_did_last(event: str, conten
     assert {site.name: site.phase for site in run.sites}["south"] == phase
 
 
+def test_a_site_that_has_not_begun_a_phase_does_not_show_the_end_of_the_one_before() -> None:
+    trained = {"south": {"round": 3, "phase": "train", "done": 30, "total": 30}}
+    run = snapshot("x", _lines(), _status(3, "south", phase="evaluating"), trained)
+    assert {site.name: site.phase for site in run.sites}["south"] == "evaluating"
+
+
+def test_a_term_that_a_plan_does_not_have_is_no_term_that_teaches_nothing() -> None:
+    sent = {"round": 1, "steps": 3, "gradient.supervised": 2.0, "gradient.consistency": 0.0}
+    run = snapshot("x", [*_lines(0), _event("trained", 1.0, site="south", **sent)], _status(1), {})
+    assert {site.name: site.shares for site in run.sites}["south"] == "100/0/-"
+
+
 def test_a_fault_counts_for_every_site_that_it_names() -> None:
     silent = _event("silent", 190.0, round=4, sites=2, names=["south", "east"], seconds=60.0)
     run = snapshot("x", [*_lines(), silent], _status(4), {})
