@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FOLDER = "tensorboard"
+TICK_S = 0.05
 
 
 class TensorBoardLogger:
@@ -33,6 +35,8 @@ class TensorBoardLogger:
 
         self.end("")
         self._folder.mkdir(parents=True, exist_ok=True)
+        while any(self._folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(TICK_S)  # TensorBoard reads files in the order of their names, which begin with the second
         self._writer = SummaryWriter(str(self._folder), purge_step=0)
 
     def log(self, steps: Iterable[RoundScalars]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import Message, MetricRecord
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from semisam_core.contract import METRICS_RECORD
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
+from server.metrics_log import gradient_shares
 from server.run_folder import RunFolder
 from server.run_log import RunLog
 from server.scalars import RoundScalars, ScalarReader, history
@@ -47,6 +50,13 @@ def _grid() -> ScriptedGrid:
     return grid
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that nothing happened to."""
+    torch.set_num_threads(1)
+    return _execute(tmp_path_factory.mktemp("whole")).path
+
+
 def _execute(folder: Path) -> RunFolder:
     plan, record, grid = _plan(), RunFolder(folder), _grid()
     log = RunLog(record, plan, [TensorBoardLogger(folder)])
@@ -62,9 +72,8 @@ def _shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def test_every_scalar_of_every_round_is_shown_once(tmp_path: Path) -> None:
-    _execute(tmp_path)
-    shown = _shown(tmp_path)
+def test_every_scalar_of_every_round_is_shown_once(whole: Path) -> None:
+    shown = _shown(whole)
     assert all([step for step, _ in steps] == [1, 2, 3] for steps in shown.values()), shown
     last = {tag: steps[-1][1] for tag, steps in shown.items()}
     assert last["total/bytes"] == 2 * last["bytes/alpha"]
@@ -79,11 +88,10 @@ def test_every_scalar_of_every_round_is_shown_once(tmp_path: Path) -> None:
     assert (last["total/sites"], last["weight/alpha"], last["seconds/alpha"]) == (2, 0.5, 9.5)
 
 
-def test_names_say_nothing_but_sites_quantities_and_reasons(tmp_path: Path) -> None:
-    record = _execute(tmp_path)
+def test_names_say_nothing_but_sites_quantities_and_reasons(whole: Path) -> None:
     known = {"alpha", "beta", "dice", "hd95_mm", "sites", "bytes", "seconds"}
-    assert {tag.partition("/")[2] for tag in _shown(tmp_path)} <= known
-    assert [path.parent.name for path in record.path.rglob("events.*")] == ["tensorboard"]
+    assert {tag.partition("/")[2] for tag in _shown(whole)} <= known
+    assert [path.parent.name for path in whole.rglob("events.*")] == ["tensorboard"]
 
 
 Hook = Callable[[str, dict[str, Any]], bool]
@@ -121,7 +129,7 @@ def _die_in_the_middle(self: TensorBoardLogger, steps: Iterable[RoundScalars]) -
 
 
 @pytest.mark.parametrize("moment", [*KILLS, "while TensorBoard is written"])
-def test_a_resumed_run_goes_on_without_doubled_steps(moment: str, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_without_doubled_steps(moment: str, tmp_path: Path, whole: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=_run_and_die, args=(tmp_path, KILLS.get(moment)))
     process.start()
     process.join(timeout=120)
@@ -131,17 +139,14 @@ def test_a_resumed_run_goes_on_without_doubled_steps(moment: str, tmp_path: Path
         process.kill()
         process.join()
     (torn,) = (tmp_path / "tensorboard").iterdir()
-    began, _, host = torn.name.removeprefix("events.out.tfevents.").partition(".")
     torn.write_bytes(torn.read_bytes()[:-3])  # as after a power failure
-    torn.rename(torn.with_name(f"events.out.tfevents.{int(began) - 2}.{host}"))  # a server takes seconds to restart
     _execute(tmp_path)
-    _execute(tmp_path / "whole")
-    shown, whole = _shown(tmp_path), _shown(tmp_path / "whole")
-    assert shown.keys() == whole.keys()
-    for tag in whole:
+    shown, expected = _shown(tmp_path), _shown(whole)
+    assert shown.keys() == expected.keys()
+    for tag in expected:
         assert [step for step, _ in shown[tag]] == [1, 2, 3], tag
         if not tag.endswith("/seconds"):
-            assert shown[tag] == whole[tag]
+            assert shown[tag] == expected[tag]
 
 
 def test_a_tensorboard_that_is_open_forgets_what_a_resumed_run_repeats(tmp_path: Path) -> None:
@@ -158,6 +163,13 @@ def test_a_tensorboard_that_is_open_forgets_what_a_resumed_run_repeats(tmp_path:
     assert [(each.step, round(each.value, 3)) for each in watching.Scalars("mean/dice")] == [(1, 0.2), (2, 0.4)]
 
 
+def test_event_files_of_one_second_are_told_apart(tmp_path: Path) -> None:
+    for _ in range(3):
+        TensorBoardLogger(tmp_path).begin()
+    seconds = [path.name.split(".")[3] for path in (tmp_path / "tensorboard").iterdir()]
+    assert len(set(seconds)) == 3
+
+
 def test_a_tensorboard_that_cannot_be_written_stops_no_run_and_is_reported_once(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
     record = _execute(tmp_path)
@@ -165,6 +177,31 @@ def test_a_tensorboard_that_cannot_be_written_stops_no_run_and_is_reported_once(
     (line,) = record.records("not-logged")
     assert line["logger"] == "TensorBoard"
     assert "File exists" in line["reason"]
+
+
+def _write_beyond(folder: Path, size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    logger = TensorBoardLogger(folder)
+    for _ in range(2):
+        with pytest.raises(OSError, match="File too large"):
+            _begin_and_log(logger, [RoundScalars(n, 1.0, {f"dice/{k}": 0.5 for k in range(9)}) for n in range(99)])
+
+
+def _begin_and_log(logger: TensorBoardLogger, steps: Iterable[RoundScalars]) -> None:
+    logger.begin()
+    logger.log(steps)
+
+
+def test_event_files_that_cannot_grow_are_an_error_each_time_and_no_wait(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_write_beyond, args=(tmp_path, 4096))
+    process.start()
+    process.join(timeout=60)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_scalar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +266,24 @@ def test_what_a_site_withholds_is_no_scalar_and_no_zero() -> None:
     }
     assert scored is not None
     assert not scored.values
+
+
+@pytest.mark.parametrize(
+    ("sent", "coarse", "shares"),
+    [
+        ({"labeled": 1, "gradient.consistency": 1.0, "gradient.generalist": 1.0}, True, {}),
+        ({"labeled": 1, "gradient.consistency": 1.0, "gradient.supervised": 1.0, "accepted": 5}, True, {}),
+        ({"labeled": 1, "gradient.consistency": 1.0, "gradient.supervised": 3.0, "accepted": 5}, False, None),
+        ({"labeled": 0, "gradient.consistency": 1.0, "gradient.supervised": 3.0}, True, None),
+        ({"labeled": 1, "gradient.supervised": 0.0}, False, {}),
+        ({"labeled": 1}, False, {}),
+    ],
+)
+def test_without_a_term_that_was_withheld_there_are_no_shares(
+    sent: dict[str, Any], coarse: bool, shares: dict[str, float] | None
+) -> None:
+    whole = {"consistency": 0.25, "supervised": 0.75}
+    assert gradient_shares(sent, coarse) == (whole if shares is None else shares)
 
 
 def test_a_private_rounds_cost_is_shown_where_its_site_tells() -> None:
