@@ -202,7 +202,7 @@ def run(
 
     Example: semisam lead run --study atrium-study
     """
-    from deployment.lead.run import new_run, resumed_run
+    from deployment.lead.run import submitted_run
     from deployment.lead.service import control_of
     from deployment.lead.status import stale_invitations
 
@@ -212,10 +212,7 @@ def run(
             _tell_of_code(opened.installed_code_differs())
             if stale := stale_invitations(opened):
                 _say(f"Invited to an earlier plan, code or address of this study: {', '.join(stale)}.")
-            if resume:
-                started = resumed_run(opened, control, sites, console, mlflow)
-            else:
-                started = new_run(opened, control, sites, mlflow)
+            started = submitted_run(opened, control, resume, sites, console, mlflow)
             completed = started.follow(control, console)
     if not completed:
         raise typer.Exit(1 if completed is False else INTERRUPTED)
@@ -234,11 +231,9 @@ def status(
     from deployment.lead.status import status_of, status_view
     from deployment.lead.watch import watch
 
-    if live and as_json:
-        raise typer.BadParameter("--watch is for people; for scripts use --json alone, as often as needed.")
     with readable_errors("The run is left alone."):
         if live:
-            return watch(_open(study), console)
+            return watch(_open(study), console, as_json)
         found = status_of(_open(study))
     if as_json:
         _json(found)

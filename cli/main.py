@@ -66,8 +66,7 @@ def simulate(
     with readable_errors("Finished rounds are kept; resume with --resume."):
         from experiments.simulate import Simulation
 
-        changes = assignments or []
-        simulation = Simulation.prepare(plan, sites, out, resume, changes, engine, local_baseline, console, mlflow)
+        simulation = Simulation.prepare(plan, sites, out, resume, assignments, engine, local_baseline, console, mlflow)
         completed = simulation.execute()
     if not completed:
         raise typer.Exit(1)

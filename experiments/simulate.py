@@ -67,7 +67,7 @@ class Simulation:
         sites: Path | None,
         out: Path | None,
         resume: Path | None,
-        assignments: list[str],
+        assignments: list[str] | None,
         engine: str,
         local_baseline: bool,
         console: Console,
@@ -91,7 +91,7 @@ class Simulation:
             engine, local_baseline = kept["engine"], kept["local_baseline"]
         elif plan is None or sites is None:
             raise ConfigError("--plan and --sites are required (or --resume with a run folder).")
-        study = check_study(plan, sites, assignments)
+        study = check_study(plan, sites, assignments or [])
         store = None if mlflow is None else usable_folder(mlflow)
         if out is None:
             out = Path("runs") / f"{study.plan.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -55,7 +55,7 @@ def usable_folder(folder: Path) -> Path:
     if missing := [name for name in PACKAGES if not _installed(name)]:
         raise ConfigError(
             f"--mlflow: {missing[0]} is not installed here; install it with "
-            "`pip install -c constraints.txt -e '.[mlflow]'`, or omit --mlflow."
+            "`pip install -c constraints.txt '.[mlflow]'`, or omit --mlflow."
         )
     if used := set(IN_ADDRESSES) & set(str(folder.absolute())):
         raise ConfigError(f"--mlflow {folder}: the path must not contain {' '.join(sorted(used))}.")

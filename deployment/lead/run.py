@@ -140,6 +140,20 @@ class LeadRun:
         tell_of_report(self.folder, console)
 
 
+def submitted_run(
+    study: StudyFolder,
+    control: FlowerControl,
+    resume: bool,
+    sites: int | None,
+    console: Console,
+    mlflow: Path | None,
+) -> LeadRun:
+    """Submit a new run, or resume one; see `new_run` and `resumed_run`."""
+    if resume:
+        return resumed_run(study, control, sites, console, mlflow)
+    return new_run(study, control, sites, mlflow)
+
+
 def new_run(study: StudyFolder, control: FlowerControl, sites: int | None, mlflow: Path | None = None) -> LeadRun:
     """Submit a new run of the study's plan.
 

@@ -13,6 +13,7 @@ from deployment.lead.status import status_of, status_view
 from deployment.lead.study_folder import StudyFolder
 from engines.monitor import RunMonitor
 from engines.run_state import settled
+from semisam_core.errors import ConfigError
 from semisam_core.text import printable
 
 TICK_S = 0.5
@@ -27,6 +28,7 @@ Status = dict[str, Any]
 def watch(
     study: StudyFolder,
     console: Console,
+    as_json: bool = False,
     status: Callable[[StudyFolder], Status] = status_of,
     unreachable_s: float = UNREACHABLE_S,
     ask_every_s: float = ASK_EVERY_S,
@@ -38,13 +40,17 @@ def watch(
     Args:
         study: the study.
         console: where to print.
+        as_json: whether JSON was asked for, which cannot be watched.
         status: asks for the study's status.
         unreachable_s: after how many seconds without an answer from the SuperLink watching ends.
         ask_every_s: how often to ask the SuperLink; the run's own files are read all the time.
 
     Raises:
-        FlowerError, ConfigError, OSError: the study cannot be read.
+        ConfigError: `as_json`, or the study cannot be read.
+        FlowerError, OSError: the study cannot be read.
     """
+    if as_json:
+        raise ConfigError("--watch is for people; for scripts use --json alone, as often as needed.")
     found = status(study)
     if found["run"] is None:
         console.print(status_view(found))

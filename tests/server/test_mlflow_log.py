@@ -227,7 +227,8 @@ def test_nothing_is_sent_anywhere(run_folder: RunFolder, store: Path, tmp_path: 
         timeout=120,
         check=False,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        env={name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MLFLOW", "CI"))}
+        | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )
     assert done.stdout.strip() == "[]", done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"run", "store"}  # no mlruns in the working directory

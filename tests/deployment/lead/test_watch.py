@@ -80,7 +80,7 @@ class _Running:
 def _watched(study: StudyFolder, terminal: bool) -> str:
     said = io.StringIO()
     console = Console(file=said, width=110, force_terminal=terminal, color_system=None)
-    watch(study, console, _status, ask_every_s=0.5)
+    watch(study, console, False, _status, ask_every_s=0.5)
     return said.getvalue()
 
 
@@ -97,7 +97,7 @@ def test_without_a_terminal_every_event_is_one_line_and_the_end_is_said(study: S
 def test_a_watch_ends_with_its_run_and_not_at_the_next_question(study: StudyFolder, folder: Path) -> None:
     began = time.monotonic()
     with _Running(folder, "completed"):
-        watch(study, Console(file=io.StringIO()), _status, ask_every_s=30.0)
+        watch(study, Console(file=io.StringIO()), False, _status, ask_every_s=30.0)
     assert time.monotonic() - began < 20
 
 
@@ -114,7 +114,7 @@ def _watch_as_typed(study: StudyFolder, left: Any) -> None:
     with io.StringIO() as said:
         try:
             with readable_errors("The run is left alone."):
-                watch(study, Console(file=said, force_terminal=True), _status, ask_every_s=0.5)
+                watch(study, Console(file=said, force_terminal=True), False, _status, ask_every_s=0.5)
         except typer.Exit as error:
             left.value = error.exit_code
 
@@ -142,7 +142,7 @@ def test_a_superlink_that_does_not_answer_is_not_waited_for_without_end(study: S
         found = _status(study)
         return found | {"run": found["run"] | {"state": "unknown"}}
 
-    watch(study, Console(file=said, width=110), unknown, unreachable_s=1.0, ask_every_s=0.2)
+    watch(study, Console(file=said, width=110), False, unknown, unreachable_s=1.0, ask_every_s=0.2)
     assert "the SuperLink does not answer. The run may go on." in " ".join(said.getvalue().split())
 
 
