@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from cli.errors import readable_errors
+from cli.errors import INTERRUPTED, readable_errors
 
 if TYPE_CHECKING:
     from deployment.lead.study_folder import StudyFolder
@@ -25,6 +25,9 @@ console = Console()
 
 StudyOption = Annotated[Path, typer.Option("--study", help="The study folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+MlflowOption = Annotated[
+    Path | None, typer.Option(help="Also log the run to MLflow, in this local folder. Needs the extra `mlflow`.")
+]
 SiteArgument = Annotated[str, typer.Argument(help="The site's name: lowercase letters, digits, dashes.")]
 
 
@@ -191,6 +194,7 @@ def run(
         bool, typer.Option("--resume", help="Resume the interrupted run, or follow the one in progress.")
     ] = False,
     sites: Annotated[int | None, typer.Option(help="How many sites to wait for.", min=1)] = None,
+    mlflow: MlflowOption = None,
 ) -> None:
     """Run the study and follow it to the end; the exit status is 0 only if it completed.
 
@@ -198,7 +202,7 @@ def run(
 
     Example: semisam lead run --study atrium-study
     """
-    from deployment.lead.run import new_run, resumed_run
+    from deployment.lead.run import submitted_run
     from deployment.lead.service import control_of
     from deployment.lead.status import stale_invitations
 
@@ -208,28 +212,28 @@ def run(
             _tell_of_code(opened.installed_code_differs())
             if stale := stale_invitations(opened):
                 _say(f"Invited to an earlier plan, code or address of this study: {', '.join(stale)}.")
-            started = resumed_run(opened, control, sites, console) if resume else new_run(opened, control, sites)
-            try:
-                completed = started.follow(control, console)
-            except KeyboardInterrupt:
-                _say(
-                    "No longer following; the run continues. `semisam lead run --resume` follows it again, "
-                    "`semisam lead stop --run` stops it."
-                )
-                raise typer.Exit(130) from None
+            started = submitted_run(opened, control, resume, sites, console, mlflow)
+            completed = started.follow(control, console)
     if not completed:
-        raise typer.Exit(1)
+        raise typer.Exit(1 if completed is False else INTERRUPTED)
 
 
 @app.command()
-def status(study: StudyOption = Path(), as_json: JsonOption = False) -> None:
+def status(
+    study: StudyOption = Path(),
+    as_json: JsonOption = False,
+    live: Annotated[bool, typer.Option("--watch", help="Follow the run to its end; Ctrl-C leaves it alone.")] = False,
+) -> None:
     """Show the state of the study: server, sites, run, latest events.
 
-    Example: semisam lead status --study atrium-study --json
+    Example: semisam lead status --study atrium-study --watch
     """
     from deployment.lead.status import status_of, status_view
+    from deployment.lead.watch import watch
 
-    with readable_errors():
+    with readable_errors("The run is left alone."):
+        if live:
+            return watch(_open(study), console, as_json)
         found = status_of(_open(study))
     if as_json:
         _json(found)

@@ -12,6 +12,7 @@ from cli.audit_commands import app as audit_app
 from cli.data_commands import app as data_app
 from cli.errors import readable_errors
 from cli.import_command import import_scans
+from cli.lead_commands import MlflowOption
 from cli.lead_commands import app as lead_app
 from cli.planning_commands import derive_plan, fingerprint
 from cli.predict_command import predict
@@ -56,6 +57,7 @@ def simulate(
     local_baseline: Annotated[
         bool, typer.Option(help="Also train each labeled site alone, supervised, for comparison.")
     ] = True,
+    mlflow: MlflowOption = None,
 ) -> None:
     """Run a whole study on this machine: every site, the server, the rounds, the report.
 
@@ -64,7 +66,7 @@ def simulate(
     with readable_errors("Finished rounds are kept; resume with --resume."):
         from experiments.simulate import Simulation
 
-        simulation = Simulation.prepare(plan, sites, out, resume, assignments or [], engine, local_baseline, console)
+        simulation = Simulation.prepare(plan, sites, out, resume, assignments, engine, local_baseline, console, mlflow)
         completed = simulation.execute()
     if not completed:
         raise typer.Exit(1)
@@ -202,19 +204,10 @@ def phantom(
 
     Example: semisam phantom --out demo/data --cases 6
     """
-    from rich.progress import Progress, TaskID
-
-    with readable_errors(), Progress(console=console) as progress:
+    with readable_errors():
         from experiments.phantom import write_hospitals
 
-        tasks: dict[str, TaskID] = {}
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = progress.add_task(f"phantom hospital {name}", total=total)
-            progress.update(tasks[name], completed=done)
-
-        written = write_hospitals(out, cases, seed, show)
+        written = write_hospitals(out, cases, seed, console)
     if not written:
         console.print(f"The phantom hospitals are already in {out}.", highlight=False, markup=False, soft_wrap=True)
 

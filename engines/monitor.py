@@ -1,218 +1,94 @@
-"""Show a run's progress: rounds from the run folder, each site's work from its storage. Only reads files."""
+"""Show a run while it goes on: a live view on a terminal; elsewhere, one line per event."""
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 
-from engines.results import bucketed, count_words
-
-TAIL_BYTES = 4096
-
-
-def describe(event: Mapping[str, Any], in_buckets: bool = False) -> str | None:
-    """Return an event in words, or None for one that people need not see.
-
-    Args:
-        event: a line of the metrics.
-        in_buckets: whether the site's counts are the lowest of a bucket.
-    """
-    kind = event.get("event")
-
-    def count(name: str) -> str:
-        return count_words(event.get(name, 0), in_buckets)
-
-    if kind == "aggregated":
-        left = event["rounds"] - event["round"]
-        return (
-            f"round {event['round']}/{event['rounds']} aggregated after {event['seconds']:.0f} s; "
-            f"{left} left, about {left * event['seconds'] / 60:.1f} min"
-        )
-    if kind in ("joined", "rejoined"):
-        return (
-            f"{event['site']} {kind}: {count('labeled')} labeled, {count('unlabeled')} unlabeled, "
-            f"{count('validation')} validation, {count('quarantined')} quarantined"
-        )
-    if kind == "trained":
-        told = "accepted" in event  # a private round does not say
-        pseudo_labels = f", pseudo-labels {count('accepted')} accepted, {count('gated')} gated" if told else ""
-        return (
-            f"round {event['round']}: {event['site']} trained {event['steps']:.0f} steps"
-            f"{pseudo_labels}{_gradients(event)}{_epsilon(event)}"
-        )
-    if kind == "evaluated":
-        scores = [f"{key[5:]} {value:.3f}" for key, value in event.items() if key.startswith("dice.")]
-        withheld = "withheld" if in_buckets and event["validation"] else "not sent"
-        return f"round {event['round']}: {event['site']} Dice {', '.join(scores) or withheld}"
-    if kind == "refused":
-        return f"round {event['round']}: {event['site']} is left out: {event['reason']}"
-    if kind == "sum-given-up":
-        return f"round {event['round']}: the secure sum was given up at attempt {event['attempt']}: {event['reason']}"
-    if kind == "silent":
-        return f"round {event['round']}: {', '.join(event['names'])} did not answer within {event['seconds']:g} s"
-    return _fault(event)
-
-
-def _epsilon(event: Mapping[str, Any]) -> str:
-    """Return what a private round cost, if the site says so."""
-    if "epsilon.round" not in event:
-        return ""
-    return (
-        f"; privacy: epsilon {event['epsilon.round']:.2f}, in total {event['epsilon.total']:.2f} "
-        f"at delta {event['epsilon.delta']:g}"
-    )
-
-
-def _gradients(event: Mapping[str, Any]) -> str:
-    """Return each loss term's share of the gradients, so that a term that teaches nothing is seen at once."""
-    norms = {key.partition(".")[2]: value for key, value in event.items() if key.startswith("gradient.")}
-    total = sum(norms.values())
-    if len(norms) < 2 or total <= 0 or (event.get("labeled", 0) > 0 and "supervised" not in norms):
-        return ""  # without a term that was withheld, shares would be of something else
-    return "; gradient " + ", ".join(f"{term} {norm / total:.0%}" for term, norm in norms.items())
+from engines.events import describe
+from engines.following import RunFollower
+from engines.run_view import Snapshot, snapshot, view
+from server.metrics_log import bucketed
 
 
 class RunMonitor:
-    """A live display on a terminal; elsewhere, one line per event.
+    """Shows a run from its files. On a terminal, lines of events scroll by above the view.
 
     Args:
         title: name of the run.
         run_folder: the server's record.
-        storages: site name -> its storage folder.
+        storages: site name -> its storage folder, of sites on this machine.
         console: where to print.
+        below: shown below the view, on a terminal.
     """
 
-    def __init__(self, title: str, run_folder: Path, storages: Mapping[str, Path], console: Console) -> None:
-        self._title, self._folder, self._storages, self._console = title, run_folder, storages, console
-        self._offset = self._start_of_news()
-        self._live = console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self._live,
-        )
-        self._rounds = self._progress.add_task(f"{title}: rounds", total=None, note="starting")
-        self._sites: dict[str, TaskID] = {}
-        self._phases: dict[str, str] = {}
+    def __init__(
+        self,
+        title: str,
+        run_folder: Path,
+        storages: Mapping[str, Path],
+        console: Console,
+        below: RenderableType = "",
+    ) -> None:
+        self.below = below
+        self._title, self._console = title, console
+        self._follower = RunFollower(run_folder, storages)
         self._said: set[tuple[str, int, str]] = set()
         self._in_buckets: set[str] = set()
+        self._seen: tuple[Any, ...] = ()
+        self._snapshot: Snapshot | None = None
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        for event in self._follower.news():  # what is known when the following begins is not said again
+            self._learn(event)
 
     def __enter__(self) -> RunMonitor:
-        self._progress.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.tick()
-        self._progress.stop()
+        try:
+            self.tick()
+        finally:
+            if self._live is not None:
+                self._live.stop()
 
     def tick(self) -> None:
         """Show what is new."""
-        for event in self._news():
-            self._show(event)
-        for site, storage in self._storages.items():
-            self._show_site(site, storage)
+        for event in self._follower.news():
+            self._learn(event)
+            if (text := describe(event, str(event.get("site")) in self._in_buckets)) is not None:
+                self.say(text)
+        work = self._follower.work()
+        if self._live is None:
+            self._say_work(work)
+            return
+        seen = (len(self._follower.lines), self._follower.status(), work)
+        if self._snapshot is None or seen != self._seen:
+            self._seen = seen
+            self._snapshot = snapshot(self._title, self._follower.lines, seen[1], work)
+        shown = view(self._snapshot, time.time())
+        self._live.update(Group(shown, self.below) if self.below else shown, refresh=True)
 
-    def _show(self, event: Mapping[str, Any]) -> None:
+    def say(self, text: str) -> None:
+        """Print a line, above the view if there is one."""
+        self._console.print(f"  {text}", highlight=False, markup=False)
+
+    def _learn(self, event: Mapping[str, Any]) -> None:
         if bucketed(event):
             self._in_buckets.add(str(event["site"]))
-        if event.get("event") == "aggregated":
-            self._progress.update(self._rounds, completed=event["round"], total=event["rounds"], note="")
-        if (text := describe(event, str(event.get("site")) in self._in_buckets)) is not None:
-            self._say(text)
 
-    def _say(self, text: str) -> None:
-        self._progress.console.print(f"  {text}", highlight=False, markup=False)
-
-    def _show_site(self, site: str, storage: Path) -> None:
-        line = self._last_line(storage)
-        if line is None:
-            return
-        if site not in self._sites:
-            self._sites[site] = self._progress.add_task(f"  {site}", total=None, note="")
-        note = f"round {line['round']} {line['phase']} ({line['unit']})"
-        task = self._sites[site]
-        if self._phases.get(site) != note:
-            self._phases[site] = note
-            self._progress.reset(task, total=line["total"] or None, note=note)
+    def _say_work(self, work: Mapping[str, Mapping[str, Any]]) -> None:
+        for site, line in work.items():
             said = (site, line["round"], line["phase"])
-            if not self._live and said not in self._said:
+            if said not in self._said:
                 self._said.add(said)
-                self._say(f"{site}: round {line['round']}, {line['phase']}, {line['total']} {line['unit']}")
-        self._progress.update(task, completed=line["done"], total=line["total"] or None, note=note)
-
-    def _last_line(self, storage: Path) -> dict[str, Any] | None:
-        try:
-            run = json.loads((self._folder / "run.json").read_text())["run"]
-            with (storage / "runs" / run / "progress.jsonl").open("rb") as file:
-                file.seek(0, 2)
-                file.seek(max(0, file.tell() - TAIL_BYTES))
-                lines = file.read().splitlines()
-        except (OSError, ValueError, KeyError):
-            return None
-        for text in reversed(lines):
-            try:
-                line: dict[str, Any] = json.loads(text)
-            except ValueError:
-                continue
-            return line
-        return None
-
-    def _start_of_news(self) -> int:
-        path = self._folder / "metrics.jsonl"
-        return path.stat().st_size if path.exists() else 0
-
-    def _news(self) -> list[dict[str, Any]]:
-        path = self._folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        with path.open("rb") as file:
-            file.seek(self._offset)
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        events = []
-        for text in whole.splitlines():
-            try:
-                events.append(json.loads(text))
-            except ValueError:
-                continue
-        return events
-
-
-def _fault(event: Mapping[str, Any]) -> str | None:
-    """Return a sentence about a fault that the run handles, or None for other events."""
-    kind, at = event.get("event"), f"round {event.get('round')}:"
-    if kind == "late":
-        return f"{at} the reply of {event['site']} came {event['seconds']:.0f} s late and is not used"
-    if kind == "left":
-        return f"{at} {event['site']} left: {event['reason']}"
-    if kind == "waiting":
-        return f"{at} too few sites; waiting up to {event['seconds']:g} s for {', '.join(event['sites']) or 'others'}"
-    if kind == "excluded":
-        return f"{at} {event['site']} is left out until round {event['until']}: {event['reason']}"
-    if kind == "set-aside":
-        return f"a checkpoint was set aside: {event['reason']}"
-    if kind == "resumed":
-        return f"resumed from round {event['round']}"
-    return None
+                self.say(f"{site}: round {line['round']}, {line['phase']}, {line['total']} {line['unit']}")

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from engines.tables import FittingTable
-from semisam_core.contract import BUCKETED_COUNTS, COUNTS_WORD
 from semisam_core.files import read_json_lines
 from semisam_core.small_numbers import bucket_words
-from server.metrics_log import counted
+from server.metrics_log import bucketed, counted
 
 UNLABELED = (
     "Unlabeled: scans whose labels the study never saw; the specialist that prompted the last pseudo-labels and those "
@@ -128,11 +127,6 @@ def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> 
             f"{_number(r.local_hd95_mm, 1)} / {_federated(r, r.federated_hd95_mm, 1)}{missing}",
         )
     return table
-
-
-def bucketed(joined: Mapping[str, Any]) -> bool:
-    """Return whether a site's counts are the lowest of a bucket, by the record of its joining."""
-    return joined.get(COUNTS_WORD) == BUCKETED_COUNTS
 
 
 def count_words(count: float, in_bucket: bool) -> str:

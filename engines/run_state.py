@@ -17,6 +17,11 @@ def run_name(folder: Path) -> str:
     return str(_content(folder / "run.json").get("run", "none"))
 
 
+def run_status(folder: Path) -> dict[str, Any]:
+    """Return what a run's status.json says; empty while there is none."""
+    return _content(folder / "status.json")
+
+
 def run_state(folder: Path) -> str:
     """Return a run's state: not started, running, completed or failed."""
     return str(_content(folder / "status.json").get("state", "not started"))

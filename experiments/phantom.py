@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from semisam_core.data.phantom import DEMO_SCANNERS, LABELED_ORGANS, write_phantom_site
 from semisam_core.files import write_json
 from semisam_core.paths import writable_folder
 
 
-def write_hospitals(out: Path, cases: int, seed: int, on_progress: Callable[[str, int, int], None]) -> bool:
+def write_hospitals(out: Path, cases: int, seed: int, console: Console) -> bool:
     """Write scans for each demo hospital, with labels of every organ, unless the same ones are there already.
 
     Args:
         out: folder of the hospitals.
         cases: scans per hospital.
         seed: seed of the first hospital; each further one adds one.
-        on_progress: called with a hospital, scans written and scans in all.
+        console: where progress is shown.
 
     Returns:
         Whether anything was written.
@@ -32,8 +34,14 @@ def write_hospitals(out: Path, cases: int, seed: int, on_progress: Callable[[str
     recipe = {"cases": cases, "seed": seed, "labels": {name: k for k, name in enumerate(LABELED_ORGANS, start=1)}}
     if _read(marker) == recipe:
         return False
-    for number, (name, scanner) in enumerate(sorted(DEMO_SCANNERS.items())):
-        write_phantom_site(out / name, scanner, cases, seed + number, name, LABELED_ORGANS, partial(on_progress, name))
+    with Progress(console=console) as progress:
+
+        def show(task: TaskID, done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        for number, (name, scanner) in enumerate(sorted(DEMO_SCANNERS.items())):
+            shown = partial(show, progress.add_task(f"phantom hospital {name}", total=cases))
+            write_phantom_site(out / name, scanner, cases, seed + number, name, LABELED_ORGANS, shown)
     write_json(marker, recipe)
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
 import time
@@ -31,6 +32,9 @@ from semisam_core.errors import ConfigError
 from semisam_core.files import read_json_lines, write_json
 from semisam_core.paths import absolute_path, new_folder
 from semisam_core.plan import write_plan
+from server.mlflow_log import ask_for_mlflow, mlflow_loggers, usable_folder
+from server.run_folder import RunFolder
+from server.run_log import RunLog
 
 ENGINES = ("flower", "in-process")
 POLL_S = 0.4
@@ -63,10 +67,11 @@ class Simulation:
         sites: Path | None,
         out: Path | None,
         resume: Path | None,
-        assignments: list[str],
+        assignments: list[str] | None,
         engine: str,
         local_baseline: bool,
         console: Console,
+        mlflow: Path | None = None,
     ) -> Simulation:
         """Check everything that can be checked without reading a scan, and create or reopen the run folder.
 
@@ -86,7 +91,8 @@ class Simulation:
             engine, local_baseline = kept["engine"], kept["local_baseline"]
         elif plan is None or sites is None:
             raise ConfigError("--plan and --sites are required (or --resume with a run folder).")
-        study = check_study(plan, sites, assignments)
+        study = check_study(plan, sites, assignments or [])
+        store = None if mlflow is None else usable_folder(mlflow)
         if out is None:
             out = Path("runs") / f"{study.plan.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         if resume is None:
@@ -94,6 +100,9 @@ class Simulation:
         simulation = cls(study, absolute_path(sites, "--sites"), out, engine, local_baseline, console)
         if resume is None:
             simulation._write_settings()
+        if store is not None:
+            code_hash = hashlib.sha256(build_bundle()).hexdigest()
+            ask_for_mlflow(out, store, study.plan.task.name, code_hash)
         return simulation
 
     def execute(self) -> bool:
@@ -115,6 +124,9 @@ class Simulation:
 
     def _run_federated(self, arms: LocalArms) -> bool:
         if run_state(self.out) == "completed":
+            # Its server is gone; a log in MLflow that is asked for only now is written here.
+            loggers = mlflow_loggers(self.out, self.study.plan, run_name(self.out))
+            RunLog(RunFolder(self.out), self.study.plan, loggers).end("completed")
             return True
         storages = {config.site: config.storage.folder for config, _ in self.study.sites}
         with RunMonitor("federated", self.out, storages, self.console) as monitor:

@@ -18,10 +18,13 @@ import semisam_core
 from semisam_core.errors import ConfigError, SemiSAMError
 from semisam_core.files import write_json
 from semisam_core.plan import Plan, load_plan
+from server.mlflow_log import mlflow_loggers
 from server.patient_grid import PatientGrid
 from server.run_folder import RunFolder
+from server.run_log import RunLog
 from server.study import Study
 from server.superlink_watch import SUPERLINK, SuperLinkWatch
+from server.tensorboard_log import TensorBoardLogger
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(_run_path(str(config.get("run-folder", ""))))
     run = _run_name(folder, plan)
     folder.set_status("running", run=run)
+    log = RunLog(folder, plan, [TensorBoardLogger(folder.path), *mlflow_loggers(folder.path, plan, run)])
     superlink = os.environ.get(SUPERLINK, "")
     with SuperLinkWatch(superlink, lambda why: folder.set_status("failed", why, run=run)) as watch:
         try:
@@ -54,7 +58,9 @@ def main(grid: Grid, context: Context) -> None:
             Study(plan, sites, folder, run, _expected_sites(context)).execute()
         except BaseException as error:
             folder.set_status("failed", _reason(error, watch), run=run)
+            log.end("failed")
             raise
+    log.end("completed")
     folder.set_status("completed", run=run)
     logger.info("The study is complete; its record is in %s", folder.path)
 

@@ -25,6 +25,7 @@ from semisam_core.configuration import StrictModel, parse, read_yaml
 from semisam_core.errors import ConfigError
 from semisam_core.files import read_json_lines, write_atomically, write_json
 from semisam_core.plan import Plan, load_plan
+from server.mlflow_log import ask_for_mlflow, usable_folder
 
 TICK_S = 0.5
 ASK_EVERY_S = 10.0
@@ -32,6 +33,10 @@ UNREACHABLE_S = 180.0
 SERVER_APP_GONE_S = 30.0
 KILLED_S = 5.0
 RECORD = "lead.json"
+LEFT = (
+    "No longer following; the run continues. `semisam lead run --resume` follows it again, `semisam lead stop --run` "
+    "stops it."
+)
 
 
 class RunRecord(StrictModel):
@@ -77,16 +82,22 @@ class LeadRun:
     run_id: int
     plan: Plan
 
-    def follow(self, control: FlowerControl, console: Console) -> bool:
+    def follow(self, control: FlowerControl, console: Console) -> bool | None:
         """Show the run until it ends and write its report; return whether it completed.
+
+        After Ctrl-C the run goes on without being followed; then return None.
 
         Raises:
             LeadError: the SuperLink ended before the run did, or the run took longer than all its deadlines.
             FlowerError: the SuperLink can no longer be reached.
         """
         console.print(f"Run folder: {self.folder}", highlight=False, markup=False, soft_wrap=True)
-        with RunMonitor(self.study.settings.name, self.folder, {}, console) as monitor:
-            run = self._wait(control, monitor.tick)
+        try:
+            with RunMonitor(self.study.settings.name, self.folder, {}, console) as monitor:
+                run = self._wait(control, monitor.tick)
+        except KeyboardInterrupt:
+            console.print(LEFT, highlight=False, markup=False, soft_wrap=True)
+            return None
         end = run.end or "unknown"
         record_end(self.folder, end, run.details)
         self._report(console)
@@ -129,61 +140,97 @@ class LeadRun:
         tell_of_report(self.folder, console)
 
 
-def new_run(study: StudyFolder, control: FlowerControl, sites: int | None) -> LeadRun:
+def submitted_run(
+    study: StudyFolder,
+    control: FlowerControl,
+    resume: bool,
+    sites: int | None,
+    console: Console,
+    mlflow: Path | None,
+) -> LeadRun:
+    """Submit a new run, or resume one; see `new_run` and `resumed_run`."""
+    if resume:
+        return resumed_run(study, control, sites, console, mlflow)
+    return new_run(study, control, sites, mlflow)
+
+
+def new_run(study: StudyFolder, control: FlowerControl, sites: int | None, mlflow: Path | None = None) -> LeadRun:
     """Submit a new run of the study's plan.
 
+    Args:
+        study: the study.
+        control: its SuperLink.
+        sites: how many sites to wait for; the study's own number by default.
+        mlflow: MLflow's folder, if the run is to be logged there as well.
+
     Raises:
-        ConfigError: the plan is invalid.
+        ConfigError: the plan is invalid, or the run cannot be logged to MLflow.
         LeadError: a run is in progress or being submitted.
         FlowerError: the SuperLink did not accept it.
     """
     with _submitting(study):
-        return _new_run(study, control, sites)
+        return _new_run(study, control, sites, mlflow)
 
 
-def _new_run(study: StudyFolder, control: FlowerControl, sites: int | None) -> LeadRun:
+def _new_run(study: StudyFolder, control: FlowerControl, sites: int | None, mlflow: Path | None) -> LeadRun:
     if active := control.unfinished_runs():
         raise LeadError(
             f"a run is in progress: {active[-1].config.get('run-folder')}. `semisam lead run --resume` follows it, "
             "`semisam lead stop --run` stops it."
         )
     plan = study.plan()
+    store = None if mlflow is None else usable_folder(mlflow)
     began = time.time()
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(began))
     folder = study.runs / f"{plan.task.name}-{stamp}"
     folder.mkdir(parents=True)
     write_atomically(folder / "plan.yaml", study.plan_path.read_bytes())
     record = RunRecord(created=began, sites=sites or study.settings.sites, code_hash=sha256(study.code()))
-    return _submit(study, control, folder, plan, record)
+    return _submit(study, control, folder, plan, record, store)
 
 
-def resumed_run(study: StudyFolder, control: FlowerControl, sites: int | None, console: Console) -> LeadRun:
+def resumed_run(
+    study: StudyFolder, control: FlowerControl, sites: int | None, console: Console, mlflow: Path | None = None
+) -> LeadRun:
     """Return the run in progress, or resubmit the last run if it did not complete.
 
+    Args:
+        study: the study.
+        control: its SuperLink.
+        sites: how many sites to wait for; as many as before by default.
+        console: where to say what is done.
+        mlflow: MLflow's folder, if the run is to be logged there from now on; as before by default.
+
     Raises:
-        LeadError: there is no such run, or a run is being submitted.
+        LeadError: there is no such run, a run is being submitted, or one is in progress, too late to log it to MLflow.
+        ConfigError: the run cannot be logged to MLflow.
         FlowerError: the SuperLink cannot be reached, or did not accept it.
     """
     with _submitting(study):
-        return _resumed_run(study, control, sites, console)
+        return _resumed_run(study, control, sites, console, mlflow)
 
 
-def _resumed_run(study: StudyFolder, control: FlowerControl, sites: int | None, console: Console) -> LeadRun:
+def _resumed_run(
+    study: StudyFolder, control: FlowerControl, sites: int | None, console: Console, mlflow: Path | None
+) -> LeadRun:
     if active := control.unfinished_runs():
         run = active[-1]
         folder = Path(str(run.config.get("run-folder", "")))
         if folder.parent != study.runs or not (folder / "plan.yaml").exists():
             raise LeadError(f"a run of another study is in progress: {folder}. `semisam lead stop --run` stops it.")
+        if mlflow is not None:
+            raise LeadError("--mlflow counts when a run is submitted, and this one is in progress; omit it to follow.")
         console.print("The run is in progress; following it.")
         return LeadRun(study, folder, run.run_id, load_plan(folder / "plan.yaml"))
     last = last_run(study)
     if last is None or run_state(last) == COMPLETED:
         raise LeadError("no run was interrupted; `semisam lead run` starts a new one.")
+    store = None if mlflow is None else usable_folder(mlflow)
     kept, code_hash = RunRecord.of(last), sha256(study.code())
     if kept.code_hash != code_hash:
         console.print("The study's code has changed since this run started; it resumes with the new code.")
     record = RunRecord(created=kept.created, sites=sites or kept.sites, code_hash=code_hash)
-    return _submit(study, control, last, load_plan(last / "plan.yaml"), record)
+    return _submit(study, control, last, load_plan(last / "plan.yaml"), record, store)
 
 
 def last_run(study: StudyFolder) -> Path | None:
@@ -220,9 +267,13 @@ def _submitting(study: StudyFolder) -> contextlib.AbstractContextManager[None]:
     return alone(study, "submitting", "submitting a run")
 
 
-def _submit(study: StudyFolder, control: FlowerControl, folder: Path, plan: Plan, record: RunRecord) -> LeadRun:
+def _submit(
+    study: StudyFolder, control: FlowerControl, folder: Path, plan: Plan, record: RunRecord, store: Path | None
+) -> LeadRun:
     _wait_for_server_app(study)  # a run folder has a single writer
     record.write(folder)
+    if store is not None:
+        ask_for_mlflow(folder, store, study.settings.name, record.code_hash)
     write_update_size(study.update_size, plan, study.settings.uploads.factor)
     (folder / "status.json").unlink(missing_ok=True)  # it says how the run ended last time
     config: dict[str, str | int] = {

@@ -16,11 +16,12 @@ from deployment.lead.registration import admitted_keys
 from deployment.lead.run import last_run
 from deployment.lead.service import control_of, find
 from deployment.lead.study_folder import StudyFolder, invitation_differs
+from engines.events import describe
 from engines.flower_control import FlowerControl, FlowerError, FlowerNode
-from engines.monitor import describe
 from engines.run_state import run_reason, run_state
 from engines.tables import FittingTable
 from semisam_core.files import read_json_lines
+from server.metrics_log import bucketed
 
 LAST_EVENTS = 10
 RESUME = "`semisam lead run --resume`"
@@ -57,8 +58,13 @@ def status_of(study: StudyFolder) -> dict[str, Any]:
     }
 
 
-def status_view(status: dict[str, Any]) -> RenderableType:
-    """Return a status as a terminal shows it."""
+def status_view(status: dict[str, Any], with_run: bool = True) -> RenderableType:
+    """Return a status as a terminal shows it.
+
+    Args:
+        status: what `status_of` returned.
+        with_run: whether the run and its latest events are included.
+    """
     link = status["superlink"]
     up = f"is running (process {link['pid']})" if link["running"] else "is not running; `semisam lead start` starts it"
     lines = [
@@ -74,12 +80,12 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     ends = datetime.datetime.fromisoformat(status["certificate_ends"])
     if ends - datetime.datetime.now(datetime.UTC) < EXPIRES_SOON:
         lines.append(f"The certificates expire on {ends:%Y-%m-%d}; sites cannot connect afterwards.")
-    run = status["run"]
+    run = status["run"] if with_run else None
     if run is not None:
         done = f", round {run['round']} of {run['rounds']}" if run["rounds"] else ""
         lines.append(f"Run {run['folder']}: {run['state']}{done}. {run['reason']}".rstrip())
-    events = [f"  {event}" for event in (run["events"] if run else [])]
-    return Group(Text("\n".join(lines)), _sites_table(status["sites"]), Text("\n".join(events)))
+    events = [Text(f"  {event}") for event in (run["events"] if run else [])]
+    return Group(Text("\n".join(lines)), _sites_table(status["sites"]), *events)
 
 
 def stale_invitations(study: StudyFolder) -> list[str]:
@@ -143,7 +149,8 @@ def _run(study: StudyFolder, active: Sequence[Path], served: bool, known: bool) 
         reason = run_reason(folder)
     lines = read_json_lines(folder / "metrics.jsonl")
     rounds = [line for line in lines if line.get("event") == "aggregated"]
-    said = [text for line in lines if (text := describe(line)) is not None]
+    coarse = {line["site"] for line in lines if bucketed(line)}
+    said = [text for line in lines if (text := describe(line, line.get("site") in coarse)) is not None]
     return {
         "folder": str(folder),
         "state": state,

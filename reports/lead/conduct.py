@@ -12,30 +12,16 @@ from typing import Any
 
 import yaml
 
-from engines.monitor import describe
+from engines.events import FAULTS, describe
 from reports.lead.record import RunRecord, SiteRecord
 from reports.page import listed
 from semisam_core.contract import update_spec
 from semisam_core.generalists.registry import generalist_spec
-from semisam_core.secure_aggregation.fixed_point import leaving_spec
+from semisam_core.secure_aggregation.fixed_point import leaving_bytes
 
 LEFT_COLUMNS = ("site", "replies", "numbers", "bytes of updates", "refusals")
 EPSILON_COLUMNS = ("site", "private rounds", "epsilon of the last round", "epsilon in total", "delta")
 FAULT_COLUMNS = ("time (UTC)", "what happened")
-FAULTS = frozenset(
-    {
-        "refused",
-        "silent",
-        "late",
-        "left",
-        "rejoined",
-        "excluded",
-        "waiting",
-        "set-aside",
-        "resumed",
-        "sum-given-up",
-    }
-)
 ABOUT_A_LINE = frozenset({"event", "time", "round", "site", "kind", "final", "counts"})
 WITHHELD = "withheld"
 
@@ -61,7 +47,7 @@ class Seen:
 
 def what_left(record: RunRecord) -> list[tuple[str, ...]]:
     """Return what the server admitted from each site; see `LEFT_COLUMNS`."""
-    size = sum(math.prod(each.shape) * each.dtype.itemsize for each in leaving_spec(record.plan).values())
+    size = leaving_bytes(record.plan)
     rows: list[tuple[str, ...]] = []
     for site in sorted(record.sites, key=lambda each: each.name):
         lines = [line for line in record.everything if line.get("site") == site.name and line["event"] in _REPLIES]
@@ -79,7 +65,7 @@ def update_size(record: RunRecord) -> str:
     said = f"An update has {len(spec)} tensors with {size:,} bytes."
     if record.plan.aggregation.secure is None:
         return said
-    masked = sum(math.prod(each.shape) * each.dtype.itemsize for each in leaving_spec(record.plan).values())
+    masked = leaving_bytes(record.plan)
     return (
         f"{said} Under secure aggregation they left as one masked vector of {masked:,} bytes, with keys and "
         "shares; the server saw the sum only."

@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engines.results import bucketed, scores_of
+from engines.results import scores_of
 from engines.run_state import run_reason, run_state
 from reports.lead.intervals import Intervals, read_intervals
 from semisam_core.errors import ConfigError
 from semisam_core.files import read_json_lines
 from semisam_core.plan import Plan, load_plan
-from server.metrics_log import counted
+from server.metrics_log import bucketed, counted
 
 Lines = Sequence[Mapping[str, Any]]
 

@@ -12,6 +12,7 @@ from reports.lead.record import Missing, RunRecord
 from reports.lead.template import TEMPLATE
 from reports.page import render, write_page
 from semisam_core.errors import SemiSAMError
+from server.mlflow_log import keep_report
 
 REPORT = "report.html"
 SECTIONS = (
@@ -30,13 +31,15 @@ SECTIONS = (
 
 
 def write_report(run: Path) -> Path:
-    """Write the report on a run, finished or not, and return its path.
+    """Write the report on a run, finished or not, and return its path; also into MLflow, if the run is logged there.
 
     Raises:
         ConfigError: the folder is no run's, or a file in it is damaged.
         OSError: the folder is not writable.
     """
-    return write_page(run / REPORT, page(RunRecord.of(run)), 0o644)
+    path = write_page(run / REPORT, page(RunRecord.of(run)), 0o644)
+    keep_report(run, path)
+    return path
 
 
 def tell_of_report(run: Path, console: Console) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from engines.results import count_words
 from reports.charts import BarChart, bar_chart
 from reports.lead.record import RunRecord, SiteRecord
+from server.metrics_log import TERMS, gradients
 
 WITHHELD = "withheld"
-TERMS = ("supervised", "consistency", "generalist")
 LABEL_COLUMNS = ("site", "labeled", "unlabeled", "validation", "not usable", "generalists")
 HIDDEN_COLUMNS = ("site", "structure", "scans", "Dice prompting", "Dice pseudo-label", "Dice final")
 
@@ -137,9 +137,7 @@ def _shares(site: SiteRecord, line: Mapping[str, Any]) -> tuple[float, ...] | st
     norms = [float(line.get(f"gradient.{term}", 0.0)) for term in TERMS]
     if not any(f"gradient.{term}" in line for term in TERMS):
         return WITHHELD if line.get("steps", 0) else "took no step"
-    if line.get("labeled", 0) > 0 and "gradient.supervised" not in line:
-        return WITHHELD
-    if site.coarse and line.get("accepted", 0) > 0 and "gradient.generalist" not in line:
+    if gradients(line, site.coarse) is None:
         return WITHHELD
     total = sum(norms)
     return tuple(norm / total for norm in norms) if total > 0 else "no gradient"

@@ -106,6 +106,11 @@ def leaving_spec(plan: Plan) -> dict[str, TensorSpec]:
     return spec if plan.aggregation.secure is None else {MASKED_VECTOR: vector_spec(spec)}
 
 
+def leaving_bytes(plan: Plan) -> int:
+    """Return the size of `leaving_spec` in bytes."""
+    return sum(_size(each) * each.dtype.itemsize for each in leaving_spec(plan).values())
+
+
 def vector_spec(spec: Mapping[str, TensorSpec]) -> TensorSpec:
     """Return shape and dtype of the vector of these tensors."""
     return TensorSpec((WEIGHTS + sum(map(_size, spec.values())),), torch.int64)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -98,6 +100,34 @@ def test_the_local_baseline_takes_the_same_steps_from_the_same_start(study: tupl
         run / "checkpoints" / "round-00000.safetensors" for run in (tmp_path / "run" / "local/alpha", tmp_path / "run")
     ]
     assert first[0].read_bytes()[-1000:] == first[1].read_bytes()[-1000:]
+
+
+def test_a_run_is_logged_to_mlflow_if_asked_for_and_also_once_it_is_over(
+    study: tuple[Path, Path], tmp_path: Path
+) -> None:
+    short = ("--no-local-baseline", "--set", "training.rounds=1")
+    code, output = _simulate(study, tmp_path / "run", *short, "--mlflow", str(tmp_path / "store"))
+    assert code == 0, output
+    code, output = _call("simulate", "--resume", tmp_path / "run", "--mlflow", tmp_path / "later")
+    assert code == 0, output
+    for store in ("store", "later"):
+        client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / store}/mlflow.db")
+        (run,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+        scored = json.loads((tmp_path / "run" / "results.json").read_text())["sites"]
+        assert run.data.metrics["dice/alpha"] == scored[0]["federated_dice"]
+        assert run.info.status == "FINISHED"
+        assert re.fullmatch("[0-9a-f]{64}", run.data.tags["semisam.code-hash"])
+        assert [path.name for path in (tmp_path / store / "artifacts").rglob("report.html")] == ["report.html"]
+
+
+def test_a_missing_mlflow_is_said_before_anything_is_done(
+    study: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.mlflow_log._installed", lambda package: False)
+    code, output = _simulate(study, tmp_path / "run", "--mlflow", str(tmp_path / "store"))
+    assert code == 2
+    assert "--mlflow: mlflow is not installed here; install it with `pip install" in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_overrides_are_in_the_plan_of_the_run_folder(study: tuple[Path, Path], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ EVENTS = [
     ("set-aside", {"checkpoint": 2, "reason": "it is torn"}, "a checkpoint was set aside: it is torn"),
     ("resumed", {"round": 2}, "resumed from round 2"),
     ("sum-given-up", {"round": 2, "attempt": 1, "reason": "x"}, "round 2: the secure sum was given up at attempt 1: x"),
+    ("not-logged", {"logger": "TensorBoard", "reason": "x"}, "TensorBoard could not be written, the run goes on: x"),
     ("refused", {"round": 2, "site": "beta", "reason": "refused by rule storage"}, "beta is left out: refused"),
     (
         "rejoined",

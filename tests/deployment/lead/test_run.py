@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -82,6 +83,26 @@ def test_while_one_command_submits_a_run_another_submits_none(
     assert [run.folder for run in submitted] == [folder]
     assert len(slow.runs) == 1
     assert _resume(serving_already, control).run_id == 1  # once listed, it is followed
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_to_be_logged_to_mlflow_says_so_in_its_folder(
+    serving_already: StudyFolder, tmp_path: Path, resume: bool
+) -> None:
+    slow = SlowControl()
+    slow.go_on.set()
+    control = cast(FlowerControl, slow)
+    if resume:
+        _interrupted(serving_already)
+        run = resumed_run(serving_already, control, None, Console(quiet=True), tmp_path / "store")
+    else:
+        run = new_run(serving_already, control, None, tmp_path / "store")
+    asked = json.loads((run.folder / "mlflow.json").read_text())
+    assert asked["folder"] == str(tmp_path / "store")
+    assert asked["study"] == serving_already.settings.name
+    assert asked["code_hash"] == RunRecord.of(run.folder).code_hash
+    with pytest.raises(LeadError, match="this one is in progress; omit it to follow"):
+        resumed_run(serving_already, control, None, Console(quiet=True), tmp_path / "store")
 
 
 class EndedControl:
