@@ -333,7 +333,7 @@ class Labeler:
     def _calibration(self, predict_by: Predict, labeled: Scans) -> Calibration:
         def example(pair: ScanPair, label: Tensor) -> LabeledExample:
             scratch = self._config.storage.scratch()
-            return LabeledExample(pair.for_generalists.image, label, predict_by(pair, scratch), scratch)
+            return LabeledExample(pair.for_generalists.image, label, lambda: predict_by(pair, scratch), scratch)
 
         examples = (example(pair, label) for pair, label in _labeled(labeled))
         annotated = annotated_classes(self._config, self._plan)

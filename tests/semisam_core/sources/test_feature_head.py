@@ -68,7 +68,7 @@ def _trained(reader: FeatureReader, plan: Plan, seed: int = 0) -> FeatureHead:
 def test_a_head_trained_on_one_scan_finds_the_object_on_another(reader: FeatureReader) -> None:
     plan = _plan()
     image, label = _scan(7)
-    scan = SourceScan(image, SPACING, torch.zeros(2, *label.shape))
+    scan = SourceScan(image, SPACING, 1)
     untrained = FeatureHeadSource(_head(plan), reader, CPU).look(scan)
     evidence = FeatureHeadSource(_trained(reader, plan), reader, CPU).look(scan)
     assert evidence.foreground.shape == (1, *label.shape)
@@ -104,8 +104,8 @@ def test_only_a_plan_by_evidence_with_a_head_has_one() -> None:
 def test_what_is_read_lies_where_it_is_written_back(reader: FeatureReader, plane: str) -> None:
     image, label = _scan(0)
     seen = reader.read(image, SPACING, plane)
-    masks = reader.labeled(image, label, SPACING, plane, 1).targets[:, 1:]
-    assert dice_of(seen.space.spread(masks)[0] > 0.5, label == 1) > 0.8
+    masks = reader.labeled(image, label, SPACING, plane, 1).targets[:, 1]
+    assert dice_of(seen.space.spread(masks) > 0.5, label == 1) > 0.8
 
 
 def test_features_have_no_offset_or_scale_of_their_scan(reader: FeatureReader) -> None:
@@ -187,7 +187,7 @@ def cubes(monkeypatch: pytest.MonkeyPatch) -> Plan:
 def test_a_head_on_cubes_of_a_3d_generalist_finds_the_object_on_another_scan(cubes: Plan, tmp_path: Path) -> None:
     reader = FeatureReader(FakeCubes(), EmbeddingStore(tmp_path, 10**9), 4.0, 1.0)
     image, label = _scan(7)
-    scan = SourceScan(image, SPACING, torch.zeros(2, *label.shape))
+    scan = SourceScan(image, SPACING, 1)
     head = _trained(reader, cubes)
     assert list(head.views) == ["volume"]
     evidence = FeatureHeadSource(head, reader, CPU).look(scan)
@@ -206,12 +206,12 @@ def test_cubes_are_written_back_where_they_were_read(shape: tuple[int, int, int]
     known = reader.labeled(image, label, SPACING, "volume", 1)
     assert seen.values.shape == (len(seen.space.units), 2, 8, 8, 8)
     assert torch.allclose(known.targets.sum(1), torch.ones_like(known.targets[:, 0]), atol=1e-5)
-    assert dice_of(seen.space.spread(known.targets[:, 1:])[0] > 0.5, label == 1) > 0.75
+    assert dice_of(seen.space.spread(known.targets[:, 1]) > 0.5, label == 1) > 0.75
     assert torch.equal(seen.inside, seen.space.shares(torch.ones(shape), 8) > 0.5)
     assert bool(torch.isfinite(seen.values).all())
     # A feature's place, brought back, is the place of the voxels that it stands for.
     for axis, length in enumerate(shape):
-        written = seen.space.spread(seen.places[:, axis : axis + 1])[0].movedim(axis, 0).flatten(1).mean(1)
+        written = seen.space.spread(seen.places[:, axis]).movedim(axis, 0).flatten(1).mean(1)
         expected = 2 * (torch.arange(length) + 0.5) / length - 1
         assert torch.allclose(written, expected, atol=0.25)
 

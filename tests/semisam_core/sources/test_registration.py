@@ -34,7 +34,7 @@ def _body(shift_mm: tuple[float, float, float] = (0.0, 0.0, 0.0), stretch: float
 
 
 def _scan(image: Tensor) -> SourceScan:
-    return SourceScan(image, SPACING, torch.zeros(2, *SHAPE))
+    return SourceScan(image, SPACING, 1)
 
 
 def _atlas(key: str = "a") -> Atlas:
