@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from client.evidence import SiteEvidence
 from client.progress import ProgressLog
 from client.scans import ScanPair
-from client.site_config import SiteConfig, annotated_classes, usable_generalists
+from client.site_config import SiteConfig, annotated_classes, makes_pseudo_labels, usable_generalists
 from semisam_core.data.patients import read_patients
 from semisam_core.data.scans import resample
 from semisam_core.errors import WeightsError
@@ -90,10 +90,7 @@ class Labeler:
     @property
     def active(self) -> bool:
         """Whether the plan wants pseudo-labels and this site can make them, with generalists or from other sources."""
-        policy = self._plan.pseudo_labels
-        return policy is not None and (
-            policy.method == "evidence" or bool(usable_generalists(self._config, self._plan))
-        )
+        return makes_pseudo_labels(self._config, self._plan)
 
     def labels(
         self,

@@ -290,6 +290,12 @@ def load_site_folder(folder: Path) -> list[SiteConfig]:
     return configs
 
 
+def makes_pseudo_labels(config: SiteConfig, plan: Plan) -> bool:
+    """Return whether the plan wants pseudo-labels and this site can make them, by generalists or from other sources."""
+    policy = plan.pseudo_labels
+    return policy is not None and (policy.method == "evidence" or bool(usable_generalists(config, plan)))
+
+
 def usable_generalists(config: SiteConfig, plan: Plan) -> tuple[str, ...]:
     """Return the plan's generalists that this site has, in the plan's order."""
     if plan.pseudo_labels is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 20  # numbers of a map that are worked on at once
+BLOCK = 1 << 18  # numbers of a map that are worked on at once
 _MAPS = 8  # of more maps, less at once
 _GROUP = 64  # a multiple of the numbers that any CPU computes at once
 

@@ -9,7 +9,7 @@ the model's memory carry the prompt through the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from semisam_core.plan_sections.pseudo_labels import Prompting, Strategy
 from semisam_core.prompting.boxes import slice_boxes
 from semisam_core.prompting.clicks import deepest_voxel, next_click, scribble
 from semisam_core.prompting.region import Region
+from semisam_core.scratch import Scratch
 
 Segment = Callable[[Prompts], Segmentation]
 
@@ -36,6 +37,7 @@ class PromptRequest:
         settings: the plan's.
         segment: runs the generalist on one prompt set.
         step: a slice-wise generalist is prompted on every `step`-th slice.
+        scratch: where an answer is kept while clicks are placed by it; memory by default.
     """
 
     region: Region
@@ -44,6 +46,7 @@ class PromptRequest:
     settings: Prompting
     segment: Segment
     step: int = 1
+    scratch: Scratch = field(default_factory=Scratch)
 
     def within(self, region: Region) -> PromptRequest:
         """Return the same request for another region."""
@@ -129,16 +132,24 @@ def _clicked(request: PromptRequest) -> Segmentation:
     clicks: list[Point] = list(_negative_clicks(request))
     answer: Segmentation | None = None
     for _ in range(request.settings.clicks):
-        answered = np.zeros_like(request.region.mask) if answer is None else (answer.probability > 0.5).numpy()
-        fresh = list(_next_clicks(request, answered, clicks))
+        fresh = list(_next_clicks(request, _foreground(request, answer), clicks))
         if not fresh:
             break
         clicks += fresh
         previous = answer.probability if answer is not None and _takes_mask(request) else None
         answer = request.segment(Prompts(points=tuple(clicks), mask=previous))
+        answer = replace(answer, probability=request.scratch.keep(answer.probability))
+        del previous
     if answer is None:
         raise ValueError("an empty region cannot be clicked on")
     return answer
+
+
+def _foreground(request: PromptRequest, answer: Segmentation | None) -> Mask:
+    if answer is None:
+        return np.zeros_like(request.region.mask)
+    found: Mask = request.scratch.above(answer.probability, 0.5).numpy()
+    return found
 
 
 def _next_clicks(request: PromptRequest, answered: Mask, clicks: list[Point]) -> Iterable[Point]:

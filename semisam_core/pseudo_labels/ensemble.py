@@ -93,7 +93,8 @@ class GeneralistEnsemble:
             turned, prediction = view.turn_region(region), view.turn(probability)
             step = view.slice_step(prompting.slice_step_mm) if slice_wise else 1
             sigma = self._policy.smooth_sigma_slices if slice_wise else 0.0
-            request = PromptRequest(turned, prediction, kinds, prompting, self._segment(generalist, view), step)
+            segment = self._segment(generalist, view)
+            request = PromptRequest(turned, prediction, kinds, prompting, segment, step, self._scratch)
             for answer in answers_of(request):
                 maps.append(view.complete(answer.probability, answer.quality, step, sigma, self._scratch))
                 qualities.extend(answer.quality.values())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from semisam_core.files import write_json
+from semisam_core.pseudo_labels.memory import REGISTERED
 from semisam_core.scratch import Scratch
 from semisam_core.sources.base import Evidence, SourceName, SourceScan, nothing
 
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 NUMBERS = 12  # of an affine transform
 BINS = 32
 SAMPLING_SEED = 1  # of where samples lie within their voxels; by default, ITK takes the clock
-LARGE = 1 << 25  # voxels; ITK takes twelve float32 copies of each, so of larger scans every second or third is used
 SMALL = 64  # voxels along the shortest side; a smaller scan has too few voxels left after shrinking by 4
 MINIMUM_OVERLAP = 0.5  # of the scans' fields of view after registration; below, they show different parts of the body
 
@@ -219,7 +219,7 @@ class _Grid:
 
 def _image(volume: Tensor, spacing_mm: tuple[float, float, float]) -> SimpleITK.Image:
     """Return a volume (H, W, D) as an ITK image whose axes are H, W, D, centred on the origin; thinned if large."""
-    origin, step = _Grid.of(volume, spacing_mm).origin, math.ceil((volume.numel() / LARGE) ** (1 / 3))
+    origin, step = _Grid.of(volume, spacing_mm).origin, math.ceil((volume.numel() / REGISTERED) ** (1 / 3))
     thinned = volume.detach()[::step, ::step, ::step].cpu().float().permute(2, 1, 0).contiguous()
     return _placed(thinned, tuple(step * side for side in spacing_mm), origin)
 
