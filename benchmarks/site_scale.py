@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -250,7 +249,8 @@ def _label(path: Path, plan: Plan, kind: str) -> int:
 
 
 def _peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # Not ru_maxrss, which begins at the parent's: it has written the scans.
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
 
 
 def _bytes_read() -> int:

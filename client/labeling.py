@@ -147,12 +147,13 @@ class Labeler:
             self._progress("pseudo-label", done, len(cases), "scans")
             label = None if refresh or key is None else store.open(key)
             if label is None:
+                if make is None:  # before the scan is loaded, since it loads labeled ones
+                    make = self._maker(predict_by, labeled, head, round_number)
                 pair = load()
                 if pair is None or key is None:
                     continue
-                if make is None:
-                    make = self._maker(predict_by, labeled, head, round_number)
                 store.save(key, make(case, pair, self._config.storage.scratch()), round_number)
+                del pair  # before the next one is loaded
                 label = _stored(store, key)
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")

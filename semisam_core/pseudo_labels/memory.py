@@ -16,6 +16,7 @@ from semisam_core.generalists.registry import generalist_spec
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.policy import policy_of
 
+LABEL = 0.25  # labeled scans are worked on in the same way, to learn from them what unlabeled ones need
 PROMPTING = 3.0
 """Float32 maps at most while slice-wise generalists are prompted: the region and the others' (0.5), components as int32
 (1) with their counts (0.5) and masks (1); or an answer (1) and one that it is united with (1)."""
@@ -57,7 +58,7 @@ def pseudo_label_bytes(seen: tuple[int, int, int], trained: tuple[int, int, int]
         work += [VOLUMETRIC * voxels, (2 + LATTICE_MAPS * lattice) * voxels]
     if reads:
         work.append(FEATURES * max(seen))
-    return int(4 * (channels * images + max(work)))
+    return int(4 * ((channels + LABEL) * images + max(work)))
 
 
 def check_pseudo_label_memory(case_id: str, original: Geometry, plan: Plan, memory_gb: float) -> None:

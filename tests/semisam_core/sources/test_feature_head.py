@@ -17,6 +17,7 @@ from semisam_core.generalists import EmbeddingStore, GeneralistSpec, Prompts, Se
 from semisam_core.generalists.crops import CropLattice
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.sources import FeatureHeadSettings
+from semisam_core.scratch import Scratch
 from semisam_core.sources.base import SourceScan
 from semisam_core.sources.feature_head import FeatureHeadSource, FeatureReader, head_loss, train_head
 from semisam_core.sources.head_network import FeatureHead, feature_head_of
@@ -222,3 +223,19 @@ def test_a_generalist_without_feature_maps_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="embeddings of the generalist fake are not feature maps"):
         FeatureReader(Blind(), EmbeddingStore(tmp_path, 0), 4.0, 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_features_are_standardised_over_the_scan_as_they_would_be_in_memory(
+    tmp_path: Path, plane: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("semisam_core.sources.feature_head.CHANNELS", 1)
+    model, (image, _) = FakeGeneralist(), _scan(0)
+    reader = FeatureReader(model, EmbeddingStore(tmp_path / "embeddings", 10**9), 4.0, 1.0)
+    seen = reader.read(image, SPACING, plane, Scratch(tmp_path / "scratch"))
+    grid, units = seen.space.grid, seen.space.units
+    stored = EmbeddingStore(tmp_path / "embeddings", 10**9).fetch(model, seen.space.key, seen.space.volume, grid, units)
+    values = torch.stack([model.feature_map(stored[unit]).float() for unit in units])
+    own = values.movedim(1, -1)[seen.inside]
+    mean, deviation = (each.view(1, -1, 1, 1) for each in (own.mean(0), own.std(0, correction=0)))
+    assert torch.equal(seen.values, (values - mean) / (deviation + 1e-6))
