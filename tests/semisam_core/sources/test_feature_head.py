@@ -18,6 +18,7 @@ from semisam_core.generalists.crops import CropLattice
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.sources import FeatureHeadSettings
 from semisam_core.scratch import Scratch
+from semisam_core.sources import feature_head
 from semisam_core.sources.base import SourceScan
 from semisam_core.sources.feature_head import FeatureHeadSource, FeatureReader, head_loss, train_head
 from semisam_core.sources.head_network import FeatureHead, feature_head_of
@@ -225,17 +226,16 @@ def test_a_generalist_without_feature_maps_is_refused(tmp_path: Path) -> None:
         FeatureReader(Blind(), EmbeddingStore(tmp_path, 0), 4.0, 1.0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize("shape", [(9, 2, 16, 16), (9, 64, 16, 16), (9, 70, 13, 13), (3, 96, 5, 5, 5)])
 def test_features_are_standardised_over_the_scan_as_they_would_be_in_memory(
-    tmp_path: Path, plane: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("semisam_core.sources.feature_head.CHANNELS", 1)
-    model, (image, _) = FakeGeneralist(), _scan(0)
-    reader = FeatureReader(model, EmbeddingStore(tmp_path / "embeddings", 10**9), 4.0, 1.0)
-    seen = reader.read(image, SPACING, plane, Scratch(tmp_path / "scratch"))
-    grid, units = seen.space.grid, seen.space.units
-    stored = EmbeddingStore(tmp_path / "embeddings", 10**9).fetch(model, seen.space.key, seen.space.volume, grid, units)
-    values = torch.stack([model.feature_map(stored[unit]).float() for unit in units])
-    own = values.movedim(1, -1)[seen.inside]
-    mean, deviation = (each.view(1, -1, 1, 1) for each in (own.mean(0), own.std(0, correction=0)))
-    assert torch.equal(seen.values, (values - mean) / (deviation + 1e-6))
+    generator, room = torch.Generator().manual_seed(0), Scratch(tmp_path)
+    values = 5 + 3 * torch.randn(shape, generator=generator)
+    inside = torch.rand((shape[0], *shape[2:]), generator=generator) > 0.3
+    own = values.movedim(1, -1)[inside]
+    sides = (1,) * (len(shape) - 2)
+    mean, deviation = (each.view(1, -1, *sides) for each in (own.mean(0), own.std(0, correction=0)))
+    found = room.keep(values)
+    feature_head._standardise(found, inside, room)
+    assert torch.equal(found, (values - mean) / (deviation + 1e-6))
