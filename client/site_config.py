@@ -115,7 +115,8 @@ class Storage(StrictModel):
 
     Attributes:
         folder: the site's own storage folder.
-        memory_gb: memory for loaded scans; a case whose image alone would take more is quarantined.
+        memory_gb: memory for loaded scans and the work on one; a case whose image would take more, or whose
+            pseudo-label would (`pseudo_labels/memory.py`), is quarantined.
         embeddings_gb: disk space for stored embeddings.
     """
 

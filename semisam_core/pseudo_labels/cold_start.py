@@ -30,7 +30,7 @@ from semisam_core.scratch import Scratch
 
 POSITIONS = 4096  # features per class and scan that are clustered: bounds memory and time, and gives scans equal weight
 ITERATIONS = 20
-CHANNELS = 32  # of feature maps that are averaged at once; a multiple of what any CPU computes at once
+CHANNELS = 32  # of feature maps that are averaged at once
 _INSIDE = 0.5  # a feature belongs to a class, or to the scan, if more than this share of its patch does
 _PURE = 0.99  # to background only if all of its patch does: at a border it looks like the class, and would be clustered
 
@@ -161,8 +161,8 @@ class ColdStarter:
         height, width, depth = view.grid.shape
         inside = self._maps.framing.shares(torch.ones(1, height, width), side)[0] > _INSIDE  # (S, S)
         means = []
-        for begin in range(0, channels, CHANNELS):
-            means.append(maps[:, begin : begin + CHANNELS].permute(0, 2, 3, 1)[:, inside].mean((0, 1)))
+        for part in channel_parts(channels):
+            means.append(maps[:, part].permute(0, 2, 3, 1)[:, inside].mean((0, 1)))
             scratch.release()
         weight, extent = self._settings.position_weight, self._maps.framing.size((height, width))
         rows, columns = (pixels * side / self._maps.framing.side for pixels in extent)
@@ -189,6 +189,15 @@ class _Features:
     @property
     def side(self) -> int:
         return int(self.vectors.shape[1])
+
+
+def channel_parts(channels: int) -> list[slice]:
+    """Return parts of a feature map's channels of which means are equal, bit by bit, to those of all at once.
+
+    Torch computes 32 at once and what remains at the end one by one, so the last part has the end and 32 before it.
+    """
+    last = max(0, channels // CHANNELS - 1) * CHANNELS
+    return [*(slice(begin, begin + CHANNELS) for begin in range(0, last, CHANNELS)), slice(last, channels)]
 
 
 def cold_start_of(policy: PseudoLabels) -> ColdStart:

@@ -20,7 +20,7 @@ from semisam_core.generalists.embedding_store import EmbeddingStore
 from semisam_core.generalists.slices import FeatureMaps
 from semisam_core.plan_sections.sources import FeatureHeadSettings
 from semisam_core.progress import ProgressCallback
-from semisam_core.pseudo_labels.cold_start import CHANNELS
+from semisam_core.pseudo_labels.cold_start import channel_parts
 from semisam_core.pseudo_labels.views import AXES
 from semisam_core.scratch import Scratch
 from semisam_core.sources.base import Evidence, SourceName, SourceScan
@@ -264,8 +264,8 @@ def _draw(scans: Sequence[LabeledFeatures], generator: torch.Generator) -> tuple
 def _standardise(values: Tensor, inside: Tensor, scratch: Scratch) -> None:
     """Bring each channel of features (N, C, *S) to zero mean and unit variance inside the scan, in place."""
     means, deviations = [], []
-    for first in range(0, values.shape[1], CHANNELS):
-        own = values[:, first : first + CHANNELS].movedim(1, -1)[inside]  # (features, channels)
+    for part in channel_parts(values.shape[1]):
+        own = values[:, part].movedim(1, -1)[inside]  # (features, channels)
         means.append(own.mean(0))
         deviations.append(own.std(0, correction=0))
         del own
