@@ -9,6 +9,11 @@ one that makes none, trains that one with a warm index, and evaluates. Printed f
 beyond that of the imports, bytes read, and how many of the site's scan files were opened. Pseudo-labels come from a
 generalist that calls bright voxels foreground, so that time is the site's own.
 
+    python benchmarks/site_scale.py --large
+
+measures only one pseudo-label of a scan of 512 x 512 x 600 by each method, in three planes and with two margins; the
+site has one labeled scan of 256 x 256 x 200.
+
 With `--classes`, the site has one labeled, one unlabeled and two validation scans of 256 x 256 x 200, and so many
 classes. Then what is measured is joining, making one pseudo-label by each method (`evidence` with all sources), one
 round of training the feature head, and evaluating. The teacher tells classes apart by their intensity.
@@ -19,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -48,6 +52,7 @@ from semisam_core.generalists.registry import GeneralistSpec, register
 from semisam_core.generalists.slices import Framing
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
+from semisam_core.pseudo_labels.memory import pseudo_label_bytes
 from semisam_core.sources.head_network import feature_head_of
 
 CARD = GeneralistCard("bright", frozenset({PromptKind.BOX_2D}), "none", "none", "this file", (), feature_channels=2)
@@ -114,7 +119,7 @@ def _evidence() -> dict[str, Any]:
     }
 
 
-def _plan(patch: int, classes: int = 1, method: str = "semisam+") -> Plan:
+def _plan(patch: int, classes: int = 1, method: str = "semisam+", planes: int = 1) -> Plan:
     named = [{"name": f"class-{k}", "value": k} for k in range(1, 1 + classes)]
     return Plan.model_validate(
         {
@@ -133,7 +138,11 @@ def _plan(patch: int, classes: int = 1, method: str = "semisam+") -> Plan:
                 "refresh_every": 20,
                 "method": method,
                 "sources": _evidence() if method == "evidence" else {},
-                "prompting": {"planes": ["axial"], "slice_step_mm": 4.0, "margins_mm": [0.0]},
+                "prompting": {
+                    "planes": ["axial", "coronal", "sagittal"][:planes],
+                    "slice_step_mm": 4.0,
+                    "margins_mm": [0.0, 3.0] if planes > 1 else [0.0],
+                },
                 "gates": {"minimum_volume_ml": 0.0, "maximum_volume_ml": 1e6, "minimum_agreement": 0.0},
             },
             "seed": 0,
@@ -184,6 +193,10 @@ def _site(
     return path
 
 
+def _register() -> None:
+    register(GeneralistSpec(CARD, lambda device, weights, sha256: Bright(), packaged=True))
+
+
 def _message(path: Path, patch: int, kind: str, number: int, classes: int, method: str) -> dict[str, float]:
     """Work on one message in this process; return what it cost."""
     opened: set[str] = set()
@@ -193,14 +206,14 @@ def _message(path: Path, patch: int, kind: str, number: int, classes: int, metho
         if event == "open" and str(arguments[0]).startswith(data):
             opened.add(str(arguments[0]))
 
-    register(GeneralistSpec(CARD, lambda device, weights, sha256: Bright(), packaged=True))
-    plan = _plan(patch, classes, method)
+    _register()
+    plan = _plan(patch, classes, method, 3 if kind == "large" else 1)
     weights = new_specialist(plan).state_dict()
     before_gb, read = _peak_gb(), _bytes_read()
     sys.addaudithook(watch)
     began, worked = time.perf_counter(), time.process_time()
     accepted = 0
-    if kind in ("label", "head"):
+    if kind in ("label", "head", "large"):
         accepted = _label(path, plan, kind)
     else:
         site = Site(load_site_config(path), plan, "run", number)
@@ -236,7 +249,8 @@ def _label(path: Path, plan: Plan, kind: str) -> int:
 
 
 def _peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # Not ru_maxrss, which begins at the parent's: it has written the scans.
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
 
 
 def _bytes_read() -> int:
@@ -271,6 +285,23 @@ def _measure_classes(console: Console, classes: Sequence[int], shape: tuple[int,
                 )
 
 
+def _measure_large(console: Console, memory_gb: float) -> None:
+    _register()
+    console.print(f"\none pseudo-label of {' x '.join(map(str, LARGE))}, three planes, two margins, one class")
+    console.print(f"{'method':>20} {'seconds':>8} {'CPU s':>8} {'memory GB':>10} {'judged GB':>10} {'accepted':>9}")
+    with tempfile.TemporaryDirectory() as name:
+        path = _site(Path(name), 1, (256, 256, 200), memory_gb)
+        _write(Path(name), "case-0001", LARGE, 1, 1)
+        path.write_text(path.read_text().replace("- case-0001\n", ""))
+        for method in ("semisam+", "evidence"):
+            found = _in_child(path, PATCH, "large", 1, 1, method)
+            judged = pseudo_label_bytes(LARGE, LARGE, _plan(PATCH, 1, method, 3)) / 1e9
+            console.print(
+                f"{method:>20} {found['seconds']:>8.1f} {found['cpu_seconds']:>8.1f} {found['memory_gb']:>10.2f} "
+                f"{judged:>10.2f} {found['accepted']:>9}"
+            )
+
+
 def _in_child(path: Path, patch: int, kind: str, number: int, classes: int = 1, method: str = "semisam+") -> Any:
     message = [str(path), str(patch), kind, str(number), str(classes), method]
     command = [sys.executable, __file__, "--message", *message]
@@ -286,6 +317,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32, help="voxels along each axis of a scan")
     parser.add_argument("--memory-gb", type=float, default=0.01, help="the site's limit: a few of its scans")
     parser.add_argument("--no-large", action="store_true", help=f"leave out the scan of {LARGE}")
+    parser.add_argument("--large", action="store_true", help=f"measure only a pseudo-label of {LARGE} by each method")
     parser.add_argument("--message", nargs=6, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.message:
@@ -293,6 +325,9 @@ def main() -> None:
         print(json.dumps(_message(Path(path), int(patch), kind, int(number), int(classes), method)))
         return
     console = Console(width=120)
+    if given.large:
+        _measure_large(console, 4.0)
+        return
     if given.classes:
         height, width, depth = (int(each) for each in given.size.split(","))
         _measure_classes(console, [int(each) for each in given.classes.split(",")], (height, width, depth))

@@ -82,11 +82,11 @@ class SiteEvidence:
         """
         sources = [*self._sources(examples), *more]
 
-        def scan_of(pair: ScanPair, scratch: Scratch) -> SourceScan:
-            image, teacher = _plain(pair.for_generalists.image), _plain(predict(pair, scratch))
-            return SourceScan(image, self._plan.data.spacing_mm, teacher, scratch)
+        def scan_of(pair: ScanPair, scratch: Scratch, teacher: Tensor | None) -> SourceScan:
+            image, classes = _plain(pair.for_generalists.image), len(self._plan.task.classes)
+            return SourceScan(image, self._plan.data.spacing_mm, classes, teacher, scratch)
 
-        labeled = ((scan_of(pair, self._new_scratch()), label) for pair, label in examples())
+        labeled = ((scan_of(pair, self._new_scratch(), None), label) for pair, label in examples())
         asked = policy_of(self._plan).sources.generalists
         labeler = EvidenceLabeler(
             sources,
@@ -96,7 +96,7 @@ class SiteEvidence:
             calibration,
             volumes_ml,
         )
-        return lambda pair, scratch: labeler.label(scan_of(pair, scratch))
+        return lambda pair, scratch: labeler.label(scan_of(pair, scratch, _plain(predict(pair, scratch))))
 
     def _sources(self, examples: Examples) -> list[Source]:
         settings = policy_of(self._plan).sources
@@ -104,8 +104,7 @@ class SiteEvidence:
         if settings.registration is not None:
             spacing = self._plan.data.spacing_mm
             atlases = [
-                Atlas(scan_key(pair.for_generalists.image), pair.for_generalists.image, label, spacing)
-                for pair, label in examples()
+                Atlas(each.key, each.image, each.label, spacing, each.scratch) for each in self._known(examples)
             ]
             iterations = settings.registration.iterations
             stored = TransformStore(self._transforms, iterations)
@@ -117,13 +116,14 @@ class SiteEvidence:
                 logger.warning("There are no prototypes at this site: the generalist %s is missing here.", name)
             else:
                 starter = ColdStarter(generalist, self._embeddings, self._plan, settings.prototypes, self._progress)
-                sources.append(PrototypeSource(starter, _known(examples)))
-        sources += [source_builder(name)(_known(examples)) for name in settings.more]
+                sources.append(PrototypeSource(starter, self._known(examples)))
+        sources += [source_builder(name)(self._known(examples)) for name in settings.more]
         return sources
 
-
-def _known(examples: Examples) -> list[LabeledScan]:
-    return [
-        LabeledScan(scan_key(pair.for_generalists.image), pair.for_generalists.image, label)
-        for pair, label in examples()
-    ]
+    def _known(self, examples: Examples) -> list[LabeledScan]:
+        """Return the labeled scans, each in scratch of its own."""
+        found = []
+        for pair, label in examples():
+            scratch, image = self._new_scratch(), _plain(pair.for_generalists.image)
+            found.append(LabeledScan(scan_key(image), scratch.keep(image), scratch.keep(_plain(label)), scratch))
+        return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from client.evidence import SiteEvidence
 from client.progress import ProgressLog
 from client.scans import ScanPair
-from client.site_config import SiteConfig, annotated_classes, usable_generalists
+from client.site_config import SiteConfig, annotated_classes, makes_pseudo_labels, usable_generalists
 from semisam_core.data.patients import read_patients
 from semisam_core.data.scans import resample
 from semisam_core.errors import WeightsError
@@ -90,10 +90,7 @@ class Labeler:
     @property
     def active(self) -> bool:
         """Whether the plan wants pseudo-labels and this site can make them, with generalists or from other sources."""
-        policy = self._plan.pseudo_labels
-        return policy is not None and (
-            policy.method == "evidence" or bool(usable_generalists(self._config, self._plan))
-        )
+        return makes_pseudo_labels(self._config, self._plan)
 
     def labels(
         self,
@@ -150,12 +147,13 @@ class Labeler:
             self._progress("pseudo-label", done, len(cases), "scans")
             label = None if refresh or key is None else store.open(key)
             if label is None:
+                if make is None:  # before the scan is loaded, since it loads labeled ones
+                    make = self._maker(predict_by, labeled, head, round_number)
                 pair = load()
                 if pair is None or key is None:
                     continue
-                if make is None:
-                    make = self._maker(predict_by, labeled, head, round_number)
                 store.save(key, make(case, pair, self._config.storage.scratch()), round_number)
+                del pair  # before the next one is loaded
                 label = _stored(store, key)
             found[case] = label
         self._progress("pseudo-label", len(cases), len(cases), "scans")
@@ -333,7 +331,7 @@ class Labeler:
     def _calibration(self, predict_by: Predict, labeled: Scans) -> Calibration:
         def example(pair: ScanPair, label: Tensor) -> LabeledExample:
             scratch = self._config.storage.scratch()
-            return LabeledExample(pair.for_generalists.image, label, predict_by(pair, scratch), scratch)
+            return LabeledExample(pair.for_generalists.image, label, lambda: predict_by(pair, scratch), scratch)
 
         examples = (example(pair, label) for pair, label in _labeled(labeled))
         annotated = annotated_classes(self._config, self._plan)

@@ -14,14 +14,17 @@ import semisam_core
 from client.file_index import FileIndex, Verdict
 from client.progress import ProgressLog
 from client.reviews import InForce, ReviewStore, in_force, reviews_of_round, with_reviewed_labels, without_rejected
-from client.site_config import SiteConfig, annotated_classes, inventory
+from client.site_config import SiteConfig, annotated_classes, inventory, makes_pseudo_labels
 from client.split import run_split
 from semisam_core.data.cases import Case, Inventory, Quarantined, Role
+from semisam_core.data.geometry import Geometry
+from semisam_core.data.nifti import planned_shape
 from semisam_core.data.patches import TrainingScan
 from semisam_core.data.patients import read_patients
 from semisam_core.data.scans import Scan, StoredVolume, keep_classes, load_scan, prepared_key, stored_image
 from semisam_core.errors import CaseError
 from semisam_core.plan import Plan
+from semisam_core.pseudo_labels.memory import check_pseudo_label_memory, pseudo_label_bytes
 from semisam_core.pseudo_labels.store import StoredPseudoLabel
 
 logger = logging.getLogger(__name__)
@@ -85,6 +88,7 @@ class SiteScans:
         self._checked = False
         self._quarantined: dict[str, Quarantined] = {q.id: q for q in self._found.quarantined}
         self._cache: OrderedDict[str, Scan] = OrderedDict()
+        self._limit = config.storage.memory_gb * 1e9
         self.annotated = annotated_classes(config, plan)
 
     @property
@@ -190,19 +194,41 @@ class SiteScans:
         if scan is None:
             return None
         self._cache[case.id] = scan
-        limit = self._config.storage.memory_gb * 1e9
-        while len(self._cache) > 1 and sum(_bytes(each) for each in self._cache.values()) > limit:
-            self._cache.popitem(last=False)
+        self._forget_beyond(self._limit)
         return scan
 
+    def _forget_beyond(self, limit: float) -> None:
+        """Forget the least recently used scans until what is cached takes no more than a limit; keep the last one."""
+        while len(self._cache) > 1 and sum(_bytes(each) for each in self._cache.values()) > limit:
+            self._cache.popitem(last=False)
+
     def load_pair(self, case: Case) -> ScanPair | None:
-        """Return a case on both grids; None if it is quarantined."""
+        """Return a case on both grids; None if it is quarantined, or too large for the work of generalists on it.
+
+        Other scans that are cached leave room for that work.
+        """
         scan = self.load(case)
+        if scan is None or not self._fits(scan):
+            return None
         plan = self._plan.as_generalists_see
-        if scan is None or plan == self._plan:
-            return None if scan is None else ScanPair(scan, scan)
+        if plan == self._plan:
+            return ScanPair(scan, scan)
         for_generalists = self._read(case, plan)
         return None if for_generalists is None else ScanPair(scan, for_generalists)
+
+    def _fits(self, scan: Scan) -> bool:
+        if self._plan.pseudo_labels is None:
+            return True
+        try:
+            check_pseudo_label_memory(scan.id, scan.original, self._plan, self._config.storage.memory_gb)
+        except CaseError as error:
+            logger.warning("A labeled case is not shown to generalists: %s", error)
+            return False
+        needed = pseudo_label_bytes(
+            planned_shape(scan.original, self._plan.as_generalists_see.data.spacing_mm), scan.grid.shape, self._plan
+        )
+        self._forget_beyond(self._limit - needed + scan.image.nbytes)
+        return True
 
     def pair_loaders(self, role: Role) -> list[tuple[str, Callable[[], ScanPair | None]]]:
         """Return (case id, loader of the scan pair) for every usable case in a role."""
@@ -236,13 +262,24 @@ class SiteScans:
     def _read(self, case: Case, plan: Plan) -> Scan | None:
         key, storage = self._verdict_key(case), self._config.storage
         try:
-            scan = load_scan(case, plan, storage.folder / "prepared", storage.memory_gb, self._index.sha256)
+            scan = load_scan(
+                case, plan, storage.folder / "prepared", storage.memory_gb, self._index.sha256, self._checker(case)
+            )
         except CaseError as error:
             self._judge(case, plan, key, str(error))
             self._quarantine(case, str(error))
             return None
         self._judge(case, plan, key, None)
         return scan if scan.label is None else replace(scan, label=keep_classes(scan.label, self.annotated))
+
+    def _checker(self, case: Case) -> Callable[[Geometry], None]:
+        """Return what checks by a header whether the pseudo-label of a case fits, if it gets one."""
+        if not self._labels_by_generalists(case):
+            return lambda _: None
+        return lambda grid: check_pseudo_label_memory(case.id, grid, self._plan, self._config.storage.memory_gb)
+
+    def _labels_by_generalists(self, case: Case) -> bool:
+        return case.role is Role.UNLABELED and makes_pseudo_labels(self._config, self._plan)
 
     def _stored(self, case: Case) -> StoredVolume | None:
         """Return a case's image on disk, for reading patches; None if it is in memory, not prepared or quarantined."""
@@ -268,7 +305,9 @@ class SiteScans:
         if content is None:
             return None
         code, limit = semisam_core.__version__, self._config.storage.memory_gb
-        return hashlib.sha256(f"{content}|{case.id}|{limit}|{code}".encode()).hexdigest()
+        policy = self._plan.pseudo_labels if self._labels_by_generalists(case) else None
+        made = "" if policy is None else policy.model_dump_json()
+        return hashlib.sha256(f"{content}|{case.id}|{limit}|{made}|{code}".encode()).hexdigest()
 
     def _content_key(self, case: Case) -> str | None:
         try:

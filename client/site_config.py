@@ -115,7 +115,8 @@ class Storage(StrictModel):
 
     Attributes:
         folder: the site's own storage folder.
-        memory_gb: memory for loaded scans; a case whose image alone would take more is quarantined.
+        memory_gb: memory for loaded scans and the work on one; a case whose image would take more, or whose
+            pseudo-label would (`pseudo_labels/memory.py`), is quarantined.
         embeddings_gb: disk space for stored embeddings.
     """
 
@@ -288,6 +289,12 @@ def load_site_folder(folder: Path) -> list[SiteConfig]:
             seen[value] = path
         configs.append(config)
     return configs
+
+
+def makes_pseudo_labels(config: SiteConfig, plan: Plan) -> bool:
+    """Return whether the plan wants pseudo-labels and this site can make them, by generalists or from other sources."""
+    policy = plan.pseudo_labels
+    return policy is not None and (policy.method == "evidence" or bool(usable_generalists(config, plan)))
 
 
 def usable_generalists(config: SiteConfig, plan: Plan) -> tuple[str, ...]:

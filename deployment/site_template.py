@@ -52,7 +52,8 @@ storage:
   folder: {storage}
   # Disk for stored embeddings (about 0.65 MB a slice with LiteMedSAM); what does not fit is computed again.
   embeddings_gb: 10.0
-  # Memory for prepared scans; a single scan that needs more is quarantined.
+  # Memory for prepared scans and for the work on one. A scan that needs more by its header, itself or for its
+  # pseudo-label, is quarantined. Beside it, networks take their own, and blocks and libraries about 0.3 GB.
   memory_gb: 4.0
 
 # Limits on what may leave. A plan cannot loosen them.

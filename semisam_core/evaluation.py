@@ -83,8 +83,8 @@ def summarise(scores: Iterable[ClassScore | None]) -> Summary | None:
 
 def dice_of(first: Tensor, second: Tensor) -> float:
     """Return the Dice overlap of two masks; 1 if both are empty."""
-    total = int(first.sum()) + int(second.sum())
-    return 2 * int((first & second).sum()) / total if total else 1.0
+    total = int(first.count_nonzero()) + int(second.count_nonzero())  # sum() would first make an int64 of each voxel
+    return 2 * int((first & second).count_nonzero()) / total if total else 1.0
 
 
 def _score_class(

@@ -55,7 +55,7 @@ def predict(
         scratch: where to make them, with the rows of a few windows in memory at a time; None for memory.
 
     Returns:
-        (1 + K, H, W, D) float32 on the CPU; sums to one over the first axis.
+        (1 + K, H, W, D) float32 on the CPU, contiguous; sums to one over the first axis.
     """
     was_training = network.training
     network.eval()
@@ -66,7 +66,7 @@ def predict(
                 classes = 1 + len(plan.task.classes)
                 rows = SlidingProbabilities(network, image, classes, plan.data.patch, share, device, scratch)
                 rows.advance(image.shape[1])
-                return rows.volume
+                return rows.volume if rows.volume.is_contiguous() else _cut_out(rows.volume, scratch)
             logits = sliding_window_inference(
                 image[None].to(device),
                 plan.data.patch,
@@ -79,6 +79,15 @@ def predict(
             return torch.as_tensor(logits)[0].float().softmax(0).cpu()
     finally:
         network.train(was_training)
+
+
+def _cut_out(padded: Tensor, scratch: Scratch) -> Tensor:
+    """Return a copy of a scan's maps without the padding of a scan smaller than a window; others need none."""
+    found = scratch.zeros(padded.shape)
+    for place, each in zip(found, padded, strict=True):
+        place.copy_(each)
+        scratch.release()
+    return found
 
 
 def segment_original(

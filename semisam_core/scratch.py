@@ -8,11 +8,15 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+BLOCK = 1 << 18  # numbers of a map that are worked on at once
+_MAPS = 8  # of more maps, less at once
+_GROUP = 64  # a multiple of the numbers that any CPU computes at once
 
 
 class Scratch:
@@ -56,7 +60,46 @@ class Scratch:
         Raises:
             OSError: the disk is full.
         """
-        return self.zeros(tensor.shape, tensor.dtype).copy_(tensor)
+        kept = self.zeros(tensor.shape, tensor.dtype)
+        self.copy(kept, tensor.contiguous())
+        return kept
+
+    def copy(self, place: Tensor, tensor: Tensor) -> None:
+        """Copy a tensor to another's place; both as for `blocks`."""
+        for to, each in self.blocks(place, tensor):
+            to.copy_(each)
+
+    def above(self, tensor: Tensor, threshold: float) -> Tensor:
+        """Return where a tensor exceeds a threshold, in memory."""
+        found = torch.empty(tensor.shape, dtype=torch.bool)
+        for to, each in self.blocks(found, tensor):
+            torch.gt(each, threshold, out=to)
+        return found
+
+    def any_above(self, tensor: Tensor, threshold: float) -> bool:
+        """Return whether a tensor exceeds a threshold anywhere."""
+        found = any(bool((each > threshold).any()) for (each,) in self.blocks(tensor))
+        self.release()
+        return found
+
+    def blocks(self, *maps: Tensor) -> Iterator[list[Tensor]]:
+        """Go through maps block by block, and give back the memory of all tensors after each.
+
+        What is computed of single voxels is the same as of whole maps, bit by bit: torch computes several numbers at
+        once and those that remain at an array's end one by one, which may round differently, and only the last block
+        has such an end.
+
+        Args:
+            maps: contiguous, all of one number of voxels; in this scratch or in memory.
+
+        Yields:
+            The same block of each map, flat.
+        """
+        flat = [each.view(-1) for each in maps]
+        size = max(1, BLOCK * _MAPS // max(len(maps), _MAPS) // _GROUP) * _GROUP
+        for start in range(0, len(flat[0]), size):
+            yield [each[start : start + size] for each in flat]
+            self.release()
 
     def release(self) -> None:
         """Give back the memory of all tensors; they keep their values."""

@@ -108,9 +108,10 @@ class SlidingProbabilities:
         logits = torch.as_tensor(self._network(patches)).float() * self._map
         weight = self._map.cpu()
         for window, logit in zip(windows, logits.cpu(), strict=True):
-            self._sums.volume[(slice(None), *window)] += logit
+            for sums, values in zip(self._sums.volume, logit, strict=True):
+                sums[window] += values
+                self._sums.page_out()
             self._weights.volume[(slice(None), *window)] += weight
-        self._sums.page_out()
 
     def _finish(self, until: int) -> None:
         """Turn the sums of all rows before this one, to which no window adds any more, into probabilities."""

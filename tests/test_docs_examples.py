@@ -142,13 +142,13 @@ def test_the_source_says_nothing_of_classes_that_no_label_shows() -> None:
     label[2:4, 2:4] = 1
     image[0][label == 1] += 3
     found = source.BrightnessSource([LabeledScan("one", image, label)])
-    evidence = found.look(SourceScan(image, (1.0, 1.0, 1.0), torch.zeros(3, 6, 6, 4)))
+    evidence = found.look(SourceScan(image, (1.0, 1.0, 1.0), 2))
     assert evidence.answered.tolist() == [True, False]
     assert float(evidence.foreground[0][label == 1].mean()) > 0.5
     assert float(evidence.foreground[0][label == 0].max()) < 0.01
     assert bool(evidence.foreground.isfinite().all())
     assert found.without("one") is None
-    assert not source.BrightnessSource([]).look(SourceScan(image, (1.0,) * 3, torch.zeros(2, 6, 6, 4))).answered.any()
+    assert not source.BrightnessSource([]).look(SourceScan(image, (1.0,) * 3, 1)).answered.any()
 
 
 def test_the_rule_combines_a_whole_study(make_site: MakeSite, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ class _Oracle:
                 raise OracleFailedError(
                     f"{self._generalist.card.name} could not segment a scan of {self._config.site}; the log says why."
                 )
-            answers.append(outputs[self._generalist.card.name].maps.mean(0))
+            answers.append(torch.stack(list(outputs[self._generalist.card.name].maps)).mean(0))
         return settle_overlaps(torch.stack(answers))
 
 

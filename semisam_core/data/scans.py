@@ -116,6 +116,7 @@ def load_scan(
     prepared: Path | None = None,
     memory_gb: float | None = None,
     sha256: Callable[[Path], str] = file_sha256,
+    check: Callable[[Geometry], None] = lambda _: None,
 ) -> Scan:
     """Read, check and prepare one case.
 
@@ -128,17 +129,19 @@ def load_scan(
         prepared: folder of prepared scans, keyed by the content of the files and the plan's grid.
         memory_gb: largest image to load, on its own or on the plan's grid; None for no limit. Judged by headers alone.
         sha256: returns a file's content hash, or raises OSError; only asked if there is a folder of prepared scans.
+        check: is given the image file's grid before any voxel is read, and raises CaseError if the case cannot be used.
 
     Raises:
         CaseError: a file is unreadable, no 3D volume of a plausible size, too large, or not finite; or channels or
             label do not fit the image.
     """
     path = prepared / f"{prepared_key(case, plan, sha256)}.safetensors" if prepared is not None else None
-    if path is not None and (kept := _read_prepared(path, case.id, plan.data, memory_gb)):
+    if path is not None and (kept := _read_prepared(path, case.id, plan.data, memory_gb, check)):
         return kept
     channels = [open_nifti(each, case.id, "image") for each in case.images]
     if memory_gb is not None:
         check_memory(case.id, [each.geometry for each in channels], plan.data.spacing_mm, memory_gb)
+    check(channels[0].geometry)
     scan = _prepare(case, channels, plan)
     for note in scan.notes:
         logger.warning("%s: %s.", case.id, note)
@@ -349,7 +352,9 @@ def _write_prepared(path: Path, scan: Scan) -> None:
         logger.warning("A prepared scan could not be kept on disk: %s", error.strerror)
 
 
-def _read_prepared(path: Path, case_id: str, data: Data, memory_gb: float | None) -> Scan | None:
+def _read_prepared(
+    path: Path, case_id: str, data: Data, memory_gb: float | None, check: Callable[[Geometry], None]
+) -> Scan | None:
     try:
         with safe_open(path, framework="pt") as file:
             x, y, z = file.get_tensor("original_shape").tolist()
@@ -357,6 +362,7 @@ def _read_prepared(path: Path, case_id: str, data: Data, memory_gb: float | None
             if memory_gb is not None:
                 channels = file.get_slice("image").get_shape()[0]
                 check_memory(case_id, [original] * channels, data.spacing_mm, memory_gb)
+            check(original)
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             notes = tuple(json.loads((file.metadata() or {}).get("notes", "[]")))
     except (OSError, SafetensorError):

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from semisam_core.files import write_atomically
 from semisam_core.generalists.base import Generalist, VolumeGrid
 from semisam_core.generalists.embedding_codec import Coded, decoded, encoded
 from semisam_core.progress import ProgressCallback
+from semisam_core.scratch import Scratch
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,40 @@ _UNUSED_SECONDS = 14 * 24 * 3600  # an entry that nobody has asked for that long
 def scan_key(volume: Tensor) -> str:
     """Return the SHA-256 of a scan's shape, data type and voxels, in hexadecimal."""
     digest = hashlib.sha256(json.dumps([list(volume.shape), str(volume.dtype)]).encode())
-    digest.update(_bytes_of(volume))
+    for row in volume:  # of a turned view, only a row is copied
+        digest.update(_bytes_of(row))
     return digest.hexdigest()
+
+
+class _Kept(Mapping[int, Tensor]):
+    """Embeddings of one scan in scratch, of which only what was asked for last takes memory."""
+
+    def __init__(self, scratch: Scratch, units: Sequence[int]) -> None:
+        self._scratch, self._units = scratch, units
+        self._room: Tensor | None = None
+        self._found: dict[int, Tensor] = {}
+
+    def add(self, unit: int, embedding: Tensor) -> None:
+        """Keep a copy."""
+        if self._room is None:  # one file for all: each holds a file descriptor
+            self._room = self._scratch.zeros((len(self._units), *embedding.shape))
+        place = self._room[len(self._found)]
+        same = place.shape == embedding.shape
+        self._found[unit] = place.copy_(embedding) if same else self._scratch.keep(embedding)
+        self._scratch.release()
+
+    def __getitem__(self, unit: int) -> Tensor:
+        self._scratch.release()
+        return self._found[unit]
+
+    def __contains__(self, unit: object) -> bool:
+        return unit in self._found
+
+    def __iter__(self) -> Iterator[int]:
+        return (unit for unit in self._units if unit in self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 class EmbeddingStore:
@@ -80,7 +113,8 @@ class EmbeddingStore:
         grid: VolumeGrid,
         units: Sequence[int],
         progress: ProgressCallback | None = None,
-    ) -> dict[int, Tensor]:
+        scratch: Scratch | None = None,
+    ) -> Mapping[int, Tensor]:
         """Return the embeddings of a scan's units; only those not yet stored are encoded.
 
         Values are as they would be read (`embedding_codec`), whether an embedding was stored or has just been computed.
@@ -92,15 +126,16 @@ class EmbeddingStore:
             grid: its voxels.
             units: embedding units, as from `generalist.units`.
             progress: called with (units ready, units needed), at the start and after each chunk.
+            scratch: where to keep them; None for memory.
 
         Returns:
             unit -> embedding, float32.
         """
         names = {unit: entry_name(generalist, scan_key, grid, unit) for unit in units}
-        found: dict[int, Tensor] = {}
+        found = _Kept(scratch or Scratch(), list(names))
         for unit, name in names.items():
             if (embedding := self._read(name)) is not None:
-                found[unit] = embedding
+                found.add(unit, embedding)
         absent = [unit for unit in names if unit not in found]
         self.hits += len(found)
         self.misses += len(absent)
@@ -111,14 +146,14 @@ class EmbeddingStore:
             made = generalist.embed(volume, grid, absent[start : start + self._chunk])
             for unit, embedding in made.items():
                 coded = encoded(embedding)
-                found[unit] = embedding.float() if coded is None else decoded(coded)
+                found.add(unit, embedding.float() if coded is None else decoded(coded))
                 if coded is not None:
                     self._keep(names[unit], _serialised(names[unit], coded), room)
             if progress:
                 progress(len(found), len(names))
         if absent:
             _Room(self._folder, self._limit).make(0)  # another process may have written meanwhile
-        return {unit: found[unit] for unit in names}
+        return found
 
     def _read(self, name: str) -> Tensor | None:
         path = self._folder / f"{name}{_SUFFIX}"

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 from skimage.morphology import skeletonize
 
-from semisam_core.components import Mask, largest_component
+from semisam_core.components import Mask, bounding_box, largest_component
+from semisam_core.prompting.depth import BorderDistances
 
 Position = tuple[int, ...]
 
@@ -28,11 +28,26 @@ def deepest_voxel(mask: Mask, spacing_mm: Sequence[float]) -> Position:
     """
     if not mask.any():
         raise ValueError("an empty mask has no voxel to click on")
-    depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=tuple(spacing_mm))
-    inner = depth[tuple(slice(1, -1) for _ in range(mask.ndim))]
-    deepest = np.argwhere(inner >= inner.max() - 1e-9)
-    apart = (((deepest - np.argwhere(mask).mean(0)) * spacing_mm) ** 2).sum(1)
+    box = bounding_box(mask)
+    corner = [side.start for side in box]
+    greatest, found = 0.0, []
+    for rows, depth in BorderDistances(np.pad(mask[box], 1), spacing_mm):
+        greatest = max(greatest, float(depth.max()))
+        places = np.argwhere(depth >= greatest - 1e-9)
+        found.append((places + np.eye(1, mask.ndim, dtype=np.int64) * rows.start, depth[tuple(places.T)]))
+    places, depths = (np.concatenate(each) for each in zip(*found, strict=True))
+    deepest = places[depths >= greatest - 1e-9] - 1 + corner
+    apart = (((deepest - _centre(mask[box], corner)) * spacing_mm) ** 2).sum(1)
     return tuple(int(index) for index in deepest[apart.argmin()])
+
+
+def _centre(mask: Mask, corner: Sequence[int]) -> NDArray[np.float64]:
+    """Return the mean index of a mask's voxels along each axis, counted from a corner."""
+    sums = []
+    for axis, first in enumerate(corner):
+        along = mask.sum(axis=tuple(other for other in range(mask.ndim) if other != axis))
+        sums.append(int((along * (first + np.arange(len(along)))).sum()))
+    return np.array(sums, dtype=np.float64) / int(np.count_nonzero(mask))
 
 
 def next_click(answer: Mask, region: Mask, spacing_mm: Sequence[float]) -> tuple[Position, bool] | None:
@@ -50,11 +65,11 @@ def next_click(answer: Mask, region: Mask, spacing_mm: Sequence[float]) -> tuple
     wrong = answer != region
     if not wrong.any():
         return None
-    candidates = []
-    for positive in (True, False):
-        component = largest_component(wrong & (region == positive))
-        candidates.append((int(component.sum()), component, positive))
-    _, component, positive = max(candidates, key=lambda candidate: candidate[0])
+    component, positive = largest_component(wrong & region), True
+    other = largest_component(wrong & ~region)
+    if np.count_nonzero(other) > np.count_nonzero(component):
+        component, positive = other, False
+    del wrong, other
     return deepest_voxel(component, spacing_mm), positive
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
-from scipy import ndimage
 from torch import Tensor
 
-from semisam_core.components import Mask, largest_component, meaningful_components, separate_components
+from semisam_core.components import (
+    Mask,
+    bounding_box,
+    largest_component,
+    meaningful_components,
+    separate_components,
+)
 from semisam_core.plan_sections.pseudo_labels import Gates, Prompting
+from semisam_core.prompting.depth import BorderDistances
+from semisam_core.scratch import Scratch
 
 # At most this many parts of a region are prompted separately, on a slice or in the volume, largest first. Each costs a
 # decoder pass, in every plane and for every margin, and a specialist that sees more pieces than this is usually too
@@ -58,18 +65,22 @@ class Region:
         """
         if margin_mm == 0:
             return self
-        if margin_mm > 0:
-            moved = ndimage.distance_transform_edt(~self.mask, sampling=self.spacing_mm) <= margin_mm
-        else:
-            depth = ndimage.distance_transform_edt(self.mask, sampling=self.spacing_mm)
-            moved = depth > min(-margin_mm, depth.max() / 2)
-        return replace(self, mask=moved, others=self.others & ~moved)
+        reach = max(margin_mm, 0.0)
+        box = bounding_box(self.mask, [1 + int(reach / side) for side in self.spacing_mm])
+        inside, moved = self.mask[box], np.zeros_like(self.mask)
+        distances = BorderDistances(inside if margin_mm < 0 else ~inside, self.spacing_mm)
+        core = 0.0 if margin_mm > 0 else min(-margin_mm, max(float(each.max()) for _, each in distances) / 2)
+        for rows, each in distances:
+            moved[box][rows] = each <= margin_mm if margin_mm > 0 else each > core
+        return replace(self, mask=moved, others=self.others > moved)
 
-    def parts(self) -> list[Region]:
-        """Return the region's components in 3D, each as a region of its own; a connected region is its only part."""
+    def parts(self) -> Iterator[Region]:
+        """Yield the region's components in 3D, each as a region of its own; a connected region is its only part."""
         if self.connected:
-            return [self]
-        return [replace(self, mask=part) for part in separate_components(self.mask, 0.0, MAXIMUM_PARTS)]
+            yield self
+            return
+        for part in separate_components(self.mask, 0.0, MAXIMUM_PARTS):
+            yield replace(self, mask=part)
 
 
 def find_region(
@@ -79,6 +90,7 @@ def find_region(
     gates: Gates,
     others: Tensor | None = None,
     connected: bool = False,
+    scratch: Scratch | None = None,
 ) -> Region | Refusal:
     """Threshold the foreground probability of a class and keep its meaningful components.
 
@@ -89,14 +101,15 @@ def find_region(
         gates: the volume that a region must have.
         others: (H, W, D) bool, where the specialist sees other classes.
         connected: whether the class is a single piece; then only its largest component is kept.
+        scratch: where the probability is, if not in memory.
     """
-    mask: Mask = (probability > prompting.threshold).numpy()
+    mask: Mask = (scratch or Scratch()).above(probability, prompting.threshold).numpy()
     if not mask.any():
         return Refusal.EMPTY
     kept = largest_component(mask) if connected else meaningful_components(mask, prompting.component_share)
     if refusal := volume_refusal(float(kept.sum()), spacing_mm, gates):
         return refusal
-    foreign = np.zeros_like(kept) if others is None else others.numpy() & ~kept
+    foreign = np.zeros_like(kept) if others is None else others.numpy() > kept
     height, width, depth = spacing_mm
     return Region(kept, foreign, (float(height), float(width), float(depth)), connected)
 

@@ -8,8 +8,8 @@ the model's memory carry the prompt through the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from semisam_core.plan_sections.pseudo_labels import Prompting, Strategy
 from semisam_core.prompting.boxes import slice_boxes
 from semisam_core.prompting.clicks import deepest_voxel, next_click, scribble
 from semisam_core.prompting.region import Region
+from semisam_core.scratch import Scratch
 
 Segment = Callable[[Prompts], Segmentation]
 
@@ -36,6 +37,7 @@ class PromptRequest:
         settings: the plan's.
         segment: runs the generalist on one prompt set.
         step: a slice-wise generalist is prompted on every `step`-th slice.
+        scratch: where an answer is kept while clicks are placed by it; memory by default.
     """
 
     region: Region
@@ -44,6 +46,7 @@ class PromptRequest:
     settings: Prompting
     segment: Segment
     step: int = 1
+    scratch: Scratch = field(default_factory=Scratch)
 
     def within(self, region: Region) -> PromptRequest:
         """Return the same request for another region."""
@@ -91,11 +94,16 @@ def prompt_generalist(request: PromptRequest) -> list[Segmentation]:
     Raises:
         ValueError: the generalist takes none of the prompts that the strategy makes.
     """
+    return list(answers_of(request))
+
+
+def answers_of(request: PromptRequest) -> Iterator[Segmentation]:
+    """Yield what `prompt_generalist` returns; each answer is made when it is asked for, and none is kept."""
     return _STRATEGIES[request.settings.strategy](request)
 
 
-def _boxes(request: PromptRequest) -> list[Segmentation]:
-    return [_box_answer(request, request.middle_margin_mm)]
+def _boxes(request: PromptRequest) -> Iterator[Segmentation]:
+    yield _box_answer(request, request.middle_margin_mm)
 
 
 def _box_answer(request: PromptRequest, margin_mm: float) -> Segmentation:
@@ -105,32 +113,43 @@ def _box_answer(request: PromptRequest, margin_mm: float) -> Segmentation:
     return request.segment(Prompts(boxes=tuple(box for box in boxes if box.index in chosen), points=points))
 
 
-def _mask(request: PromptRequest) -> list[Segmentation]:
-    inside = torch.from_numpy(request.region.mask)
-    # Outside the region the prompt says background, however sure the specialist is of the components left out.
-    mask = torch.where(inside, request.probability.clamp_min(0.51), request.probability.clamp_max(0.49))
+def _mask(request: PromptRequest) -> Iterator[Segmentation]:
+    mask, prompted = torch.empty(request.region.mask.shape), torch.ones(request.region.mask.shape[-1])
     if not request.takes(PromptKind.MASK_3D):
-        prompted = torch.zeros(mask.shape[-1])
-        prompted[request.slices()] = 1.0
-        mask = mask * prompted
-    return [request.segment(Prompts(mask=mask))]
+        prompted.zero_()[request.slices()] = 1.0
+    for row, inside, known in zip(mask, torch.from_numpy(request.region.mask), request.probability, strict=True):
+        # Outside the region the prompt says background, however sure the specialist is of the components left out.
+        row.copy_(torch.where(inside, known.clamp_min(0.51), known.clamp_max(0.49)) * prompted)
+    yield request.segment(Prompts(mask=mask))
 
 
-def _points(request: PromptRequest) -> list[Segmentation]:
+def _points(request: PromptRequest) -> Iterator[Segmentation]:
+    yield _clicked(request)
+
+
+def _clicked(request: PromptRequest) -> Segmentation:
     """Click, compare the answer with the region, click on the largest error; stop when they agree or clicks run out."""
     clicks: list[Point] = list(_negative_clicks(request))
     answer: Segmentation | None = None
     for _ in range(request.settings.clicks):
-        answered = np.zeros_like(request.region.mask) if answer is None else (answer.probability > 0.5).numpy()
-        fresh = list(_next_clicks(request, answered, clicks))
+        fresh = list(_next_clicks(request, _foreground(request, answer), clicks))
         if not fresh:
             break
         clicks += fresh
         previous = answer.probability if answer is not None and _takes_mask(request) else None
         answer = request.segment(Prompts(points=tuple(clicks), mask=previous))
+        answer = replace(answer, probability=request.scratch.keep(answer.probability))
+        del previous
     if answer is None:
         raise ValueError("an empty region cannot be clicked on")
-    return [answer]
+    return answer
+
+
+def _foreground(request: PromptRequest, answer: Segmentation | None) -> Mask:
+    if answer is None:
+        return np.zeros_like(request.region.mask)
+    found: Mask = request.scratch.above(answer.probability, 0.5).numpy()
+    return found
 
 
 def _next_clicks(request: PromptRequest, answered: Mask, clicks: list[Point]) -> Iterable[Point]:
@@ -151,7 +170,7 @@ def _next_clicks(request: PromptRequest, answered: Mask, clicks: list[Point]) ->
             yield point
 
 
-def _scribbles(request: PromptRequest) -> list[Segmentation]:
+def _scribbles(request: PromptRequest) -> Iterator[Segmentation]:
     region, count = request.region, request.settings.scribble_points
     points = list(_negative_clicks(request))
     if request.volumetric:
@@ -159,12 +178,12 @@ def _scribbles(request: PromptRequest) -> list[Segmentation]:
     else:
         for index in request.slices():
             points += [_click((*pixel, index)) for pixel in scribble(region.mask[:, :, index], count)]
-    return [request.segment(Prompts(points=tuple(points)))]
+    yield request.segment(Prompts(points=tuple(points)))
 
 
-def _propagated(request: PromptRequest) -> list[Segmentation]:
+def _propagated(request: PromptRequest) -> Iterator[Segmentation]:
     """Prompt each component on its widest slice; the model carries it through the others, one component at a time."""
-    return [_united([_propagated_answer(request.within(part)) for part in request.region.parts()])]
+    yield _united(_propagated_answer(request.within(part)) for part in request.region.parts())
 
 
 def _propagated_answer(request: PromptRequest) -> Segmentation:
@@ -182,23 +201,29 @@ def _propagated_answer(request: PromptRequest) -> Segmentation:
     return request.segment(Prompts(boxes=boxes, span=span))
 
 
-def _united(answers: Sequence[Segmentation]) -> Segmentation:
+def _united(answers: Iterable[Segmentation]) -> Segmentation:
     """Unite answers about parts of one target: the higher probability, and the mean quality of each slice."""
     qualities: dict[int, list[float]] = {}
+    highest: Tensor | None = None
     for answer in answers:
         for index, quality in answer.quality.items():
             qualities.setdefault(index, []).append(quality)
-    probability = torch.stack([answer.probability for answer in answers]).amax(0)
-    return Segmentation(probability, {index: sum(each) / len(each) for index, each in sorted(qualities.items())})
+        highest = answer.probability if highest is None else torch.maximum(highest, answer.probability, out=highest)
+        del answer  # before the next one is made
+    if highest is None:
+        raise ValueError("an empty region has no part to prompt")
+    return Segmentation(highest, {index: sum(each) / len(each) for index, each in sorted(qualities.items())})
 
 
-def _uncertainty_rectified(request: PromptRequest) -> list[Segmentation]:
+def _uncertainty_rectified(request: PromptRequest) -> Iterator[Segmentation]:
     """Prompt once per margin: with boxes of that margin, or with the region grown by it."""
     margins = request.settings.margins_mm
     if request.takes(PromptKind.BOX_2D):
-        return [_box_answer(request, margin) for margin in margins]
+        yield from (_box_answer(request, margin) for margin in margins)
+        return
     single = _points if request.takes(PromptKind.POINTS_2D, PromptKind.POINTS_3D) else _mask
-    return [answer for margin in margins for answer in single(request.within(request.region.grown(margin)))]
+    for margin in margins:
+        yield from single(request.within(request.region.grown(margin)))
 
 
 def _negative_clicks(request: PromptRequest) -> Iterable[Point]:
@@ -224,7 +249,7 @@ def _takes_mask(request: PromptRequest) -> bool:
     return request.takes(PromptKind.MASK_3D if request.volumetric else PromptKind.MASK_2D)
 
 
-_STRATEGIES: dict[Strategy, Callable[[PromptRequest], list[Segmentation]]] = {
+_STRATEGIES: dict[Strategy, Callable[[PromptRequest], Iterator[Segmentation]]] = {
     Strategy.BOXES: _boxes,
     Strategy.MASK: _mask,
     Strategy.POINTS: _points,

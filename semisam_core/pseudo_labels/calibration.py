@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,13 +50,13 @@ class LabeledExample:
     Attributes:
         image: (C, H, W, D) on the plan's grid.
         label: (H, W, D) class indices.
-        teacher: the teacher's probabilities (1 + K, H, W, D).
+        teacher: returns the teacher's probabilities (1 + K, H, W, D); not asked where nothing depends on them.
         scratch: where these are.
     """
 
     image: Tensor
     label: Tensor
-    teacher: Tensor
+    teacher: Callable[[], Tensor]
     scratch: Scratch = field(default_factory=Scratch)
 
 
@@ -90,7 +90,7 @@ def calibrate(
         for k in classes:
             truth = example.label == k
             if bool(truth.any()):
-                volumes[k].append(float(truth.sum()) * voxel_ml)
+                volumes[k].append(float(truth.count_nonzero()) * voxel_ml)
         if len(generalists) > 1:
             for name, error in _errors(example, classes, generalists, store, plan):
                 errors[name].append(error)
@@ -107,30 +107,42 @@ def _errors(
     store: EmbeddingStore,
     plan: Plan,
 ) -> Iterable[tuple[str, float]]:
-    ensemble = GeneralistEnsemble(example.image[0], plan.data.spacing_mm, generalists, store, policy_of(plan))
-    claims = claims_of(example.teacher[1:], plan, example.scratch)
+    scratch, teacher = example.scratch, example.teacher()
+    policy = policy_of(plan)
+    ensemble = GeneralistEnsemble(example.image[0], plan.data.spacing_mm, generalists, store, policy, scratch=scratch)
+    claims = claims_of(teacher[1:], plan, scratch)
     for k in classes:
-        region = region_of_class(example.teacher[k], k, plan, claims)
+        region = region_of_class(teacher[k], k, plan, claims, scratch)
         if not isinstance(region, Refusal):
-            outputs = ensemble.ask(region, example.teacher[k])
-            yield from brier_scores(outputs, example.label == k).items()
-        example.scratch.release()
+            yield from brier_scores(ensemble.ask(region, teacher[k]), example.label == k, scratch).items()
 
 
-def brier_scores(outputs: dict[str, GeneralistOutput], truth: Tensor) -> dict[str, float]:
+def brier_scores(
+    outputs: dict[str, GeneralistOutput], truth: Tensor, scratch: Scratch | None = None
+) -> dict[str, float]:
     """Return each model's mean squared error over the voxels that the expert or any model calls foreground.
 
     Args:
         outputs: name -> output; may be empty.
         truth: the expert's mask (H, W, D), bool.
+        scratch: where the outputs are, if not in memory.
 
     Returns:
         name -> error in [0, 1]; empty if neither the expert nor any model calls a voxel foreground.
     """
-    means = {name: output.maps.mean(0) for name, output in outputs.items()}
-    if not means:
-        return {}
-    claimed = torch.stack([truth, *(mean > CLAIMED for mean in means.values())]).any(0)
+    scratch, claimed = scratch or Scratch(), truth.clone()
+    for output in outputs.values():
+        for found, *maps in scratch.blocks(claimed, *output.maps):
+            found |= torch.stack(maps).mean(0) > CLAIMED
     if not bool(claimed.any()):
         return {}
-    return {name: float(((mean - truth.float())[claimed] ** 2).mean()) for name, mean in means.items()}
+    return {name: _squared_error(output, truth, claimed, scratch) for name, output in outputs.items()}
+
+
+def _squared_error(output: GeneralistOutput, truth: Tensor, claimed: Tensor, scratch: Scratch) -> float:
+    errors, end = torch.empty(int(claimed.count_nonzero())), 0
+    for inside, true, *maps in scratch.blocks(claimed, truth, *output.maps):
+        found = (torch.stack(maps).mean(0) - true.float())[inside] ** 2
+        errors[end : end + len(found)] = found
+        end += len(found)
+    return float(errors.mean())

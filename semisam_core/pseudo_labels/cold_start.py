@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,12 @@ from semisam_core.plan_sections.pseudo_labels import ColdStart, PseudoLabels
 from semisam_core.plan_sections.sources import Prototypes as PrototypeSettings
 from semisam_core.progress import ProgressCallback
 from semisam_core.pseudo_labels.policy import policy_of
-from semisam_core.pseudo_labels.views import AXES, View, fill_between, smooth_over_slices
+from semisam_core.pseudo_labels.views import AXES, View
 from semisam_core.scratch import Scratch
 
 POSITIONS = 4096  # features per class and scan that are clustered: bounds memory and time, and gives scans equal weight
 ITERATIONS = 20
+CHANNELS = 32  # of feature maps that are averaged at once
 _INSIDE = 0.5  # a feature belongs to a class, or to the scan, if more than this share of its patch does
 _PURE = 0.99  # to background only if all of its patch does: at a border it looks like the class, and would be clustered
 
@@ -87,12 +89,12 @@ class ColdStarter:
         found: list[list[Tensor]] = [[] for _ in range(count)]
         for image, label in examples:
             view = self._view(image)
-            seen = self._features(view)
-            turned = view.turn(label.long())[:, :, list(seen.units)].permute(2, 0, 1)  # (N, H, W)
+            seen, turned = self._features(view, scratch), view.turn(label)
             for k in range(count):
-                shares = self._maps.framing.shares((turned == k).float(), seen.side)
-                sample = _sample(seen.vectors[shares > (_INSIDE if k else _PURE)], POSITIONS, generator)
-                found[k].append(scratch.keep(sample))
+                slices = ((turned[:, :, unit] == k).float()[None] for unit in seen.units)
+                shares = torch.cat([self._maps.framing.shares(each, seen.side) for each in slices])
+                places = _sample((shares > (_INSIDE if k else _PURE)).nonzero(), POSITIONS, generator)
+                found[k].append(scratch.keep(seen.vectors[tuple(places.T)]))
                 scratch.release()
         wanted = [self._settings.background_prototypes] + [self._settings.foreground_prototypes] * (count - 1)
         centres = []
@@ -119,45 +121,61 @@ class ColdStarter:
         if not any(len(each) for each in prototypes.classes[1:]):
             return background_only(image, len(prototypes.classes) - 1, scratch)
         view = self._view(image)
-        seen = self._features(view)
+        seen = self._features(view, scratch)
         shares = scratch.zeros((len(prototypes.classes), *seen.vectors.shape[:-1]))  # (1 + K, N, S, S)
         for k, each in enumerate(prototypes.classes):
-            shares[k] = (seen.vectors @ each.T).amax(-1) if len(each) else -torch.inf
-            scratch.release()
+            for place, vectors in zip(shares[k], seen.vectors, strict=True):
+                place.copy_((vectors[None] @ each.T)[0].amax(-1) if len(each) else torch.tensor(-torch.inf))
+                scratch.release()
         for n in range(len(seen.units)):
             shares[:, n] = torch.softmax(shares[:, n] / self._settings.temperature, 0)
             scratch.release()
-        height, width, depth = view.grid.shape
-        step = view.slice_step(self._policy.prompting.slice_step_mm)
-        found, total = scratch.zeros((len(shares), *image.shape[1:])), torch.zeros(image.shape[1:])
+        step, sigma = view.slice_step(self._policy.prompting.slice_step_mm), self._policy.smooth_sigma_slices
+        found = scratch.zeros((len(shares), *image.shape[1:]))
         for k in range(1, len(shares)):
-            foreground = torch.zeros(height, width, depth)
-            foreground[:, :, list(seen.units)] = self._maps.framing.spread(shares[k], (height, width)).permute(1, 2, 0)
-            filled = fill_between(foreground, seen.units, step)
-            found[k] = view.turn_back(smooth_over_slices(filled, self._policy.smooth_sigma_slices))
-            total += found[k]
-            scratch.release()
-        found[0] = (1 - total).clamp_min(0)
+            spread = partial(self._spread, shares[k], view.grid.shape[:2])
+            scratch.copy(found[k], view.of_slices(spread, seen.units, step, sigma, scratch))
+        for rest, *classes in scratch.blocks(*found):
+            for each in classes:
+                rest += each
+            rest.copy_((1 - rest).clamp_min(0))
         return found
+
+    def _spread(self, shares: Tensor, plane: tuple[int, int], n: int) -> Tensor:
+        return self._maps.framing.spread(shares[n : n + 1], plane)[0]
 
     def _view(self, image: Tensor) -> View:
         return View(image[0], self._plan.data.spacing_mm, AXES[self._settings.plane])
 
-    def _features(self, view: View) -> _Features:
+    def _features(self, view: View, scratch: Scratch) -> _Features:
         units = range(0, view.grid.shape[2], view.slice_step(self._policy.prompting.slice_step_mm))
-        embeddings = self._store.fetch(self._generalist, view.key, view.volume, view.grid, units, self._progress)
-        maps = torch.stack([self._maps.feature_map(embeddings[unit]) for unit in units])  # (N, C, S, S)
-        vectors, side = maps.permute(0, 2, 3, 1), int(maps.shape[-1])
+        embeddings = self._store.fetch(
+            self._generalist, view.key, view.volume, view.grid, units, self._progress, scratch
+        )
+        first = self._maps.feature_map(embeddings[0])
+        channels, side = len(first), int(first.shape[-1])
+        maps = scratch.zeros((len(units), *first.shape))  # (N, C, S, S)
+        for each, unit in zip(maps, units, strict=True):
+            each.copy_(self._maps.feature_map(embeddings[unit]))
+            scratch.release()
         height, width, depth = view.grid.shape
         inside = self._maps.framing.shares(torch.ones(1, height, width), side)[0] > _INSIDE  # (S, S)
-        # The mean feature tells scanners apart rather than structures.
-        vectors = F.normalize(vectors - vectors[:, inside].mean((0, 1)), dim=-1)
-        if self._settings.position_weight > 0:
-            rows, columns = (
-                pixels * side / self._maps.framing.side for pixels in self._maps.framing.size((height, width))
-            )
-            place = _places(units, side, (rows, columns, depth))
-            vectors = F.normalize(torch.cat([vectors, self._settings.position_weight * place], -1), dim=-1)
+        means = []
+        for part in channel_parts(channels):
+            means.append(maps[:, part].permute(0, 2, 3, 1)[:, inside].mean((0, 1)))
+            scratch.release()
+        weight, extent = self._settings.position_weight, self._maps.framing.size((height, width))
+        rows, columns = (pixels * side / self._maps.framing.side for pixels in extent)
+        places = _places(units, side, (rows, columns, depth))
+        vectors = scratch.zeros((len(units), side, side, channels + (places.shape[-1] if weight > 0 else 0)))
+        for n in range(len(units)):
+            # The mean feature tells scanners apart rather than structures.
+            unit_vectors = F.normalize(maps[n : n + 1].permute(0, 2, 3, 1) - torch.cat(means), dim=-1)
+            if weight > 0:
+                placed = torch.cat([unit_vectors, weight * places[n : n + 1]], -1)
+                unit_vectors = F.normalize(placed, dim=-1)
+            vectors[n : n + 1] = unit_vectors
+            scratch.release()
         return _Features(tuple(units), vectors)
 
 
@@ -173,6 +191,15 @@ class _Features:
         return int(self.vectors.shape[1])
 
 
+def channel_parts(channels: int) -> list[slice]:
+    """Return parts of a feature map's channels of which means are equal, bit by bit, to those of all at once.
+
+    Torch computes 32 at once and what remains at the end one by one, so the last part has the end and 32 before it.
+    """
+    last = max(0, channels // CHANNELS - 1) * CHANNELS
+    return [*(slice(begin, begin + CHANNELS) for begin in range(0, last, CHANNELS)), slice(last, channels)]
+
+
 def cold_start_of(policy: PseudoLabels) -> ColdStart:
     """Return the cold-start section.
 
@@ -186,8 +213,10 @@ def cold_start_of(policy: PseudoLabels) -> ColdStart:
 
 def background_only(image: Tensor, classes: int, scratch: Scratch | None = None) -> Tensor:
     """Return probabilities (1 + K, H, W, D) that call every voxel of a scan (C, H, W, D) background."""
-    probability = (scratch or Scratch()).zeros((1 + classes, *image.shape[1:]))
-    probability[0] = 1
+    scratch = scratch or Scratch()
+    probability = scratch.zeros((1 + classes, *image.shape[1:]))
+    for (each,) in scratch.blocks(probability[0]):
+        each.fill_(1)
     return probability
 
 
@@ -215,10 +244,10 @@ def spherical_k_means(vectors: Tensor, k: int, generator: torch.Generator) -> Te
     return centres
 
 
-def _sample(vectors: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-    if len(vectors) <= limit:
-        return vectors
-    return vectors[torch.randperm(len(vectors), generator=generator)[:limit].sort().values]
+def _sample(places: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    if len(places) <= limit:
+        return places
+    return places[torch.randperm(len(places), generator=generator)[:limit].sort().values]
 
 
 def _places(units: Sequence[int], side: int, extent: tuple[float, float, int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from semisam_core.generalists.base import SLICE_KINDS, Generalist, Prompts, Segm
 from semisam_core.generalists.embedding_store import EmbeddingStore
 from semisam_core.plan_sections.pseudo_labels import PseudoLabels
 from semisam_core.progress import ProgressCallback
-from semisam_core.prompting import PromptRequest, Region, Segment, prompt_generalist
-from semisam_core.pseudo_labels.views import AXES, View, fill_between, smooth_over_slices
+from semisam_core.prompting import PromptRequest, Region, Segment, answers_of
+from semisam_core.pseudo_labels.views import AXES, View
+from semisam_core.scratch import Scratch
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +26,11 @@ class GeneralistOutput:
     """What one generalist answered about one class.
 
     Attributes:
-        maps: foreground probabilities (S, H, W, D), one per plane and prompt set.
+        maps: foreground probabilities (H, W, D), one per plane and prompt set.
         quality: mean of the model's own estimates of its overlap with the truth, in [0, 1].
     """
 
-    maps: Tensor
+    maps: Sequence[Tensor]
     quality: float
 
 
@@ -43,6 +45,7 @@ class GeneralistEnsemble:
         store: EmbeddingStore,
         policy: PseudoLabels,
         progress: ProgressCallback | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         """Prepare a scan.
 
@@ -53,8 +56,10 @@ class GeneralistEnsemble:
             store: cache of embeddings.
             policy: strategy, planes, smoothing.
             progress: called with (embedding units ready, units needed).
+            scratch: where to keep answers and embeddings; None for memory.
         """
         self._generalists, self._store, self._policy, self._progress = generalists, store, policy, progress
+        self._scratch = scratch or Scratch()
         self._views = {
             axis: View(volume, spacing_mm, axis) for axis in {AXES[plane] for plane in policy.prompting.planes} | {2}
         }
@@ -87,40 +92,51 @@ class GeneralistEnsemble:
             view = self._views[axis]
             turned, prediction = view.turn_region(region), view.turn(probability)
             step = view.slice_step(prompting.slice_step_mm) if slice_wise else 1
-            request = PromptRequest(turned, prediction, kinds, prompting, self._segment(generalist, view), step)
-            for answer in prompt_generalist(request):
-                answered = answer.probability
-                if slice_wise:
-                    answered = fill_between(answered, answer.quality.keys(), step)
-                    answered = smooth_over_slices(answered, self._policy.smooth_sigma_slices)
-                maps.append(view.turn_back(answered))
+            sigma = self._policy.smooth_sigma_slices if slice_wise else 0.0
+            segment = self._segment(generalist, view)
+            request = PromptRequest(turned, prediction, kinds, prompting, segment, step, self._scratch)
+            for answer in answers_of(request):
+                maps.append(view.complete(answer.probability, answer.quality, step, sigma, self._scratch))
                 qualities.extend(answer.quality.values())
-        return GeneralistOutput(torch.stack(maps), sum(qualities) / len(qualities) if qualities else 0.0)
+                del answer  # before the next one is made
+        return GeneralistOutput(maps, sum(qualities) / len(qualities) if qualities else 0.0)
 
     def _segment(self, generalist: Generalist, view: View) -> Segment:
-        embeddings: dict[int, Tensor] = {}  # prompt sets share them
+        embeddings: ChainMap[int, Tensor] = ChainMap()  # prompt sets share them
 
         def segment(prompts: Prompts) -> Segmentation:
+            self._scratch.release()
             units = generalist.units(prompts, view.grid)
             if missing := [unit for unit in units if unit not in embeddings]:
-                fetched = self._store.fetch(generalist, view.key, view.volume, view.grid, missing, self._progress)
-                embeddings.update(fetched)
+                grid = view.grid
+                more = self._store.fetch(
+                    generalist, view.key, view.volume, grid, missing, self._progress, self._scratch
+                )
+                embeddings.maps.append(more)  # type: ignore[arg-type]  # only the first is ever written to
             return generalist.segment(embeddings, prompts, view.grid)
 
         return segment
 
 
-def weighted_moments(outputs: Mapping[str, GeneralistOutput], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+def weighted_moments(
+    outputs: Mapping[str, GeneralistOutput], weights: Mapping[str, float], scratch: Scratch | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the weighted mean and variance over all maps of all models, (H, W, D) each.
 
     Args:
         outputs: name -> output, at least one. A model's weight is divided equally among its maps.
         weights: name -> weight > 0; a model that is not listed has weight 1.
+        scratch: where the maps are and the moments will be; None for memory.
     """
-    maps = torch.cat([output.maps for output in outputs.values()])
+    scratch = scratch or Scratch()
+    maps = [each for output in outputs.values() for each in output.maps]
     shares = torch.cat(
         [torch.full((len(each.maps),), weights.get(name, 1.0) / len(each.maps)) for name, each in outputs.items()]
     )
-    shares = (shares / shares.sum())[:, None, None, None]
-    mean = (shares * maps).sum(0)
-    return mean, (shares * (maps - mean) ** 2).sum(0)
+    shares = (shares / shares.sum())[:, None]
+    mean, variance = (scratch.zeros(maps[0].shape) for _ in range(2))
+    for own, spread, *each in scratch.blocks(mean, variance, *maps):
+        stacked = torch.stack(each)
+        own.copy_((shares * stacked).sum(0))
+        spread.copy_((shares * (stacked - own) ** 2).sum(0))
+    return mean, variance

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from semisam_core.components import meaningful_components
+from semisam_core.components import Mask, meaningful_components
 from semisam_core.evaluation import dice_of
 from semisam_core.generalists.base import Generalist
 from semisam_core.generalists.embedding_store import EmbeddingStore
@@ -21,6 +22,8 @@ from semisam_core.pseudo_labels.calibration import Calibration
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, GeneralistOutput, weighted_moments
 from semisam_core.pseudo_labels.policy import claims_of, policy_of, region_of_class
 from semisam_core.scratch import Scratch
+
+UNDECIDED = 0.49
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,7 @@ class PseudoLabel:
         found = []
         for k, accepted in enumerate(self.valid.tolist()):
             if accepted:
-                found.append(confidence(self.target[k], self.uncertainty[k]))
-                self.scratch.release()
+                found.append(confidence(self.target[k], self.uncertainty[k], self.scratch))
         return found
 
 
@@ -88,20 +90,23 @@ def make_pseudo_label(
         scratch: where the teacher's probabilities are and the pseudo-label will be; None for memory.
     """
     calibration, scratch = calibration or Calibration(), scratch or Scratch()
-    ensemble = GeneralistEnsemble(image[0], plan.data.spacing_mm, generalists, store, policy_of(plan), progress)
+    ensemble = GeneralistEnsemble(
+        image[0], plan.data.spacing_mm, generalists, store, policy_of(plan), progress, scratch
+    )
     claims = claims_of(teacher[1:], plan, scratch)
     target, uncertainty, own = (scratch.zeros(teacher[1:].shape) for _ in range(3))
     refusals: list[Refusal | None] = []
     for k in range(1, teacher.shape[0]):
-        found: _ClassLabel | Refusal | Region = region_of_class(teacher[k], k, plan, claims)
+        found: _ClassLabel | Refusal | Region = region_of_class(teacher[k], k, plan, claims, scratch)
         if isinstance(found, Region):
             outputs = ensemble.ask(found, teacher[k])
-            found = _gate_and_fuse(outputs, found, teacher[k], plan, calibration, k)
+            found = _gate_and_fuse(outputs, found, teacher[k], plan, calibration, k, scratch)
+            del outputs
         if isinstance(found, _ClassLabel):
-            target[k - 1], uncertainty[k - 1], own[k - 1] = found.target, found.uncertainty, found.generalist
+            for place, made in ((target, found.target), (uncertainty, found.uncertainty), (own, found.generalist)):
+                scratch.copy(place[k - 1], made)
         refusals.append(found if isinstance(found, Refusal) else None)
         del found
-        scratch.release()
     if len(refusals) > 1:
         target, own = settle_overlaps(target, scratch), settle_overlaps(own, scratch)
     valid = torch.tensor([refusal is None for refusal in refusals])
@@ -134,9 +139,17 @@ def fuse_with_teacher(
     return share * mean + (1 - share) * teacher, uncertainty
 
 
-def confidence(target: Tensor, uncertainty: Tensor) -> float:
-    """Return the mean of exp(-U) over the foreground of a target, (H, W, D) each; 0 if it has no foreground."""
-    inside = torch.exp(-uncertainty.double())[target > 0.5]
+def confidence(target: Tensor, uncertainty: Tensor, scratch: Scratch | None = None) -> float:
+    """Return the mean of exp(-U) over the foreground of a target, (H, W, D) each; 0 if it has no foreground.
+
+    They are in `scratch`, if not in memory.
+    """
+    scratch, end = scratch or Scratch(), 0
+    inside = torch.empty(sum([int((y > 0.5).sum()) for (y,) in scratch.blocks(target)]), dtype=torch.float64)
+    for y, u in scratch.blocks(target, uncertainty):
+        found = torch.exp(-u.double())[y > 0.5]
+        inside[end : end + len(found)] = found
+        end += len(found)
     return min(1.0, float(inside.mean())) if inside.numel() else 0.0
 
 
@@ -147,19 +160,18 @@ def _gate_and_fuse(
     plan: Plan,
     calibration: Calibration,
     k: int,
+    scratch: Scratch | None = None,
 ) -> _ClassLabel | Refusal:
     """Turn the answers about class k (from 1) into its part of the pseudo-label; `teacher` is its channel (H, W, D)."""
+    scratch = scratch or Scratch()
     if not outputs:
         return Refusal.FAILED
     policy = policy_of(plan)
     gates = policy.gates
     if gates.minimum_quality > 0 and _mean_quality(outputs, calibration.trust) < gates.minimum_quality:
         return Refusal.LOW_QUALITY
-    mean, variance = weighted_moments(outputs, calibration.trust)
-    answered = (mean > 0.5).numpy()
-    kept = meaningful_components(answered, policy.prompting.component_share)
-    # A slice-wise model cannot see that an island is attached to nothing in 3D, so islands are dropped here.
-    mean = torch.where(torch.from_numpy(answered & ~kept), mean.clamp_max(0.49), mean)
+    mean, variance = weighted_moments(outputs, calibration.trust, scratch)
+    kept = without_islands(mean, policy.prompting.component_share, scratch)
     if refusal := volume_refusal(float(kept.sum()), plan.data.spacing_mm, gates):
         return refusal
     if gates.volume_factor is not None and (plausible := calibration.volume_range_ml(k - 1, gates.volume_factor)):
@@ -169,8 +181,12 @@ def _gate_and_fuse(
     agreement = dice_of(torch.from_numpy(kept), torch.from_numpy(region.mask))
     if agreement < gates.minimum_agreement:
         return Refusal.DISAGREEMENT
-    target, uncertainty = fuse_with_teacher(teacher, mean, variance, agreement, policy)
-    if gates.minimum_confidence > 0 and confidence(target, uncertainty) < gates.minimum_confidence:
+    target, uncertainty = (scratch.zeros(mean.shape) for _ in range(2))
+    for y, u, *each in scratch.blocks(target, uncertainty, teacher, mean, variance):
+        fused, doubt = fuse_with_teacher(each[0], each[1], each[2], agreement, policy)
+        y.copy_(fused)
+        u.copy_(doubt)
+    if gates.minimum_confidence > 0 and confidence(target, uncertainty, scratch) < gates.minimum_confidence:
         return Refusal.LOW_CONFIDENCE
     return _ClassLabel(mean, target, uncertainty)
 
@@ -187,17 +203,48 @@ def settle_overlaps(probability: Tensor, scratch: Scratch | None = None) -> Tens
         probability: of each class; of equally high ones the first counts.
         scratch: where it is, if not in memory.
     """
-    scratch = scratch or Scratch()
-    highest = torch.full(probability.shape[1:], -torch.inf)
-    winner, claims = (torch.zeros(probability.shape[1:], dtype=torch.int16) for _ in range(2))
-    for k, each in enumerate(probability):
-        winner.masked_fill_(each > highest, k)
-        torch.maximum(highest, each, out=highest)
-        claims += each > 0.5
-        scratch.release()
-    contested = claims > 1
-    for k, each in enumerate(probability if bool(contested.any()) else ()):
-        lost = contested & (winner != k)
-        each[lost] = each[lost].clamp_max(0.49)
-        scratch.release()
+    for classes in (scratch or Scratch()).blocks(*probability):
+        highest = torch.full_like(classes[0], -torch.inf)
+        winner, claims = (torch.zeros_like(highest, dtype=torch.int16) for _ in range(2))
+        for k, each in enumerate(classes):
+            winner.masked_fill_(each > highest, k)
+            torch.maximum(highest, each, out=highest)
+            claims += each > 0.5
+        contested = claims > 1
+        for k, each in enumerate(classes if bool(contested.any()) else ()):
+            lost = contested & (winner != k)
+            each[lost] = each[lost].clamp_max(UNDECIDED)
     return probability
+
+
+def without_islands(probability: Tensor, share: float, scratch: Scratch | None = None) -> Mask:
+    """Cap islands just below 0.5, in place: a slice-wise model cannot see that they are attached to nothing in 3D.
+
+    Args:
+        probability: (H, W, D).
+        share: see `meaningful_components`.
+        scratch: where it is, if not in memory.
+
+    Returns:
+        What is still above 0.5.
+    """
+    return cap_all_but(probability, partial(meaningful_components, share=share), scratch)
+
+
+def cap_all_but(probability: Tensor, choose: Callable[[Mask], Mask], scratch: Scratch | None = None) -> Mask:
+    """Cap just below 0.5, in place, what of a foreground is not chosen.
+
+    Args:
+        probability: (H, W, D).
+        choose: returns the part of a mask to leave as it is.
+        scratch: where the probability is, if not in memory.
+
+    Returns:
+        That part.
+    """
+    scratch = scratch or Scratch()
+    foreground = scratch.above(probability, 0.5)
+    kept = choose(foreground.numpy())
+    for each, inside, stays in scratch.blocks(probability, foreground, torch.from_numpy(kept)):
+        each.copy_(torch.where(inside & ~stays, each.clamp_max(UNDECIDED), each))
+    return kept

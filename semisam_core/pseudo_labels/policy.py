@@ -23,22 +23,24 @@ def policy_of(plan: Plan) -> PseudoLabels:
 
 
 def claims_of(foreground: Tensor, plan: Plan, scratch: Scratch | None = None) -> Tensor:
-    """Return how many classes claim each voxel, (H, W, D) int16: are above the threshold of prompts.
+    """Return how many classes claim each voxel, (H, W, D) int16 in `scratch`: are above the threshold of prompts.
 
     Args:
         foreground: probability of each class (K, H, W, D).
         plan: the threshold; must have `pseudo_labels`.
         scratch: where the maps are, if not in memory.
     """
-    claims = torch.zeros(foreground.shape[1:], dtype=torch.int16)
-    for probability in foreground:
-        claims += probability > policy_of(plan).prompting.threshold
-        if scratch is not None:
-            scratch.release()
+    scratch = scratch or Scratch()
+    claims = scratch.zeros(foreground.shape[1:], torch.int16)
+    for count, *classes in scratch.blocks(claims, *foreground):
+        for probability in classes:
+            count += probability > policy_of(plan).prompting.threshold
     return claims
 
 
-def region_of_class(probability: Tensor, k: int, plan: Plan, claims: Tensor) -> Region | Refusal:
+def region_of_class(
+    probability: Tensor, k: int, plan: Plan, claims: Tensor, scratch: Scratch | None = None
+) -> Region | Refusal:
     """Return the region of one class that prompts the generalists, or why there is none.
 
     Args:
@@ -46,8 +48,11 @@ def region_of_class(probability: Tensor, k: int, plan: Plan, claims: Tensor) -> 
         k: the class, from 1.
         plan: thresholds and gates, and which classes are connected; must have `pseudo_labels`.
         claims: of all classes, as from `claims_of`.
+        scratch: where these maps are, if not in memory.
     """
-    policy = policy_of(plan)
-    others = claims > (probability > policy.prompting.threshold)
+    policy, scratch = policy_of(plan), scratch or Scratch()
+    others = torch.empty(claims.shape, dtype=torch.bool)
+    for found, each, count in scratch.blocks(others, probability, claims):
+        torch.gt(count, each > policy.prompting.threshold, out=found)
     connected = plan.task.classes[k - 1].connected
-    return find_region(probability, plan.data.spacing_mm, policy.prompting, policy.gates, others, connected)
+    return find_region(probability, plan.data.spacing_mm, policy.prompting, policy.gates, others, connected, scratch)

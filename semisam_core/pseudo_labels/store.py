@@ -82,12 +82,11 @@ class PseudoLabelStore:
         numbers = torch.int32 if label.target[0].numel() < 2**31 else torch.int64
         confidences = []
         for k, accepted in enumerate(label.valid.tolist()):
-            target = _half(label.target[k])
-            inside = (target > 0.5).flatten().nonzero()[:, 0].to(numbers)
-            tensors[f"foreground.{1 + k}"] = TensorParts(numbers, inside.shape, partial(list, [inside]))
+            inside = _numbers_above(label.target[k], numbers, scratch)
+            tensors[f"foreground.{1 + k}"] = TensorParts(numbers, inside.shape, partial(_pieces, inside, scratch))
             if accepted:
-                confidences.append(confidence(target.float(), _half(label.uncertainty[k]).float()))
-            scratch.release()
+                stored = [_as_stored(each[k], scratch) for each in (label.target, label.uncertainty)]
+                confidences.append(confidence(stored[0], stored[1], scratch))
         about = {
             "refusals": [refusal and refusal.value for refusal in label.refusals],
             "confidences": confidences,
@@ -139,6 +138,30 @@ def _half(map_: Tensor) -> Tensor:
 
 
 def _halves(maps: Tensor, scratch: Scratch) -> Iterator[Tensor]:
-    for each in maps:
+    for (each,) in scratch.blocks(maps):
         yield _half(each)
+
+
+def _pieces(values: Tensor, scratch: Scratch) -> Iterator[Tensor]:
+    for (each,) in scratch.blocks(values):
+        yield each
+
+
+def _as_stored(map_: Tensor, scratch: Scratch) -> Tensor:
+    """Return a map as it is read back, float32."""
+    found = scratch.zeros(map_.shape)
+    for to, values in scratch.blocks(found, map_):
+        to.copy_(_half(values))
+    return found
+
+
+def _numbers_above(target: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """Return the numbers of the voxels that are foreground once stored, in array order."""
+    inside = [(_half(each) > 0.5) for (each,) in scratch.blocks(target)]
+    found, end, first = scratch.zeros((sum(int(each.sum()) for each in inside),), dtype), 0, 0
+    for each in inside:
+        numbers = each.nonzero()[:, 0] + first
+        found[end : end + len(numbers)] = numbers
+        end, first = end + len(numbers), first + len(each)
         scratch.release()
+    return found

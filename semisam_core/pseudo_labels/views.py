@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from semisam_core.generalists.base import VolumeGrid
 from semisam_core.generalists.embedding_store import scan_key
 from semisam_core.prompting import Region
+from semisam_core.scratch import BLOCK, Scratch
 
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # scans are in RAS orientation
 
@@ -33,7 +35,7 @@ class View:
             spacing_mm: voxel size along H, W, D.
             axis: the axis to move last; see `AXES`.
         """
-        self._axis = axis
+        self._axis, self._shape = axis, tuple(volume.shape)
         self.volume = self.turn(volume)
         height, width, depth = self.volume.shape
         in_plane = [spacing_mm[other] for other in range(3) if other != axis]
@@ -49,17 +51,55 @@ class View:
         return max(1, round(step_mm / self.grid.spacing_mm[2]))
 
     def turn(self, volume: Tensor) -> Tensor:
-        """Turn a volume (H, W, D) on the scan's grid to this view."""
-        return volume.movedim(self._axis, -1).contiguous()
-
-    def turn_back(self, volume: Tensor) -> Tensor:
-        """Undo `turn`."""
-        return volume.movedim(-1, self._axis).contiguous()
+        """Turn a volume (H, W, D) on the scan's grid to this view, without a copy."""
+        return volume.movedim(self._axis, -1)
 
     def turn_region(self, region: Region) -> Region:
-        """Turn a region on the scan's grid to this view."""
-        mask, others = (self.turn(torch.from_numpy(each)).numpy() for each in (region.mask, region.others))
+        """Turn a region on the scan's grid to this view, without a copy."""
+        mask, others = (np.moveaxis(each, self._axis, -1) for each in (region.mask, region.others))
         return replace(region, mask=mask, others=others, spacing_mm=self.grid.spacing_mm)
+
+    def of_slices(
+        self,
+        make: Callable[[int], Tensor],
+        slices: Sequence[int],
+        step: int,
+        sigma: float,
+        scratch: Scratch | None = None,
+    ) -> Tensor:
+        """Return a map on the scan's grid of what is known on some slices; see `complete`.
+
+        Args:
+            make: returns the n-th of the slices, (H, W).
+        """
+        answered = torch.zeros(self.grid.shape)
+        for n, index in enumerate(slices):
+            answered[:, :, index] = make(n)
+            if scratch is not None:
+                scratch.release()
+        return self.complete(answered, slices, step, sigma, scratch)
+
+    def complete(
+        self, answered: Tensor, slices: Iterable[int], step: int, sigma: float, scratch: Scratch | None = None
+    ) -> Tensor:
+        """Interpolate between answered slices, smooth over slices, and turn back to the scan's grid, row by row.
+
+        Args:
+            answered: probability (H, W, D) in this view.
+            slices: see `fill_between`.
+            step: see `fill_between`.
+            sigma: see `smooth_over_slices`.
+            scratch: where to make the result; None for memory.
+        """
+        scratch, known = scratch or Scratch(), set(slices)
+        found = scratch.zeros(self._shape)
+        turned = self.turn(found)
+        rows = max(1, BLOCK // answered[0].numel())
+        for start in range(0, len(answered), rows):
+            filled = fill_between(answered[start : start + rows], known, step)
+            turned[start : start + rows] = smooth_over_slices(filled, sigma)
+            scratch.release()
+        return found
 
 
 def fill_between(probability: Tensor, answered: Iterable[int], step: int) -> Tensor:

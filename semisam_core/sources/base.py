@@ -31,24 +31,22 @@ class SourceScan:
     Attributes:
         image: (C, H, W, D) on the grid of pseudo-labels, RAS; generalists see the first channel.
         spacing_mm: voxel size along H, W, D.
-        teacher: the teacher's class probabilities (1 + K, H, W, D) on the same grid.
+        classes: K.
+        teacher: the teacher's class probabilities (1 + K, H, W, D) on the same grid; None for a scan that is only there
+            to score sources that do without.
         scratch: where these are, and where sources make their maps, one class at a time.
     """
 
     image: Tensor
     spacing_mm: tuple[float, float, float]
-    teacher: Tensor
+    classes: int
+    teacher: Tensor | None = None
     scratch: Scratch = field(default_factory=Scratch)
 
     @cached_property
     def key(self) -> str:
         """The scan's identity: a hash of its content."""
         return scan_key(self.image)
-
-    @property
-    def classes(self) -> int:
-        """K."""
-        return int(self.teacher.shape[0]) - 1
 
     def maps(self) -> Tensor:
         """Return zeros for a map of each class, (K, H, W, D)."""
@@ -70,21 +68,21 @@ class Evidence:
     @classmethod
     def of(cls, foreground: Tensor, scratch: Scratch | None = None) -> Evidence:
         """Return evidence of every class of which a source finds anything at all, from maps that may be in scratch."""
-        answered = []
-        for each in foreground:
-            answered.append(bool((each > 0.5).any()))
-            if scratch is not None:
-                scratch.release()
+        answered = [(scratch or Scratch()).any_above(each, 0.5) for each in foreground]
         return cls(foreground, torch.tensor(answered, dtype=torch.bool))
 
 
 @dataclass(frozen=True, eq=False)
 class LabeledScan:
-    """One labeled scan of this site: its key, image (C, H, W, D) and label (H, W, D) of class indices."""
+    """One labeled scan of this site: its key, image (C, H, W, D) and label (H, W, D) of class indices.
+
+    Image and label are in `scratch`, if not in memory: who has read them releases it.
+    """
 
     key: str
     image: Tensor
     label: Tensor
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 class Source(Protocol):

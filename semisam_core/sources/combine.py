@@ -65,13 +65,14 @@ def combine_evidence(
             others = trust[:, k].clone()
             others[s] = 0
             if float(others.sum()) > 0:
-                agreement[s, k] = soft_dice(maps[s], _weighted(maps, others).div_(others.sum()))
-        scratch.release()
+                for place, *each in scratch.blocks(mean[k], *maps):
+                    place.copy_(_weighted(each, others).div_(others.sum()))
+                agreement[s, k] = soft_dice(maps[s], mean[k], scratch)
     weights = trust * (AGREEMENT_FLOOR + (1 - AGREEMENT_FLOOR) * agreement)
     shares = weights / weights.sum(0).clamp_min(_EMPTY)
     for k in range(shape[0]):
-        mean[k] = _weighted(maps_of(k), shares[:, k])
-        scratch.release()
+        for place, *each in scratch.blocks(mean[k], *maps_of(k)):
+            place.copy_(_weighted(each, shares[:, k]))
     return CombinedEvidence(
         foreground=mean,
         agreement=(shares * agreement).sum(0),
@@ -80,10 +81,20 @@ def combine_evidence(
     )
 
 
-def soft_dice(one: Tensor, other: Tensor) -> float:
-    """Return 2 sum(p q) / sum(p^2 + q^2) of two probability maps; 0 where both are empty."""
-    size = float((one.double() ** 2).sum() + (other.double() ** 2).sum())
-    return 2 * float((one.double() * other.double()).sum()) / size if size > _EMPTY else 0.0
+def soft_dice(one: Tensor, other: Tensor, scratch: Scratch | None = None) -> float:
+    """Return 2 sum(p q) / sum(p^2 + q^2) of two probability maps; 0 where both are empty.
+
+    They are in `scratch`, if not in memory. Products are summed all at once: sums of blocks would round otherwise.
+    """
+    products = torch.empty(one.numel(), dtype=torch.float64)
+
+    def total(first: Tensor, second: Tensor) -> float:
+        for place, p, q in (scratch or Scratch()).blocks(products, first, second):
+            place.copy_(p).mul_(q)
+        return float(products.sum())
+
+    size = total(one, one) + total(other, other)
+    return 2 * total(one, other) / size if size > _EMPTY else 0.0
 
 
 def _trust(names: list[str], classes: int, reliability: Mapping[str, Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from semisam_core.generalists.embedding_store import EmbeddingStore
 from semisam_core.generalists.slices import FeatureMaps
 from semisam_core.plan_sections.sources import FeatureHeadSettings
 from semisam_core.progress import ProgressCallback
+from semisam_core.pseudo_labels.cold_start import channel_parts
 from semisam_core.pseudo_labels.views import AXES
 from semisam_core.scratch import Scratch
 from semisam_core.sources.base import Evidence, SourceName, SourceScan
@@ -96,17 +97,20 @@ class FeatureReader:
         self._generalist, self._store = generalist, store
         self._step_mm, self._smooth, self._progress = step_mm, smooth_slices, progress
 
-    def read(self, image: Tensor, spacing_mm: tuple[float, float, float], view: str) -> ScanFeatures:
-        """Return the features of a scan (C, H, W, D), of which the encoder sees the first channel."""
-        space = self._space(image[0], spacing_mm, view)
+    def read(
+        self, image: Tensor, spacing_mm: tuple[float, float, float], view: str, scratch: Scratch | None = None
+    ) -> ScanFeatures:
+        """Return the features of a scan (C, H, W, D), of which the encoder sees the first channel, in scratch."""
+        space, scratch = self._space(image[0], spacing_mm, view), scratch or Scratch()
         embeddings = self._store.fetch(
-            self._generalist, space.key, space.volume, space.grid, space.units, self._progress
+            self._generalist, space.key, space.volume, space.grid, space.units, self._progress, scratch
         )
-        values = space.features(embeddings)
+        values = space.features(embeddings, scratch)
         side = int(values.shape[-1])
-        shares = space.shares(torch.ones(image.shape[1:]), side)
+        shares = space.shares(torch.ones((), dtype=torch.bool).expand(image.shape[1:]), side)
         inside = shares > INSIDE * shares.max()  # a scan may be smaller than a cube's feature
-        return ScanFeatures(space, _standardised(values, inside), space.places(side), inside)
+        _standardise(values, inside, scratch)
+        return ScanFeatures(space, values, space.places(side), inside)
 
     def labeled(
         self,
@@ -127,18 +131,20 @@ class FeatureReader:
             classes: K.
             scratch: where to keep them; None for memory.
         """
-        seen, scratch = self.read(image, spacing_mm, view), scratch or Scratch()
+        scratch = scratch or Scratch()
+        seen = self.read(image, spacing_mm, view, scratch)
         side = int(seen.values.shape[-1])
         targets = scratch.zeros((len(seen.values), 1 + classes, *seen.values.shape[2:]))
         shows = torch.zeros(len(targets), dtype=torch.bool)
         for k in range(1, 1 + classes):
-            targets[:, k] = shares = seen.space.shares((label == k).float(), side)
+            targets[:, k] = shares = seen.space.shares(label == k, side)
             shows |= (shares > 0).flatten(1).any(1)
         for each in targets:
             each[0] = (1 - each[1:].sum(0)).clamp_min(0)
             scratch.release()
-        values, places, inside = scratch.keep(seen.values.half()), scratch.keep(seen.places), scratch.keep(seen.inside)
-        scratch.release()
+        values = scratch.zeros(seen.values.shape, torch.float16)
+        scratch.copy(values, seen.values)
+        places, inside = scratch.keep(seen.places), scratch.keep(seen.inside)
         return LabeledFeatures(values, places, targets, inside, shows)
 
     def _space(self, volume: Tensor, spacing_mm: tuple[float, float, float], view: str) -> FeatureSpace:
@@ -224,8 +230,9 @@ class FeatureHeadSource:
         """Return the mean of the views' probabilities."""
         views, mean = [self._view(scan, view) for view in self._head.views], scan.maps()
         for k in range(scan.classes):
-            mean[k] = torch.stack([space.spread(found[:, k : k + 1])[0] for space, found in views]).mean(0)
-            scan.scratch.release()
+            maps = [space.spread(found[:, k], scan.scratch) for space, found in views]
+            for place, *each in scan.scratch.blocks(mean[k], *maps):
+                place.copy_(torch.stack(each).mean(0))
         return Evidence.of(mean, scan.scratch)
 
     def without(self, key: str) -> None:
@@ -234,7 +241,7 @@ class FeatureHeadSource:
 
     def _view(self, scan: SourceScan, view: str) -> tuple[FeatureSpace, Tensor]:
         """Return where a view's features lie, and the probability of each class at them, (N, K, *S)."""
-        seen, network = self._reader.read(scan.image, scan.spacing_mm, view), self._head.views[view]
+        seen, network = self._reader.read(scan.image, scan.spacing_mm, view, scan.scratch), self._head.views[view]
         found = scan.scratch.zeros((len(seen.values), scan.classes, *seen.values.shape[2:]))
         with torch.inference_mode():
             for k in range(0, len(found), _AT_ONCE):
@@ -254,7 +261,16 @@ def _draw(scans: Sequence[LabeledFeatures], generator: torch.Generator) -> tuple
     return scan.values[unit], scan.places[unit], scan.targets[unit], scan.inside[unit]
 
 
-def _standardised(values: Tensor, inside: Tensor) -> Tensor:
-    own = values.movedim(1, -1)[inside]  # (features, C)
-    mean, deviation = (each.view(1, -1, *(1,) * (values.ndim - 2)) for each in (own.mean(0), own.std(0, correction=0)))
-    return (values - mean) / (deviation + 1e-6)
+def _standardise(values: Tensor, inside: Tensor, scratch: Scratch) -> None:
+    """Bring each channel of features (N, C, *S) to zero mean and unit variance inside the scan, in place."""
+    means, deviations = [], []
+    for part in channel_parts(values.shape[1]):
+        own = values[:, part].movedim(1, -1)[inside]  # (features, channels)
+        means.append(own.mean(0))
+        deviations.append(own.std(0, correction=0))
+        del own
+        scratch.release()
+    mean, deviation = (torch.cat(each).view(-1, *(1,) * (values.ndim - 2)) for each in (means, deviations))
+    for each in values:
+        each.copy_((each - mean) / (deviation + 1e-6))
+        scratch.release()

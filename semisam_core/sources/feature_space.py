@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -13,7 +14,8 @@ from semisam_core.generalists.base import VolumeGrid
 from semisam_core.generalists.crops import CropLattice
 from semisam_core.generalists.embedding_store import scan_key
 from semisam_core.generalists.slices import FeatureMaps
-from semisam_core.pseudo_labels.views import View, fill_between, smooth_over_slices
+from semisam_core.pseudo_labels.views import View
+from semisam_core.scratch import Scratch
 
 
 class FeatureSpace(Protocol):
@@ -35,17 +37,17 @@ class FeatureSpace(Protocol):
     def units(self) -> tuple[int, ...]:
         """The units that cover the scan, N of them."""
 
-    def features(self, embeddings: Mapping[int, Tensor]) -> Tensor:
-        """Return the features (N, C, *S), float32."""
+    def features(self, embeddings: Mapping[int, Tensor], scratch: Scratch) -> Tensor:
+        """Return the features (N, C, *S), float32, in scratch."""
 
     def places(self, side: int) -> Tensor:
         """Return where in the scan each feature lies, from -1 to 1 between its borders, (N, 3, *S)."""
 
     def shares(self, mask: Tensor, side: int) -> Tensor:
-        """Return the share of each feature's patch that a mask (H, W, D) covers, (N, *S)."""
+        """Return the share of each feature's patch that a mask (H, W, D), bool, covers, (N, *S)."""
 
-    def spread(self, maps: Tensor) -> Tensor:
-        """Bring maps of features (N, K, *S) back to the scan, (K, H, W, D)."""
+    def spread(self, maps: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """Bring one class's maps of features (N, *S) back to the scan, (H, W, D); both in scratch or in memory."""
 
 
 class PlaneSpace:
@@ -74,9 +76,9 @@ class PlaneSpace:
         self.key, self.volume, self.grid = self._view.key, self._view.volume, self._view.grid
         self.units = tuple(range(0, self.grid.shape[2], self._step))
 
-    def features(self, embeddings: Mapping[int, Tensor]) -> Tensor:
+    def features(self, embeddings: Mapping[int, Tensor], scratch: Scratch) -> Tensor:
         """Return the features (N, C, S, S)."""
-        return torch.stack([self._maps.feature_map(embeddings[unit]).float() for unit in self.units])
+        return _kept([partial(_feature_map, self._maps, embeddings, unit) for unit in self.units], scratch)
 
     def places(self, side: int) -> Tensor:
         """Return the place of each feature along the turned scan's axes, the slices' first, (N, 3, S, S)."""
@@ -89,18 +91,17 @@ class PlaneSpace:
 
     def shares(self, mask: Tensor, side: int) -> Tensor:
         """Return the covered share of each feature's patch; padding is not covered, (N, S, S)."""
-        slices = self._view.turn(mask)[:, :, list(self.units)].permute(2, 0, 1)  # (N, H, W)
-        return self._maps.framing.shares(slices.float(), side)
+        turned = self._view.turn(mask)
+        return torch.cat([self._maps.framing.shares(turned[:, :, unit].float()[None], side) for unit in self.units])
 
-    def spread(self, maps: Tensor) -> Tensor:
-        """Bring maps (N, K, S, S) back to the scan; slices between are interpolated."""
-        height, width, depth = self.grid.shape
-        volume = torch.zeros(maps.shape[1], height, width, depth)
-        for k in range(maps.shape[1]):
-            on_slices = self._maps.framing.spread(maps[:, k], (height, width))  # (N, H, W)
-            volume[k, :, :, list(self.units)] = on_slices.permute(1, 2, 0)
-        volume = smooth_over_slices(fill_between(volume, self.units, self._step), self._smooth)
-        return torch.stack([self._view.turn_back(each) for each in volume])
+    def spread(self, maps: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """Bring maps (N, S, S) back to the scan; slices between are interpolated."""
+        framing, plane = self._maps.framing, self.grid.shape[:2]
+
+        def on_slice(n: int) -> Tensor:
+            return framing.spread(maps[n : n + 1], plane)[0]
+
+        return self._view.of_slices(on_slice, self.units, self._step, self._smooth, scratch)
 
 
 class CubeSpace:
@@ -116,9 +117,9 @@ class CubeSpace:
         height, width, depth = lattice.size
         self.units = lattice.cover((0.0, 0.0, 0.0), (float(height), float(width), float(depth)))
 
-    def features(self, embeddings: Mapping[int, Tensor]) -> Tensor:
+    def features(self, embeddings: Mapping[int, Tensor], scratch: Scratch) -> Tensor:
         """Return the features (N, C, S, S, S)."""
-        return torch.stack([embeddings[unit].float() for unit in self.units])
+        return _kept([partial(embeddings.__getitem__, unit) for unit in self.units], scratch)
 
     def places(self, side: int) -> Tensor:
         """Return the place of each feature along the scan's axes, (N, 3, S, S, S)."""
@@ -136,9 +137,22 @@ class CubeSpace:
         cubes = torch.stack([self._lattice.cut(resampled, unit) for unit in self.units])
         return functional.adaptive_avg_pool3d(cubes[:, None], side)[:, 0]
 
-    def spread(self, maps: Tensor) -> Tensor:
-        """Bring maps (N, K, S, S, S) back to the scan; where cubes overlap, their mean."""
-        side = self._lattice.side
-        fine = functional.interpolate(maps, size=(side, side, side), mode="trilinear", align_corners=False)
-        classes = range(maps.shape[1])
-        return torch.stack([self._lattice.restore(dict(zip(self.units, fine[:, k], strict=True))) for k in classes])
+    def spread(self, maps: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """Bring maps (N, S, S, S) back to the scan; where cubes overlap, their mean."""
+        size = (self._lattice.side,) * 3
+        fine = functional.interpolate(maps[:, None], size=size, mode="trilinear", align_corners=False)[:, 0]
+        return (scratch or Scratch()).keep(self._lattice.restore(dict(zip(self.units, fine, strict=True))))
+
+
+def _feature_map(maps: FeatureMaps, embeddings: Mapping[int, Tensor], unit: int) -> Tensor:
+    return maps.feature_map(embeddings[unit])
+
+
+def _kept(makers: Sequence[Callable[[], Tensor]], scratch: Scratch) -> Tensor:
+    """Return what was made, stacked in scratch, float32."""
+    first = makers[0]()
+    found = scratch.zeros((len(makers), *first.shape))
+    for place, make in zip(found, makers, strict=True):
+        place.copy_(make())
+        scratch.release()
+    return found

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from semisam_core.components import meaningful_components
 from semisam_core.generalists.base import Generalist
 from semisam_core.generalists.embedding_store import EmbeddingStore
 from semisam_core.plan import Plan
 from semisam_core.progress import ProgressCallback
 from semisam_core.prompting import Refusal
 from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, weighted_moments
+from semisam_core.pseudo_labels.fusion import without_islands
 from semisam_core.pseudo_labels.policy import claims_of, policy_of, region_of_class
 from semisam_core.sources.base import Evidence, SourceScan, nothing
 
@@ -51,28 +51,19 @@ class PromptedGeneralists:
             return nothing(scan), (None,) * scan.classes
         policy = policy_of(self._plan)
         ensemble = GeneralistEnsemble(
-            scan.image[0], scan.spacing_mm, self._generalists, self._store, policy, self._progress
+            scan.image[0], scan.spacing_mm, self._generalists, self._store, policy, self._progress, scan.scratch
         )
         claims = claims_of(foreground, self._plan, scan.scratch)
         found, answered = scan.maps(), torch.zeros(scan.classes, dtype=torch.bool)
         refusals: list[Refusal | None] = []
         for k, probability in enumerate(foreground):
-            region = region_of_class(probability, 1 + k, self._plan, claims)
+            region = region_of_class(probability, 1 + k, self._plan, claims, scan.scratch)
             outputs = {} if isinstance(region, Refusal) else ensemble.ask(region, probability)
             refusals.append(region if isinstance(region, Refusal) else None if outputs else Refusal.FAILED)
             if outputs:
-                mean, _ = weighted_moments(outputs, trust or {})
-                found[k] = _without_islands(mean, policy.prompting.component_share)
-                answered[k] = bool((found[k] > 0.5).any())
-            del outputs
-            scan.scratch.release()
+                mean, _ = weighted_moments(outputs, trust or {}, scan.scratch)
+                answered[k] = bool(without_islands(mean, policy.prompting.component_share, scan.scratch).any())
+                scan.scratch.copy(found[k], mean)
+                del mean
+            del outputs, region
         return Evidence(found, answered), tuple(refusals)
-
-
-def _without_islands(probability: Tensor, share: float) -> Tensor:
-    """Cap islands just below 0.5 in 3D, where a slice-wise model cannot see that they are attached to nothing."""
-    mask = (probability > 0.5).numpy()
-    if not mask.any():
-        return probability
-    kept = torch.from_numpy(meaningful_components(mask, share))
-    return torch.where((probability > 0.5) & ~kept, probability.clamp_max(0.49), probability)

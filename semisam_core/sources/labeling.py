@@ -19,7 +19,7 @@ from semisam_core.evaluation import dice_of
 from semisam_core.plan import Plan
 from semisam_core.prompting import Refusal, volume_refusal
 from semisam_core.pseudo_labels.calibration import Calibration
-from semisam_core.pseudo_labels.fusion import PseudoLabel, confidence, settle_overlaps
+from semisam_core.pseudo_labels.fusion import PseudoLabel, cap_all_but, confidence, settle_overlaps
 from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.scratch import Scratch
 from semisam_core.sources.base import Evidence, Source, SourceName, SourceScan, nothing
@@ -29,7 +29,6 @@ from semisam_core.sources.volume import at_plausible_volume
 
 logger = logging.getLogger(__name__)
 
-_UNDECIDED = 0.49
 _LEAST_CERTAIN = 0.02  # weight exp(-U) of a voxel that is as likely foreground as not
 
 
@@ -90,11 +89,10 @@ class EvidenceLabeler:
         combined = combine_evidence(evidence, self._reliability, scratch)
         tolerance, foreground = policy_of(self._plan).sources.volume_tolerance, combined.foreground
         for k, target in enumerate(self._plan.task.classes):
-            probability = foreground[k]
             if tolerance is not None and self._voxels:
-                probability = at_plausible_volume(probability, self._voxels[k], tolerance)
-            foreground[k] = _one_piece(probability) if target.connected else probability
-            scratch.release()
+                at_plausible_volume(foreground[k], self._voxels[k], tolerance, scratch)
+            if target.connected:
+                cap_all_but(foreground[k], largest_component, scratch)
         return combined
 
     def _judge(
@@ -107,28 +105,36 @@ class EvidenceLabeler:
         target, uncertainty, own = (scan.maps() for _ in range(3))
         answer, verdicts = evidence.get(SourceName.GENERALISTS), []
         for k in range(scan.classes):
-            sharp = sharpened(combined.foreground[k], policy_of(self._plan).sources.sharpness)
-            doubt = uncertainty_of(sharp)
-            verdicts.append(self._refusal(sharp, doubt, combined, k, refusals[k]))
-            if verdicts[k] is None:
-                target[k], uncertainty[k] = sharp, doubt
-                if answer is not None:
-                    own[k] = answer.foreground[k]
-            scan.scratch.release()
+            for y, u, probability in scan.scratch.blocks(target[k], uncertainty[k], combined.foreground[k]):
+                y.copy_(sharpened(probability, policy_of(self._plan).sources.sharpness))
+                u.copy_(uncertainty_of(y))
+            verdicts.append(self._refusal(target[k], uncertainty[k], combined, k, refusals[k], scan.scratch))
+            if verdicts[k] is not None:
+                for y, u in scan.scratch.blocks(target[k], uncertainty[k]):
+                    y.zero_()
+                    u.zero_()
+            elif answer is not None:
+                scan.scratch.copy(own[k], answer.foreground[k])
         if scan.classes > 1:
             target, own = settle_overlaps(target, scan.scratch), settle_overlaps(own, scan.scratch)
         valid = torch.tensor([verdict is None for verdict in verdicts])
         return PseudoLabel(target, uncertainty, valid, tuple(verdicts), own, scan.scratch)
 
     def _refusal(
-        self, target: Tensor, uncertainty: Tensor, combined: CombinedEvidence, k: int, unprompted: Refusal | None
+        self,
+        target: Tensor,
+        uncertainty: Tensor,
+        combined: CombinedEvidence,
+        k: int,
+        unprompted: Refusal | None,
+        scratch: Scratch,
     ) -> Refusal | None:
         gates, spacing = policy_of(self._plan).gates, self._plan.data.spacing_mm
-        if int(combined.sources[k]) == 0 or not bool((target > 0.5).any()):
+        voxels = float(sum([int((each > 0.5).sum()) for (each,) in scratch.blocks(target)]))
+        if int(combined.sources[k]) == 0 or not voxels:
             return Refusal.EMPTY
         if int(combined.sources[k]) < 2:
             return unprompted or Refusal.UNCORROBORATED
-        voxels = float((target > 0.5).sum())
         if refusal := volume_refusal(voxels, spacing, gates):
             return refusal
         if gates.volume_factor is not None:
@@ -137,7 +143,7 @@ class EvidenceLabeler:
                 return Refusal.IMPLAUSIBLE
         if float(combined.agreement[k]) < gates.minimum_agreement:
             return Refusal.DISAGREEMENT
-        if confidence(target, uncertainty) < gates.minimum_confidence:
+        if confidence(target, uncertainty, scratch) < gates.minimum_confidence:
             return Refusal.LOW_CONFIDENCE
         return None
 
@@ -151,15 +157,6 @@ def look(sources: Iterable[Source], scan: SourceScan) -> dict[str, Evidence]:
         except (RuntimeError, ValueError) as error:
             logger.warning("The source %s failed on a scan: %s", source.name, error)
     return found
-
-
-def _one_piece(probability: Tensor) -> Tensor:
-    """Cap what is not attached to the largest component just below 0.5, so that it teaches nothing."""
-    mask = (probability > 0.5).numpy()
-    if not mask.any():
-        return probability
-    island = torch.from_numpy(mask & ~largest_component(mask))
-    return torch.where(island, probability.clamp_max(_UNDECIDED), probability)
 
 
 def sharpened(probability: Tensor, sharpness: float) -> Tensor:
@@ -200,9 +197,8 @@ def reliability_of(
             for name, evidence in look([other], scan).items():
                 row = torch.full((scan.classes,), torch.nan)
                 for k in annotated:
-                    if bool((label == k).any()):
-                        row[k - 1] = dice_of(evidence.foreground[k - 1] > 0.5, label == k)
-                        scan.scratch.release()
+                    if bool((truth := label == k).any()):
+                        row[k - 1] = dice_of(scan.scratch.above(evidence.foreground[k - 1], 0.5), truth)
                 scores.setdefault(name, []).append(row)
     found = {name: torch.stack(rows).nanmean(0) for name, rows in scores.items()}
     return {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
 
 from semisam_core.pseudo_labels.cold_start import ColdStarter, Prototypes
 from semisam_core.sources.base import Evidence, LabeledScan, SourceName, SourceScan, nothing
@@ -27,8 +29,13 @@ class PrototypeSource:
         if not self._examples:
             return nothing(scan)
         if self._learned is None:
-            self._learned = self._starter.learn(((each.image, each.label) for each in self._examples), scan.scratch)
+            self._learned = self._starter.learn(self._each(), scan.scratch)
         return Evidence.of(self._starter.rough(scan.image, self._learned, scan.scratch)[1:], scan.scratch)
+
+    def _each(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for each in self._examples:
+            yield each.image, each.label
+            each.scratch.release()
 
     def without(self, key: str) -> PrototypeSource | None:
         """Return prototypes of the other labeled scans only, or None where there is no other."""

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from semisam_core.files import write_json
+from semisam_core.pseudo_labels.memory import REGISTERED
+from semisam_core.scratch import Scratch
 from semisam_core.sources.base import Evidence, SourceName, SourceScan, nothing
 
 logger = logging.getLogger(__name__)
@@ -40,12 +42,14 @@ class Atlas:
         image: (C, H, W, D); the first channel is registered.
         label: (H, W, D) class indices.
         spacing_mm: voxel size.
+        scratch: where image and label are, if not in memory.
     """
 
     key: str
     image: Tensor
     label: Tensor
     spacing_mm: tuple[float, float, float]
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 class TransformStore:
@@ -101,18 +105,23 @@ class RegistrationSource:
 
     def look(self, scan: SourceScan) -> Evidence:
         """Return the mean of the labels that were carried over; nothing where no scan could be registered."""
-        fixed, mean = _image(scan.image[0], scan.spacing_mm), scan.maps()
-        found = [(atlas, self._transform(atlas, scan, fixed)) for atlas in self._atlases[: self._limit]]
+        mean, grid = scan.maps(), _Grid.of(scan.image[0], scan.spacing_mm)
+        found = [(atlas, self._transform(atlas, scan, grid)) for atlas in self._atlases[: self._limit]]
         moves = [(atlas, transform) for atlas, transform in found if transform is not None]
         if not moves:
             return nothing(scan)
         for k in range(scan.classes):
-            carried = [
-                _resampled((atlas.label == 1 + k).float(), atlas.spacing_mm, fixed, transform)
-                for atlas, transform in moves
-            ]
-            mean[k] = torch.stack(carried).mean(0)
-            scan.scratch.release()
+            carried = []
+            for atlas, transform in moves:
+                moved = _moved(atlas.label == 1 + k, atlas.spacing_mm, grid, transform, SimpleITK.sitkLinear)
+                atlas.scratch.release()
+                carried.append(scan.scratch.zeros(grid.shape))
+                for place, row in zip(carried[-1], moved, strict=True):
+                    place.copy_(row).clamp_(0, 1)
+                del moved
+                scan.scratch.release()
+            for place, *each in scan.scratch.blocks(mean[k], *carried):
+                place.copy_(torch.stack(each).mean(0))
         return Evidence.of(mean, scan.scratch)
 
     def without(self, key: str) -> RegistrationSource | None:
@@ -120,11 +129,12 @@ class RegistrationSource:
         others = [atlas for atlas in self._atlases if atlas.key != key]
         return RegistrationSource(others, self._iterations, self._limit, self._cached) if others else None
 
-    def _transform(self, atlas: Atlas, scan: SourceScan, fixed: SimpleITK.Image) -> SimpleITK.AffineTransform | None:
+    def _transform(self, atlas: Atlas, scan: SourceScan, grid: _Grid) -> SimpleITK.AffineTransform | None:
         """Return the transform from a scan to a labeled one; None if they cannot be registered."""
-        moving = _image(atlas.image[0], atlas.spacing_mm)
 
         def register() -> list[float]:
+            fixed, moving = _image(scan.image[0], scan.spacing_mm), _image(atlas.image[0], atlas.spacing_mm)
+            atlas.scratch.release()
             return register_affine(fixed, moving, self._iterations)
 
         try:
@@ -132,10 +142,9 @@ class RegistrationSource:
         except RuntimeError as error:  # SimpleITK's word for samples that all map outside the other scan
             logger.warning("A labeled scan could not be registered: %s", str(error).strip().splitlines()[-1])
             return None
-        inside = SimpleITK.Resample(_ones_like(moving), fixed, transform, SimpleITK.sitkNearestNeighbor, 0.0)
-        if float(SimpleITK.GetArrayViewFromImage(inside).mean()) < MINIMUM_OVERLAP:
-            return None
-        return transform
+        everywhere = torch.ones(atlas.label.shape, dtype=torch.bool)
+        inside = _moved(everywhere, atlas.spacing_mm, grid, transform, SimpleITK.sitkNearestNeighbor)
+        return transform if int(inside.count_nonzero()) >= MINIMUM_OVERLAP * inside.numel() else None
 
 
 def register_affine(fixed: SimpleITK.Image, moving: SimpleITK.Image, iterations: int) -> list[float]:
@@ -191,23 +200,57 @@ def _affine(numbers: Sequence[float]) -> SimpleITK.AffineTransform:
     return transform
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """Where an image of axes H, W, D lies that is centred on the origin, whatever part of its voxels it has."""
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, volume: Tensor, spacing_mm: tuple[float, float, float]) -> _Grid:
+        height, width, depth = (int(side) for side in volume.shape)
+        return cls((height, width, depth), spacing_mm)
+
+    @property
+    def origin(self) -> list[float]:
+        return [-0.5 * side * (length - 1) for side, length in zip(self.spacing_mm, self.shape, strict=True)]
+
+
 def _image(volume: Tensor, spacing_mm: tuple[float, float, float]) -> SimpleITK.Image:
-    """Return a volume (H, W, D) as an ITK image whose axes are H, W, D, centred on the origin."""
-    image = SimpleITK.GetImageFromArray(volume.detach().cpu().float().permute(2, 1, 0).contiguous().numpy())
+    """Return a volume (H, W, D) as an ITK image whose axes are H, W, D, centred on the origin; thinned if large."""
+    origin, step = _Grid.of(volume, spacing_mm).origin, math.ceil((volume.numel() / REGISTERED) ** (1 / 3))
+    thinned = volume.detach()[::step, ::step, ::step].cpu().float().permute(2, 1, 0).contiguous()
+    return _placed(thinned, tuple(step * side for side in spacing_mm), origin)
+
+
+def _placed(volume: Tensor, spacing_mm: Sequence[float], origin: Sequence[float]) -> SimpleITK.Image:
+    image = SimpleITK.GetImageFromArray(volume.numpy())
     image.SetSpacing([float(side) for side in spacing_mm])
-    image.SetOrigin([-0.5 * side * (length - 1) for side, length in zip(spacing_mm, volume.shape, strict=True)])
+    image.SetOrigin(origin)
     return image
 
 
-def _ones_like(image: SimpleITK.Image) -> SimpleITK.Image:
-    ones = SimpleITK.Image(image.GetSize(), SimpleITK.sitkFloat32) + 1.0
-    ones.CopyInformation(image)
-    return ones
-
-
-def _resampled(
-    mask: Tensor, spacing_mm: tuple[float, float, float], fixed: SimpleITK.Image, transform: SimpleITK.Transform
+def _moved(
+    mask: Tensor,
+    spacing_mm: tuple[float, float, float],
+    grid: _Grid,
+    transform: SimpleITK.Transform,
+    interpolator: int,
 ) -> Tensor:
-    moved = SimpleITK.Resample(_image(mask, spacing_mm), fixed, transform, SimpleITK.sitkLinear, 0.0)
-    array = SimpleITK.GetArrayFromImage(moved)
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 1, 0))).clamp(0, 1)
+    """Return a mask (H, W, D) after a transform, on another grid: float32 for linear interpolation, else uint8."""
+    origin = _Grid.of(mask, spacing_mm).origin
+    image = _placed(mask.to(torch.uint8).permute(2, 1, 0).contiguous(), spacing_mm, origin)
+    linear = interpolator == SimpleITK.sitkLinear
+    moved = SimpleITK.Resample(
+        image,
+        grid.shape,
+        transform,
+        interpolator,
+        grid.origin,
+        [float(side) for side in grid.spacing_mm],
+        [float(number) for number in np.eye(3).ravel()],
+        0.0,
+        SimpleITK.sitkFloat32 if linear else SimpleITK.sitkUInt8,
+    )
+    return torch.from_numpy(SimpleITK.GetArrayFromImage(moved).transpose(2, 1, 0))

@@ -14,7 +14,13 @@ class SpecialistSource:
     name = SourceName.SPECIALIST
 
     def look(self, scan: SourceScan) -> Evidence:
-        """Return the teacher's foreground probabilities."""
+        """Return the teacher's foreground probabilities.
+
+        Raises:
+            ValueError: the scan has no prediction.
+        """
+        if scan.teacher is None:
+            raise ValueError("the teacher has not predicted this scan")
         return Evidence.of(scan.teacher[1:], scan.scratch)
 
     def without(self, key: str) -> None:

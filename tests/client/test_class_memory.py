@@ -15,6 +15,7 @@ from client.labeling import Labeler
 from client.progress import ProgressLog
 from client.site import Site
 from client.site_config import load_site_config
+from semisam_core import scratch
 from semisam_core.data import resampling
 from semisam_core.data.cases import Role
 from semisam_core.inference import new_specialist
@@ -96,7 +97,9 @@ def _growth_mb(folder: Path, prepare: Callable[[Path, int], Callable[[], object]
 
 
 @pytest.mark.parametrize("changes", [(), EVIDENCE], ids=["semisam+", "evidence"])
-def test_making_a_pseudo_label(tmp_path: Path, changes: tuple[str, ...]) -> None:
+def test_making_a_pseudo_label(tmp_path: Path, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "BLOCK", 1 << 15)  # so that a scan this small has several blocks
+
     def prepare(path: Path, classes: int) -> Callable[[], object]:
         plan = _plan(classes, *changes)
         site, head = Site(load_site_config(path), plan, "run", 1), feature_head_of(plan)

@@ -16,7 +16,7 @@ from semisam_core.contract import TRAIN_SCALARS
 from semisam_core.data.cases import Role
 from semisam_core.evaluation import dice_of
 from semisam_core.files import read_json_lines
-from semisam_core.inference import new_specialist
+from semisam_core.inference import new_specialist, predict
 from semisam_core.plan import Plan
 from semisam_core.pseudo_labels.fusion import PseudoLabel
 from semisam_core.pseudo_labels.store import PseudoLabelStore
@@ -167,3 +167,17 @@ def test_the_picture_shows_the_pseudo_label(make_site: MakeSite) -> None:
     site.evaluate(dict(new_specialist(plan).state_dict()), final=True)
     assert (site.state.folder / "overview.png").stat().st_size > 0
     assert read_json_lines(site.state.folder / "evidence.jsonl")[-1]["case"] == "case-2"
+
+
+def test_labeled_scans_are_not_predicted_where_nothing_depends_on_it(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predicted: list[tuple[int, ...]] = []
+
+    def counting(network: torch.nn.Module, image: torch.Tensor, *rest: object) -> torch.Tensor:
+        predicted.append(tuple(image.shape))
+        return predict(network, image, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("client.labeling.predict", counting)
+    _, labels = _labels(make_site(**FIVE, cases=5), _plan(PROTOTYPES))
+    assert len(predicted) == len(labels) == 2

@@ -25,5 +25,5 @@ def test_scans_that_do_not_fit_the_sites_memory_are_quarantined(make_site: Calla
 
 
 def test_scans_that_just_fit_are_used(make_site: Callable[..., Path]) -> None:
-    site = Site(load_site_config(make_site(storage={"memory_gb": IMAGE_GB})), tiny_plan(), "run", 1)
+    site = Site(load_site_config(make_site(storage={"memory_gb": IMAGE_GB})), tiny_plan("pseudo_labels=null"), "run", 1)
     assert site.join().scalars["quarantined"] == 0

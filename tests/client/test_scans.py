@@ -54,10 +54,10 @@ def test_cases_are_counted_by_role_and_checked_once(make_site: MakeSite, plan: P
 
 @pytest.mark.parametrize(("fits", "read_again"), [(3, []), (2, ["case-0", "case-1", "case-2"])])
 def test_scans_beyond_the_memory_limit_are_read_again_least_recently_used_first(
-    make_site: MakeSite, plan: Plan, reads: list[str], fits: int, read_again: list[str]
+    make_site: MakeSite, reads: list[str], fits: int, read_again: list[str]
 ) -> None:
     size = 24 * 24 * 16 * 4  # bytes of one image, float32; a label takes a quarter of it
-    scans = _scans(make_site(storage={"memory_gb": (fits + 0.75) * size / 1e9}), plan)
+    scans = _scans(make_site(storage={"memory_gb": (fits + 0.75) * size / 1e9}), tiny_plan("pseudo_labels=null"))
     cases = scans.usable(*Role)
     reads.clear()
     loaded = [scans.load(case) for case in cases]
@@ -74,9 +74,8 @@ def test_a_scan_over_the_memory_limit_is_quarantined(make_site: MakeSite, plan: 
     assert all("storage.memory_gb" in quarantined.reason for quarantined in scans.quarantined)
 
 
-def test_a_recently_used_scan_outlives_one_that_was_loaded_after_it(
-    make_site: MakeSite, plan: Plan, reads: list[str]
-) -> None:
+def test_a_recently_used_scan_outlives_one_that_was_loaded_after_it(make_site: MakeSite, reads: list[str]) -> None:
+    plan = tiny_plan("pseudo_labels=null")
     scans = _scans(make_site(storage={"memory_gb": 2.75 * 24 * 24 * 16 * 4 / 1e9}), plan)
     zero, one, two = scans.usable(*Role)
     for case in (zero, one, zero, two):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
 
+from semisam_core import components
 from semisam_core.components import largest_component, meaningful_components, separate_components
 
 
@@ -21,7 +25,7 @@ def test_voxels_that_touch_at_a_corner_are_one_component() -> None:
     diagonal = np.zeros((4, 4, 4), bool)
     diagonal[range(4), range(4), range(4)] = True
     assert np.array_equal(largest_component(diagonal), diagonal)
-    assert len(separate_components(np.eye(5, dtype=bool), 0.0, 9)) == 1
+    assert len(list(separate_components(np.eye(5, dtype=bool), 0.0, 9))) == 1
 
 
 def test_the_largest_component_is_kept_alone() -> None:
@@ -49,13 +53,32 @@ def test_components_below_the_share_of_the_largest_are_dropped() -> None:
 )
 def test_separate_components_come_largest_first(share: float, limit: int, sizes: list[int]) -> None:
     mask = _three_parts()
-    parts = separate_components(mask, share, limit)
+    parts = list(separate_components(mask, share, limit))
     assert [int(part.sum()) for part in parts] == sizes
     assert not any((part & ~mask).any() for part in parts)
 
 
 def test_an_empty_mask_has_no_components() -> None:
     empty = np.zeros((3, 4, 5), bool)
-    assert separate_components(empty, 0.3, 8) == []
+    assert list(separate_components(empty, 0.3, 8)) == []
     assert not largest_component(empty).any()
     assert not meaningful_components(empty, 0.3).any()
+
+
+@given(seed=st.integers(0, 9999), density=st.sampled_from([0.02, 0.1, 0.3]), share=st.sampled_from([0.0, 0.3, 1.0]))
+def test_components_within_their_box_are_those_of_the_whole_scan(seed: int, density: float, share: float) -> None:
+    mask = np.zeros((12, 9, 7), bool)
+    mask[2:9, 1:, :5] = np.random.default_rng(seed).random((7, 8, 5)) < density
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(components, "_AT_ONCE", 50)
+        first = labels.ravel()[sizes[labels].argmax()]
+        assert np.array_equal(largest_component(mask), (labels == first) & mask)
+        assert np.array_equal(meaningful_components(mask, share), (sizes >= share * sizes.max())[labels] & mask)
+        order = np.argsort(-sizes[1:], kind="stable")[:3] + 1
+        expected = [labels == number for number in order if sizes[number] >= share * sizes[order[0]]]
+        found = list(separate_components(mask, share, 3))
+        assert len(found) == len(expected)
+        assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))

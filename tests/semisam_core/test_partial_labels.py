@@ -170,7 +170,7 @@ def test_calibration_uses_annotated_classes_only(tmp_path: Path) -> None:
     models, plan = [FakeGeneralist(), Vague()], tiny_plan(THREE)
 
     def calibration(drawn: Tensor, name: str, annotated: tuple[int, ...] | None) -> Calibration:
-        example = LabeledExample(volume, drawn, teacher)
+        example = LabeledExample(volume, drawn, lambda: teacher)
         return calibrate([example], models, EmbeddingStore(tmp_path / name, 10**9), plan, annotated)
 
     whole, partial = calibration(label, "a", (1,)), calibration(keep_classes(label, (1,)), "b", (1,))

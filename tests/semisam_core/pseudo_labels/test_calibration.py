@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ class Vague(FakeGeneralist):
 def _example(seed: int = 0) -> LabeledExample:
     image, label = blob(seed=seed)
     volume, truth = torch.from_numpy(image), torch.from_numpy(label)
-    return LabeledExample(((volume - volume.mean()) / volume.std())[None], truth, teacher_of(truth.float()))
+    return LabeledExample(((volume - volume.mean()) / volume.std())[None], truth, partial(teacher_of, truth.float()))
 
 
 def test_a_model_that_is_right_on_the_labeled_scans_is_trusted_more(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_a_single_generalist_is_not_run_on_labeled_scans(tmp_path: Path) -> None
 
 def test_volumes_are_those_of_each_class_in_millilitres(tmp_path: Path) -> None:
     label = (cuboid(FIRST) + 2 * cuboid(SECOND)).to(torch.uint8)
-    example = LabeledExample(image_of(cuboid(FIRST)), label, teacher_of(cuboid(FIRST), cuboid(SECOND)))
+    example = LabeledExample(image_of(cuboid(FIRST)), label, partial(teacher_of, cuboid(FIRST), cuboid(SECOND)))
     plan = plain_plan(TWO_CLASSES)
     volumes = calibrate([example, example], [FakeGeneralist()], store_in(tmp_path), plan).volumes_ml
     ml = [float(cuboid(box).sum()) * 1.5 * 2 * 3 / 1000 for box in (FIRST, SECOND)]
@@ -93,7 +94,7 @@ def test_volumes_are_those_of_each_class_in_millilitres(tmp_path: Path) -> None:
 
 def test_a_class_absent_from_a_scan_has_no_volume_there(tmp_path: Path) -> None:
     label = cuboid(FIRST).to(torch.uint8)
-    example = LabeledExample(image_of(cuboid(FIRST)), label, teacher_of(cuboid(FIRST), 0 * cuboid(SECOND)))
+    example = LabeledExample(image_of(cuboid(FIRST)), label, partial(teacher_of, cuboid(FIRST), 0 * cuboid(SECOND)))
     volumes = calibrate([example], [FakeGeneralist()], store_in(tmp_path), plain_plan(TWO_CLASSES)).volumes_ml
     assert [len(each) for each in volumes] == [1, 0]
 

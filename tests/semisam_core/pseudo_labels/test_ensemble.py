@@ -58,7 +58,7 @@ def test_an_answer_from_any_plane_lies_where_the_target_is(tmp_path: Path, plane
 
 def test_there_is_a_map_per_plane_and_prompt_set(tmp_path: Path) -> None:
     output = _ask(tmp_path, _policy(THREE_PLANES, THREE_MARGINS), FakeGeneralist())["fake"]
-    assert tuple(output.maps.shape) == (9, *SHAPE)
+    assert [tuple(each.shape) for each in output.maps] == 9 * [SHAPE]
 
 
 def test_margins_are_millimetres_in_every_plane(tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_the_quality_is_the_mean_over_planes_prompt_sets_and_slices(tmp_path: Pa
 
 
 def test_models_are_weighted_however_many_maps_each_has() -> None:
-    sure = GeneralistOutput(torch.ones(3, 1, 1, 1), 0.9)
-    unsure = GeneralistOutput(torch.zeros(1, 1, 1, 1), 0.9)
+    sure = GeneralistOutput([torch.ones(1, 1, 1)] * 3, 0.9)
+    unsure = GeneralistOutput([torch.zeros(1, 1, 1)], 0.9)
     for weight in (1.0, 4.0):
         mean, variance = weighted_moments({"a": sure, "b": unsure}, {"a": weight})
         share = weight / (weight + 1)
@@ -155,7 +155,7 @@ def test_models_with_equal_weights_and_map_counts_give_the_plain_mean_and_varian
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     maps = [torch.rand((counts[0], 2, 3, 2), generator=generator) for _ in counts]
-    mean, variance = weighted_moments({str(k): GeneralistOutput(each, 1.0) for k, each in enumerate(maps)}, {})
+    mean, variance = weighted_moments({str(k): GeneralistOutput(list(each), 1.0) for k, each in enumerate(maps)}, {})
     together = torch.cat(maps)
     assert torch.allclose(mean, together.mean(0), atol=1e-6)
     assert torch.allclose(variance, together.var(0, unbiased=False), atol=1e-6)

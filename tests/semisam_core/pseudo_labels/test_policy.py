@@ -42,6 +42,7 @@ def test_a_false_island_prompts_unless_the_plan_calls_the_class_connected() -> N
         region = _region(teacher, 2, plain_plan(classes))
         assert isinstance(region, Region)
         prompted[classes] = region.mask
+        assert np.array_equal(region.others, cuboid(FIRST).numpy() > 0)  # what is left out of it is not foreign
     assert np.array_equal(prompted[TWO_CLASSES], cuboid(SECOND, ISLAND).numpy() > 0)
     assert np.array_equal(prompted[CONNECTED], cuboid(SECOND).numpy() > 0)
 

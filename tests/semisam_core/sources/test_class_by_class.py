@@ -5,9 +5,10 @@ The oracles below are the formulas of both methods as they are written down: on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,23 +17,23 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
 
+from semisam_core import scratch as scratch_module
+from semisam_core.components import largest_component, meaningful_components
+from semisam_core.evaluation import dice_of
 from semisam_core.generalists import EmbeddingStore
 from semisam_core.plan import Plan
-from semisam_core.prompting import Refusal, find_region
-from semisam_core.pseudo_labels import fusion
-from semisam_core.pseudo_labels.calibration import Calibration
-from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, weighted_moments
-from semisam_core.pseudo_labels.fusion import PseudoLabel, make_pseudo_label
+from semisam_core.prompting import Refusal, Region, depth, find_region
+from semisam_core.pseudo_labels import views
+from semisam_core.pseudo_labels.ensemble import GeneralistEnsemble, GeneralistOutput
+from semisam_core.pseudo_labels.fusion import PseudoLabel, fuse_with_teacher, make_pseudo_label
 from semisam_core.pseudo_labels.policy import policy_of
 from semisam_core.pseudo_labels.store import PseudoLabelStore
 from semisam_core.scratch import Scratch
-from semisam_core.sources import generalists as asking
-from semisam_core.sources import labeling
 from semisam_core.sources.base import Evidence, SourceName, SourceScan
-from semisam_core.sources.combine import AGREEMENT_FLOOR, soft_dice
+from semisam_core.sources.combine import AGREEMENT_FLOOR
 from semisam_core.sources.generalists import PromptedGeneralists
 from semisam_core.sources.labeling import EvidenceLabeler, sharpened, uncertainty_of
-from semisam_core.sources.volume import at_plausible_volume
+from semisam_core.sources.volume import REACH
 from tests.conftest import tiny_plan
 from tests.semisam_core.generalists.fake import FakeGeneralist
 
@@ -74,6 +75,56 @@ def _plan(classes: int, method: str, *changes: str) -> Plan:
     )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _small_blocks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (scratch_module, views, depth):
+            patch.setattr(module, "BLOCK", 256)
+        yield
+
+
+def _soft_dice(one: Tensor, other: Tensor) -> float:
+    size = float((one.double() ** 2).sum() + (other.double() ** 2).sum())
+    return 2 * float((one.double() * other.double()).sum()) / size if size > 1e-6 else 0.0
+
+
+def _at_plausible_volume(probability: Tensor, expected: float | None, tolerance: float) -> Tensor:
+    found = int((probability > 0.5).sum())
+    if expected is None or expected < 1:
+        return probability
+    wanted = round(min(max(found, expected / tolerance), expected * tolerance, probability.numel() - 1))
+    if wanted == found:
+        return probability
+    threshold = probability.flatten().topk(wanted + 1).values[-2:].mean().clamp(REACH, 1 - REACH)
+    return torch.sigmoid(probability.clamp(1e-6, 1 - 1e-6).logit() - threshold.logit())
+
+
+def _one_piece(probability: Tensor) -> Tensor:
+    mask = (probability > 0.5).numpy()
+    island = torch.from_numpy(mask & ~largest_component(mask))
+    return torch.where(island, probability.clamp_max(0.49), probability)
+
+
+def _without_islands(probability: Tensor, share: float) -> Tensor:
+    mask = (probability > 0.5).numpy()
+    island = torch.from_numpy(mask & ~meaningful_components(mask, share))
+    return torch.where(island, probability.clamp_max(0.49), probability)
+
+
+def _moments(outputs: Mapping[str, GeneralistOutput]) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance over all maps of models that count alike."""
+    maps = torch.cat([torch.stack(list(each.maps)) for each in outputs.values()])
+    shares = torch.cat([torch.full((len(each.maps),), 1.0 / len(each.maps)) for each in outputs.values()])
+    shares = (shares / shares.sum())[:, None, None, None]
+    mean = (shares * maps).sum(0)
+    return mean, (shares * (maps - mean) ** 2).sum(0)
+
+
+def _confidence(target: Tensor, uncertainty: Tensor) -> float:
+    inside = torch.exp(-uncertainty.double())[target > 0.5]
+    return min(1.0, float(inside.mean())) if inside.numel() else 0.0
+
+
 def _settled(probability: Tensor) -> Tensor:
     winner = probability.argmax(0, keepdim=True)
     wins = torch.zeros_like(probability, dtype=torch.bool).scatter_(0, winner, True)
@@ -93,16 +144,14 @@ def _combined(evidence: Mapping[str, Evidence], plan: Plan, voxels: Sequence[flo
             others[s] = 0
             if float(others.sum()) > 0:
                 mean = (others[:, None, None, None] * maps[:, k]).sum(0) / others.sum()
-                agreement[s, k] = soft_dice(maps[s, k], mean)
+                agreement[s, k] = _soft_dice(maps[s, k], mean)
     weights = trust * (AGREEMENT_FLOOR + (1 - AGREEMENT_FLOOR) * agreement)
     shares = weights / weights.sum(0).clamp_min(1e-6)
     mean = (shares[:, :, None, None, None] * maps).sum(0)
     tolerance = policy_of(plan).sources.volume_tolerance
     if tolerance is not None:
-        mean = torch.stack([at_plausible_volume(p, v, tolerance) for p, v in zip(mean, voxels, strict=True)])
-    pieces = [
-        labeling._one_piece(p) if target.connected else p for p, target in zip(mean, plan.task.classes, strict=True)
-    ]
+        mean = torch.stack([_at_plausible_volume(p, v, tolerance) for p, v in zip(mean, voxels, strict=True)])
+    pieces = [_one_piece(p) if target.connected else p for p, target in zip(mean, plan.task.classes, strict=True)]
     return torch.stack(pieces), (shares * agreement).sum(0)
 
 
@@ -122,8 +171,7 @@ def _asked(scan: SourceScan, foreground: Tensor, plan: Plan, store: EmbeddingSto
         refusals.append(region if isinstance(region, Refusal) else None)
         if not isinstance(region, Refusal):
             outputs = ensemble.ask(region, prediction[k])  # type: ignore[arg-type]
-            mean = weighted_moments(outputs, {})[0]
-            found[k - 1] = asking._without_islands(mean, policy.prompting.component_share)
+            found[k - 1] = _without_islands(_moments(outputs)[0], policy.prompting.component_share)
     return Evidence(found, (found > 0.5).flatten(1).any(1)), refusals
 
 
@@ -145,7 +193,7 @@ def _by_evidence(
             word = unprompted[k] or Refusal.UNCORROBORATED
         elif float(agreement[k]) < gates.minimum_agreement:
             word = Refusal.DISAGREEMENT
-        elif fusion.confidence(sharp[k], uncertainty[k]) < gates.minimum_confidence:
+        elif _confidence(sharp[k], uncertainty[k]) < gates.minimum_confidence:
             word = Refusal.LOW_CONFIDENCE
         refusals.append(word)
     valid = torch.tensor([word is None for word in refusals])
@@ -156,14 +204,26 @@ def _by_evidence(
     return PseudoLabel(target, torch.where(keep, uncertainty, 0.0), valid, tuple(refusals), own)  # type: ignore[arg-type]
 
 
+def _fused(outputs: Mapping[str, GeneralistOutput], region: Region, teacher: Tensor, plan: Plan) -> object:
+    policy = policy_of(plan)
+    mean, variance = _moments(outputs)
+    mean = _without_islands(mean, policy.prompting.component_share)
+    agreement = dice_of(mean > 0.5, torch.from_numpy(region.mask))
+    if agreement < policy.gates.minimum_agreement:
+        return Refusal.DISAGREEMENT
+    target, uncertainty = fuse_with_teacher(teacher, mean, variance, agreement, policy)
+    if _confidence(target, uncertainty) < policy.gates.minimum_confidence:
+        return Refusal.LOW_CONFIDENCE
+    return SimpleNamespace(target=target, uncertainty=uncertainty, generalist=mean)
+
+
 def _by_prompts(scan: SourceScan, plan: Plan, store: EmbeddingStore) -> PseudoLabel:
     ensemble = GeneralistEnsemble(scan.image[0], scan.spacing_mm, [FakeGeneralist()], store, policy_of(plan))
     found: list[object] = []
     for k in range(1, len(scan.teacher)):
         region = _prompts(scan.teacher, k, plan)
         if not isinstance(region, Refusal):
-            outputs = ensemble.ask(region, scan.teacher[k])  # type: ignore[arg-type]
-            region = fusion._gate_and_fuse(outputs, region, scan.teacher[k], plan, Calibration(), k)  # type: ignore[arg-type]
+            region = _fused(ensemble.ask(region, scan.teacher[k]), region, scan.teacher[k], plan)  # type: ignore[arg-type]
         found.append(region)
 
     def stack(name: str) -> Tensor:
@@ -185,7 +245,7 @@ def _same(one: PseudoLabel, other: PseudoLabel) -> None:
 
 def _scan(seed: int, classes: int, scratch: Scratch) -> SourceScan:
     image = torch.randn((1, *SHAPE), generator=torch.Generator().manual_seed(seed))
-    return SourceScan(image, (2.0, 2.0, 2.0), scratch.keep(_maps(seed, classes)), scratch)
+    return SourceScan(image, (2.0, 2.0, 2.0), classes, scratch.keep(_maps(seed, classes)), scratch)
 
 
 @settings(deadline=None, max_examples=20)
@@ -208,7 +268,7 @@ def test_evidence(
     label = EvidenceLabeler(sources, asked, plan, volumes_ml=volumes).label(scan).label
     voxels = [None if each is None else each / 0.008 for each in volumes]
     _same(label, _by_evidence(sources, scan, plan, voxels, store))
-    in_memory = SourceScan(scan.image, scan.spacing_mm, scan.teacher)
+    in_memory = SourceScan(scan.image, scan.spacing_mm, classes, scan.teacher)
     _same(EvidenceLabeler(sources, asked, plan, volumes_ml=volumes).label(in_memory).label, label)
 
 

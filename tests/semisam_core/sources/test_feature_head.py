@@ -17,6 +17,8 @@ from semisam_core.generalists import EmbeddingStore, GeneralistSpec, Prompts, Se
 from semisam_core.generalists.crops import CropLattice
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.sources import FeatureHeadSettings
+from semisam_core.scratch import Scratch
+from semisam_core.sources import feature_head
 from semisam_core.sources.base import SourceScan
 from semisam_core.sources.feature_head import FeatureHeadSource, FeatureReader, head_loss, train_head
 from semisam_core.sources.head_network import FeatureHead, feature_head_of
@@ -68,7 +70,7 @@ def _trained(reader: FeatureReader, plan: Plan, seed: int = 0) -> FeatureHead:
 def test_a_head_trained_on_one_scan_finds_the_object_on_another(reader: FeatureReader) -> None:
     plan = _plan()
     image, label = _scan(7)
-    scan = SourceScan(image, SPACING, torch.zeros(2, *label.shape))
+    scan = SourceScan(image, SPACING, 1)
     untrained = FeatureHeadSource(_head(plan), reader, CPU).look(scan)
     evidence = FeatureHeadSource(_trained(reader, plan), reader, CPU).look(scan)
     assert evidence.foreground.shape == (1, *label.shape)
@@ -104,8 +106,8 @@ def test_only_a_plan_by_evidence_with_a_head_has_one() -> None:
 def test_what_is_read_lies_where_it_is_written_back(reader: FeatureReader, plane: str) -> None:
     image, label = _scan(0)
     seen = reader.read(image, SPACING, plane)
-    masks = reader.labeled(image, label, SPACING, plane, 1).targets[:, 1:]
-    assert dice_of(seen.space.spread(masks)[0] > 0.5, label == 1) > 0.8
+    masks = reader.labeled(image, label, SPACING, plane, 1).targets[:, 1]
+    assert dice_of(seen.space.spread(masks) > 0.5, label == 1) > 0.8
 
 
 def test_features_have_no_offset_or_scale_of_their_scan(reader: FeatureReader) -> None:
@@ -187,7 +189,7 @@ def cubes(monkeypatch: pytest.MonkeyPatch) -> Plan:
 def test_a_head_on_cubes_of_a_3d_generalist_finds_the_object_on_another_scan(cubes: Plan, tmp_path: Path) -> None:
     reader = FeatureReader(FakeCubes(), EmbeddingStore(tmp_path, 10**9), 4.0, 1.0)
     image, label = _scan(7)
-    scan = SourceScan(image, SPACING, torch.zeros(2, *label.shape))
+    scan = SourceScan(image, SPACING, 1)
     head = _trained(reader, cubes)
     assert list(head.views) == ["volume"]
     evidence = FeatureHeadSource(head, reader, CPU).look(scan)
@@ -206,12 +208,12 @@ def test_cubes_are_written_back_where_they_were_read(shape: tuple[int, int, int]
     known = reader.labeled(image, label, SPACING, "volume", 1)
     assert seen.values.shape == (len(seen.space.units), 2, 8, 8, 8)
     assert torch.allclose(known.targets.sum(1), torch.ones_like(known.targets[:, 0]), atol=1e-5)
-    assert dice_of(seen.space.spread(known.targets[:, 1:])[0] > 0.5, label == 1) > 0.75
+    assert dice_of(seen.space.spread(known.targets[:, 1]) > 0.5, label == 1) > 0.75
     assert torch.equal(seen.inside, seen.space.shares(torch.ones(shape), 8) > 0.5)
     assert bool(torch.isfinite(seen.values).all())
     # A feature's place, brought back, is the place of the voxels that it stands for.
     for axis, length in enumerate(shape):
-        written = seen.space.spread(seen.places[:, axis : axis + 1])[0].movedim(axis, 0).flatten(1).mean(1)
+        written = seen.space.spread(seen.places[:, axis]).movedim(axis, 0).flatten(1).mean(1)
         expected = 2 * (torch.arange(length) + 0.5) / length - 1
         assert torch.allclose(written, expected, atol=0.25)
 
@@ -222,3 +224,18 @@ def test_a_generalist_without_feature_maps_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="embeddings of the generalist fake are not feature maps"):
         FeatureReader(Blind(), EmbeddingStore(tmp_path, 0), 4.0, 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(9, 2, 16, 16), (9, 64, 16, 16), (9, 70, 13, 13), (3, 96, 5, 5, 5)])
+def test_features_are_standardised_over_the_scan_as_they_would_be_in_memory(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    generator, room = torch.Generator().manual_seed(0), Scratch(tmp_path)
+    values = 5 + 3 * torch.randn(shape, generator=generator)
+    inside = torch.rand((shape[0], *shape[2:]), generator=generator) > 0.3
+    own = values.movedim(1, -1)[inside]
+    sides = (1,) * (len(shape) - 2)
+    mean, deviation = (each.view(1, -1, *sides) for each in (own.mean(0), own.std(0, correction=0)))
+    found = room.keep(values)
+    feature_head._standardise(found, inside, room)
+    assert torch.equal(found, (values - mean) / (deviation + 1e-6))

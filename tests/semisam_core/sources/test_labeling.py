@@ -56,7 +56,7 @@ class Says:
 
 def _scan(seed: int = 0) -> SourceScan:
     image = torch.rand((1, *SHAPE), generator=torch.Generator().manual_seed(seed))
-    return SourceScan(image, (2.0, 2.0, 2.0), torch.zeros(2, *SHAPE))
+    return SourceScan(image, (2.0, 2.0, 2.0), 1)
 
 
 def _label(sources: Sequence[Source], *changes: str, calibration: Calibration | None = None) -> PseudoLabel:

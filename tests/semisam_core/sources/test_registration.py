@@ -12,6 +12,7 @@ from torch import Tensor
 
 from semisam_core.data.phantom import DEMO_SCANNERS, make_phantom
 from semisam_core.evaluation import dice_of
+from semisam_core.sources import registration
 from semisam_core.sources.base import SourceScan
 from semisam_core.sources.registration import Atlas, RegistrationSource, TransformStore, _image, register_affine
 
@@ -34,7 +35,7 @@ def _body(shift_mm: tuple[float, float, float] = (0.0, 0.0, 0.0), stretch: float
 
 
 def _scan(image: Tensor) -> SourceScan:
-    return SourceScan(image, SPACING, torch.zeros(2, *SHAPE))
+    return SourceScan(image, SPACING, 1)
 
 
 def _atlas(key: str = "a") -> Atlas:
@@ -132,3 +133,27 @@ def test_other_iterations_give_another_file(tmp_path: Path) -> None:
     for iterations in (50, 100):
         TransformStore(tmp_path, iterations)("a", "b", lambda: [0.0] * 12)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_of_a_large_scan_some_voxels_are_registered_and_lie_where_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = torch.rand(20, 17, 9, generator=torch.Generator().manual_seed(0))
+    whole = registration._image(volume, SPACING)
+    monkeypatch.setattr(registration, "REGISTERED", volume.numel() // 9)
+    thinned = registration._image(volume, SPACING)
+    assert thinned.GetSize() == (7, 6, 3)
+    for index in ((0, 0, 0), (6, 5, 2), (1, 4, 2)):
+        there = tuple(3 * each for each in index)
+        assert thinned[index] == whole[there]
+        place = whole.TransformIndexToPhysicalPoint(there)
+        assert thinned.TransformIndexToPhysicalPoint(index) == pytest.approx(place)
+
+
+def test_a_label_that_is_carried_over_is_what_itk_makes_of_a_float_image() -> None:
+    image, organ = _body((5.0, 2.0, 0.0))
+    transform = SimpleITK.AffineTransform(3)
+    transform.SetTranslation([3.7, -1.2, 0.4])
+    fixed, moving = (registration._image(each, SPACING) for each in (image[0], organ.float()))
+    expected = SimpleITK.GetArrayFromImage(SimpleITK.Resample(moving, fixed, transform, SimpleITK.sitkLinear, 0.0))
+    grid = registration._Grid.of(image[0], SPACING)
+    moved = registration._moved(organ, SPACING, grid, transform, SimpleITK.sitkLinear)
+    assert torch.equal(moved, torch.from_numpy(expected.transpose(2, 1, 0)))

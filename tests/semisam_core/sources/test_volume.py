@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from semisam_core.sources.volume import REACH, at_plausible_volume
+from semisam_core import scratch
+from semisam_core.sources.volume import REACH, at_plausible_volume, largest
 
 SHAPE = (8, 7, 6)
 
@@ -21,7 +22,7 @@ def _maps(seed: int, low: float, high: float, classes: int = 1) -> Tensor:
 
 
 def _shifted(maps: Tensor, expected: Sequence[float | None], tolerance: float) -> Tensor:
-    return torch.stack([at_plausible_volume(p, v, tolerance) for p, v in zip(maps, expected, strict=True)])
+    return torch.stack([at_plausible_volume(p.clone(), v, tolerance) for p, v in zip(maps, expected, strict=True)])
 
 
 def _count(maps: Tensor) -> list[int]:
@@ -75,3 +76,13 @@ def test_a_volume_smaller_than_a_voxel_or_larger_than_the_scan_is_no_mistake(exp
     shifted = _shifted(maps, [expected], 1.0)
     assert bool(torch.isfinite(shifted).all())
     assert _count(shifted) == (_count(maps) if expected < 1 else [maps.numel() - 1])
+
+
+@given(seed=st.integers(0, 1000), kind=st.sampled_from([torch.float32, torch.float64]), rank=st.integers(1, 336))
+def test_the_largest_values_are_those_of_a_sort(seed: int, kind: torch.dtype, rank: int) -> None:
+    values = _maps(seed, 0, 1)[0].to(kind)
+    values[:4] = values[:4].round(decimals=1)  # equal ones
+    values[0, 0] = -0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch, "BLOCK", 64)
+        assert largest(values, [rank, 1]) == values.flatten().sort(descending=True).values[[rank - 1, 0]].tolist()
