@@ -103,9 +103,7 @@ class SiteEvidence:
         sources: list[Source] = [SpecialistSource()] if settings.specialist else []
         if settings.registration is not None:
             spacing = self._plan.data.spacing_mm
-            atlases = [
-                Atlas(each.key, each.image, each.label, spacing, each.scratch) for each in self._known(examples)
-            ]
+            atlases = [Atlas(each.key, each.image, each.label, spacing, each.scratch) for each in self._known(examples)]
             iterations = settings.registration.iterations
             stored = TransformStore(self._transforms, iterations)
             sources.append(RegistrationSource(atlases, iterations, settings.registration.atlases, stored))
