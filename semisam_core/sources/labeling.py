@@ -56,8 +56,8 @@ class EvidenceLabeler:
         plan: must have `pseudo_labels`; its grid is that of the scans.
         reliability: source -> (K,) from `reliability_of`; see `combine_evidence`.
         calibration: trust in each generalist and plausible volumes.
-        volumes_ml: the expected volume of each class, None where unknown; not used if `sources.volume_tolerance` is
-            null.
+        volumes_ml: the expected volume of each class; None where unknown, then it is what the specialist finds in
+            the scan, if it is a source. Not used if `sources.volume_tolerance` is null.
     """
 
     def __init__(
@@ -90,7 +90,12 @@ class EvidenceLabeler:
         tolerance, foreground = policy_of(self._plan).sources.volume_tolerance, combined.foreground
         for k, target in enumerate(self._plan.task.classes):
             if tolerance is not None and self._voxels:
-                at_plausible_volume(foreground[k], self._voxels[k], tolerance, scratch)
+                expected, factor = self._voxels[k], tolerance
+                if expected is None and SourceName.SPECIALIST in evidence:
+                    # What it finds in this very scan needs no room for differences between patients.
+                    found = evidence[SourceName.SPECIALIST].foreground[k]
+                    expected, factor = float(sum(int((each > 0.5).sum()) for (each,) in scratch.blocks(found))), 1.0
+                at_plausible_volume(foreground[k], expected, factor, scratch)
             if target.connected:
                 cap_all_but(foreground[k], largest_component, scratch)
         return combined

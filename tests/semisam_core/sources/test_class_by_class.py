@@ -150,7 +150,15 @@ def _combined(evidence: Mapping[str, Evidence], plan: Plan, voxels: Sequence[flo
     mean = (shares[:, :, None, None, None] * maps).sum(0)
     tolerance = policy_of(plan).sources.volume_tolerance
     if tolerance is not None:
-        mean = torch.stack([_at_plausible_volume(p, v, tolerance) for p, v in zip(mean, voxels, strict=True)])
+        specialist = evidence[SourceName.SPECIALIST].foreground
+        mean = torch.stack(
+            [
+                _at_plausible_volume(p, float((s > 0.5).sum()), 1.0)
+                if v is None
+                else _at_plausible_volume(p, v, tolerance)
+                for p, v, s in zip(mean, voxels, specialist, strict=True)
+            ]
+        )
     pieces = [_one_piece(p) if target.connected else p for p, target in zip(mean, plan.task.classes, strict=True)]
     return torch.stack(pieces), (shares * agreement).sum(0)
 

@@ -139,11 +139,16 @@ class _Asked(PromptedGeneralists):
         return Evidence.of(foreground), (None,) * scan.classes
 
 
-def _sized(*changes: str, volumes_ml: Sequence[float | None] = (1.0,)) -> tuple[PseudoLabel, Tensor]:
-    """Return the pseudo-label and the prompts of sources that find 100 voxels of 8 mm^3."""
+def _sized(
+    *changes: str, volumes_ml: Sequence[float | None] = (1.0,), specialist: int | None = None
+) -> tuple[PseudoLabel, Tensor]:
+    """Return the pseudo-label and the prompts of sources that find 100 voxels of 8 mm^3, the specialist so many."""
     plan = tiny_plan("pseudo_labels.method=evidence", "pseudo_labels.gates.minimum_volume_ml=0.0", *changes)
     asked, graded = _Asked(), _ball(high=0.8) - 0.05 * torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0))
-    sources = (Says(graded), Says(graded, SourceName.REGISTRATION))
+    sources = [Says(graded, SourceName.PROTOTYPES), Says(graded, SourceName.REGISTRATION)]
+    if specialist is not None:
+        threshold = graded.flatten().topk(specialist + 1).values[-1]
+        sources.append(Says(torch.where(graded > threshold, 0.9, 0.4)))
     return EvidenceLabeler(sources, asked, plan, volumes_ml=volumes_ml).label(_scan()).label, asked.prompts[0]
 
 
@@ -151,6 +156,17 @@ def test_prompts_and_target_have_the_volume_of_the_labels() -> None:
     label, prompts = _sized("pseudo_labels.sources.volume_tolerance=1.25", volumes_ml=(0.4,))
     assert int((prompts > 0.5).sum()) == 62  # 0.4 ml * 1.25 in voxels of 0.008 ml
     assert int((label.target > 0.5).sum()) == 62
+
+
+@pytest.mark.parametrize("found", [40, 80])
+def test_where_no_volume_is_known_it_is_what_the_specialist_finds_in_the_scan(found: int) -> None:
+    label, prompts = _sized(volumes_ml=(None,), specialist=found)
+    assert int((prompts > 0.5).sum()) == int((label.target > 0.5).sum()) == found
+
+
+def test_a_specialist_that_finds_nothing_says_nothing_of_the_volume() -> None:
+    label, prompts = _sized(volumes_ml=(None,), specialist=0)
+    assert int((prompts > 0.5).sum()) == int((label.target > 0.5).sum()) == 100
 
 
 @pytest.mark.parametrize("connected", [True, False])
