@@ -335,7 +335,7 @@ def main() -> None:
     for scans in (int(each) for each in given.scans.split(",")):
         _measure(console, scans, (given.side,) * 3, 16, given.memory_gb)
     if not given.no_large:
-        _measure(console, 2, LARGE, 64, 1.0)
+        _measure(console, 2, LARGE, 64, 4.0)
 
 
 if __name__ == "__main__":
