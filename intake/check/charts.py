@@ -51,9 +51,11 @@ def histogram(title: str, unit: str, values: Sequence[float]) -> Histogram | Non
         return None
     low, high = min(finite), max(finite)
     bins = min(MOST_BARS, 1 + math.ceil(2 * math.sqrt(len(finite))))
-    # Edges further apart than a float can tell make one bar of values that are all but equal.
-    spread = high - low > 1e-9 * max(abs(low), abs(high))
-    counts = np.histogram(finite, bins=bins, range=(low, high))[0] if spread else np.array([len(finite)])
+    # In [-1, 1], since the range of the values may be too large for a float.
+    shares = np.array(finite) / (max(abs(low), abs(high)) or 1.0)
+    # Edges closer together than a float can tell make one bar of values that are all but equal.
+    spread = np.ptp(shares) > 1e-9
+    counts = np.histogram(shares, bins=bins)[0] if spread else np.array([len(finite)])
     step, width = (WIDTH / len(counts),) * 2 if spread else (0.0, WIDTH / 8)
     heights = HEIGHT * counts / counts.max()
     bars = tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -12,6 +13,7 @@ from types import TracebackType
 
 LOOPBACK = "127.0.0.1"
 TICK_S = 0.2
+PEER_S = 30.0
 PIECE = 64 * 1024
 
 
@@ -72,10 +74,10 @@ class Capture:
     def _carry(self, plain: socket.socket) -> None:
         exchange = Exchange()
         with contextlib.suppress(OSError):
-            plain.settimeout(30)
+            plain.settimeout(PEER_S)
             near = self._near.wrap_socket(plain, server_side=True)
             far = self._far.wrap_socket(
-                socket.create_connection((LOOPBACK, self._target), 10), server_hostname=LOOPBACK
+                socket.create_connection((LOOPBACK, self._target), PEER_S), server_hostname=LOOPBACK
             )
             self.exchanges.append(exchange)
             self._start(self._pump, near, far, exchange.sent)
@@ -83,12 +85,12 @@ class Capture:
 
     def _pump(self, source: ssl.SSLSocket, target: ssl.SSLSocket, record: bytearray) -> None:
         with contextlib.suppress(OSError, ValueError), contextlib.closing(source), contextlib.closing(target):
-            source.settimeout(TICK_S)
+            # Not by the socket's timeout, which its writer has too: on a busy machine that cuts a connection, and the
+            # site sends its message again.
             while not self._ended.is_set():
-                try:
-                    piece = source.recv(PIECE)
-                except TimeoutError:
+                if not source.pending() and not select.select([source], [], [], TICK_S)[0]:
                     continue
+                piece = source.recv(PIECE)
                 if not piece:
                     return
                 record += piece

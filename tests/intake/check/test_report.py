@@ -7,6 +7,7 @@ import io
 import json
 import re
 import stat
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from typer.testing import CliRunner
@@ -147,6 +148,9 @@ def test_a_picture_shows_the_patients_right_on_the_left_whatever_the_axes_of_the
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=60))
+@example([sys.float_info.max, -9.9792015476736e291])  # a range above the largest float
+@example([-sys.float_info.max, sys.float_info.max])
+@example([0.0, 5e-324])
 def test_a_histogram_counts_every_finite_value_once_and_stays_in_its_frame(values: list[float]) -> None:
     finite = [value for value in values if np.isfinite(value)]
     drawn = histogram("size", "mm", values)
