@@ -343,6 +343,9 @@ class Site:
         draw_overview(panel, self.state.folder / "overview.png")
 
     def _asked(self, case: Case, specialist: nn.Module, head: FeatureHead | None) -> PseudoLabel | None:
+        """Make a pseudo-label for the picture, unless all scans of the site have labels: then it is not worth it."""
+        if not self.scans.usable(Role.UNLABELED):
+            return None
         pair = self.scans.load_pair(case)
         if pair is None or not self._labeler.active:
             return None
