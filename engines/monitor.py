@@ -11,10 +11,9 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
-from engines.events import describe
 from engines.following import RunFollower
 from engines.run_view import Snapshot, snapshot, view
-from server.metrics_log import bucketed
+from server.events import Narrator
 
 
 class RunMonitor:
@@ -40,12 +39,10 @@ class RunMonitor:
         self._title, self._console = title, console
         self._follower = RunFollower(run_folder, storages)
         self._said: set[tuple[str, int, str]] = set()
-        self._in_buckets: set[str] = set()
         self._seen: tuple[Any, ...] = ()
         self._snapshot: Snapshot | None = None
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-        for event in self._follower.news():  # what is known when the following begins is not said again
-            self._learn(event)
+        self._narrator = Narrator(self._follower.news())  # what is known when the following begins is not said again
 
     def __enter__(self) -> RunMonitor:
         if self._live is not None:
@@ -64,8 +61,7 @@ class RunMonitor:
     def tick(self) -> None:
         """Show what is new."""
         for event in self._follower.news():
-            self._learn(event)
-            if (text := describe(event, str(event.get("site")) in self._in_buckets)) is not None:
+            if (text := self._narrator.describe(event)) is not None:
                 self.say(text)
         work = self._follower.work()
         if self._live is None:
@@ -81,10 +77,6 @@ class RunMonitor:
     def say(self, text: str) -> None:
         """Print a line, above the view if there is one."""
         self._console.print(f"  {text}", highlight=False, markup=False)
-
-    def _learn(self, event: Mapping[str, Any]) -> None:
-        if bucketed(event):
-            self._in_buckets.add(str(event["site"]))
 
     def _say_work(self, work: Mapping[str, Mapping[str, Any]]) -> None:
         for site, line in work.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from engines.tables import FittingTable
 from semisam_core.files import read_json_lines
-from semisam_core.small_numbers import bucket_words
+from server.events import count_words
 from server.metrics_log import bucketed, counted
 
 UNLABELED = (
@@ -127,11 +127,6 @@ def results_table(results: Sequence[SiteResult], title: str, chosen_by: str) -> 
             f"{_number(r.local_hd95_mm, 1)} / {_federated(r, r.federated_hd95_mm, 1)}{missing}",
         )
     return table
-
-
-def count_words(count: float, in_bucket: bool) -> str:
-    """Return a count for people: `7`, or `5-9` of one in a bucket."""
-    return bucket_words(int(count)) if in_bucket else f"{count:.0f}"
 
 
 def _federated(r: SiteResult, value: float | None, digits: int) -> str:

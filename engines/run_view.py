@@ -10,10 +10,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from engines.events import FAULTS, describe
-from engines.results import count_words
 from engines.tables import FittingTable
 from semisam_core.text import printable
+from server.events import FAULTS, count_words, describe
 from server.metrics_log import TERMS, bucketed, counted, gradient_shares, mean_over_classes
 
 Line = Mapping[str, Any]

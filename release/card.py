@@ -11,13 +11,13 @@ from typing import Any
 import monai
 import torch
 
-from engines.results import count_words
 from release.model import TrainedModel, lacking
 from semisam_core.configuration import read_yaml
 from semisam_core.errors import ConfigError
 from semisam_core.files import read_json_lines
 from semisam_core.generalists.registry import generalist_spec
 from semisam_core.reporting.bootstrap import estimate
+from server.events import count_words
 from server.metrics_log import bucketed
 
 SCORES = ("dice", "hd95_mm")

@@ -9,15 +9,18 @@ import os
 import platform
 import secrets
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import semisam_core
 from semisam_core.errors import ConfigError, SemiSAMError
-from semisam_core.files import write_json
+from semisam_core.files import read_json_lines, write_json
 from semisam_core.plan import Plan, load_plan
+from server.events import Narrator
 from server.mlflow_log import mlflow_loggers
 from server.patient_grid import PatientGrid
 from server.run_folder import RunFolder
@@ -26,7 +29,7 @@ from server.study import Study
 from server.superlink_watch import SUPERLINK, SuperLinkWatch
 from server.tensorboard_log import TensorBoardLogger
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("flwr")  # what `flwr run --stream` shows
 
 app = ServerApp()
 
@@ -49,6 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(_run_path(str(config.get("run-folder", ""))))
     run = _run_name(folder, plan)
     folder.set_status("running", run=run)
+    folder.listeners.append(_teller(folder))
     log = RunLog(folder, plan, [TensorBoardLogger(folder.path), *mlflow_loggers(folder.path, plan, run)])
     superlink = os.environ.get(SUPERLINK, "")
     with SuperLinkWatch(superlink, lambda why: folder.set_status("failed", why, run=run)) as watch:
@@ -63,6 +67,17 @@ def main(grid: Grid, context: Context) -> None:
     log.end("completed")
     folder.set_status("completed", run=run)
     logger.info("The study is complete; its record is in %s", folder.path)
+
+
+def _teller(folder: RunFolder) -> Callable[[Mapping[str, Any]], None]:
+    """Return a listener that writes what happens in a run into Flower's log, one line per event."""
+    narrator = Narrator(read_json_lines(folder.metrics_path))
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if (text := narrator.describe(event)) is not None:
+            logger.info("%s", text)
+
+    return tell
 
 
 def _reason(error: BaseException, watch: SuperLinkWatch) -> str:

@@ -71,7 +71,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics_path = path / "metrics.jsonl"
-        self.listener: Callable[[Mapping[str, Any]], None] | None = None
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
         self._reserve = path / ".reserve"
         with self.writing("the run folder"):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ class RunFolder:
             save_tensors(self.path / "best.safetensors", weights, metadata | {"sha256": weights_sha256(weights)})
 
     def record(self, event: str, **content: Any) -> None:
-        """Append one line to the metrics, then give it to the `listener`, if there is one.
+        """Append one line to the metrics, then give it to the `listeners`.
 
         Raises:
             RecordNotKeptError: the disk is full.
@@ -182,8 +182,8 @@ class RunFolder:
         line = {"event": event, "time": round(time.time(), 3), **content}
         with self.writing("a line of the metrics"):
             append_json_line(self.metrics_path, line)
-        if self.listener is not None:
-            self.listener(line)
+        for each in self.listeners:
+            each(line)
 
     def records(self, event: str) -> list[dict[str, Any]]:
         """Return all lines of one event that count, in order."""

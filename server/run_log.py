@@ -53,7 +53,7 @@ class RunLog:
         self._reader = ScalarReader(plan)
         self._behind = {each.name for each in loggers}
         self._told: set[tuple[str, str]] = set()
-        folder.listener = self._feed
+        folder.listeners.append(self._feed)
 
     def _feed(self, line: Mapping[str, Any]) -> None:
         if line.get("event") == RESUMED:

@@ -16,12 +16,11 @@ from deployment.lead.registration import admitted_keys
 from deployment.lead.run import last_run
 from deployment.lead.service import control_of, find
 from deployment.lead.study_folder import StudyFolder, invitation_differs
-from engines.events import describe
 from engines.flower_control import FlowerControl, FlowerError, FlowerNode
 from engines.run_state import run_reason, run_state
 from engines.tables import FittingTable
 from semisam_core.files import read_json_lines
-from server.metrics_log import bucketed
+from server.events import Narrator
 
 LAST_EVENTS = 10
 RESUME = "`semisam lead run --resume`"
@@ -149,8 +148,8 @@ def _run(study: StudyFolder, active: Sequence[Path], served: bool, known: bool) 
         reason = run_reason(folder)
     lines = read_json_lines(folder / "metrics.jsonl")
     rounds = [line for line in lines if line.get("event") == "aggregated"]
-    coarse = {line["site"] for line in lines if bucketed(line)}
-    said = [text for line in lines if (text := describe(line, line.get("site") in coarse)) is not None]
+    narrator = Narrator()
+    said = [text for line in lines if (text := narrator.describe(line)) is not None]
     return {
         "folder": str(folder),
         "state": state,

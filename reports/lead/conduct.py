@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from engines.events import FAULTS, describe
 from reports.lead.record import RunRecord, SiteRecord
 from reports.page import listed
 from semisam_core.contract import update_spec
 from semisam_core.generalists.registry import generalist_spec
 from semisam_core.secure_aggregation.fixed_point import leaving_bytes
+from server.events import FAULTS, describe
 
 LEFT_COLUMNS = ("site", "replies", "numbers", "bytes of updates", "refusals")
 EPSILON_COLUMNS = ("site", "private rounds", "epsilon of the last round", "epsilon in total", "delta")

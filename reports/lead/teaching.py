@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engines.results import count_words
 from reports.charts import BarChart, bar_chart
 from reports.lead.record import RunRecord, SiteRecord
+from server.events import count_words
 from server.metrics_log import TERMS, gradients
 
 WITHHELD = "withheld"

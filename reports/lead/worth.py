@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from engines.results import count_words
 from reports.charts import LineChart, PairChart, line_chart, pair_chart
 from reports.charts import Value as Drawn
 from reports.lead.intervals import FEWEST_CASES, Interval
 from reports.lead.record import Missing, RunRecord, SiteRecord, Value
 from semisam_core.reporting.bootstrap import Estimate, estimate
+from server.events import count_words
 
 COLUMNS = (
     "site",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from engines.results import count_words
-from server.metrics_log import gradient_shares
+from semisam_core.small_numbers import bucket_words
+from server.metrics_log import bucketed, gradient_shares
 
 # What went wrong, and what was done about it.
 FAULTS = frozenset(
@@ -24,6 +24,28 @@ FAULTS = frozenset(
         "not-logged",
     }
 )
+
+
+def count_words(count: float, in_bucket: bool) -> str:
+    """Return a count for people: `7`, or `5-9` of one in a bucket."""
+    return bucket_words(int(count)) if in_bucket else f"{count:.0f}"
+
+
+class Narrator:
+    """Puts the events of a run into words, one after another. A site's joining says whether its counts are buckets.
+
+    Args:
+        known: earlier lines of the metrics, which need not be said.
+    """
+
+    def __init__(self, known: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._coarse = {line["site"] for line in known if bucketed(line)}
+
+    def describe(self, event: Mapping[str, Any]) -> str | None:
+        """Return the next event in words, or None for one that people need not see."""
+        if bucketed(event):
+            self._coarse.add(event["site"])
+        return describe(event, event.get("site") in self._coarse)
 
 
 def describe(event: Mapping[str, Any], in_buckets: bool = False) -> str | None:
