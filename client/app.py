@@ -10,14 +10,15 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from torch import Tensor
 
 import semisam_core
-from client.egress import EgressError, EgressGate, ManifestNotApprovedError, arriving_tensors
+from client.egress import EgressError, EgressGate, ManifestNotApprovedError
 from client.manifest import EVALUATE, JOIN, TRAIN, manifest_of
 from client.privacy import PrivacyBudgetError, PrivacyLimitError
 from client.privacy_ledger import LedgerError
 from client.report import SiteReport
-from client.restore import WeightsNotAgreedError
+from client.restore import WeightsNotAgreedError, arriving_tensors
 from client.secure import SecureAggregationError, SecureRound, UpdateTooLargeError, keys_sha256
 from client.site import NoUsableCaseError, Site
 from client.site_config import SiteConfig, load_site_config, load_site_folder
@@ -38,6 +39,7 @@ from semisam_core.contract import (
     RejectionRule,
     Stage,
     same_version,
+    update_spec,
 )
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.plan import Plan, plan_from_json
@@ -103,7 +105,7 @@ def train(message: Message, context: Context) -> Message:
     """Train one round and reply with the agreed scalars and, unless they are summed securely, the tensors."""
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
-        report: SiteReport = site.train(arriving_tensors(message.content.array_records[SPECIALIST_RECORD]))
+        report: SiteReport = site.train(_arriving(message, request.plan))
         about, split = (request.run, request.round_number, request.plan.hash), site.scans.split_sha256
         return gate.reply(TRAIN, *about, report.scalars, report.weights, split, report.patients)
 
@@ -153,12 +155,15 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the specialist on this site's validation cases and reply with mean scores."""
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
-        weights = arriving_tensors(message.content.array_records[SPECIALIST_RECORD])
-        report = site.evaluate(weights, request.final)
+        report = site.evaluate(_arriving(message, request.plan), request.final)
         about, split = (request.run, request.round_number, request.plan.hash), site.scans.split_sha256
         return gate.reply(EVALUATE, *about, report.scalars, split_hash=split, patients=report.patients)
 
     return _answer(EVALUATE, message, context, work)
+
+
+def _arriving(message: Message, plan: Plan) -> dict[str, Tensor]:
+    return arriving_tensors(message.content.array_records[SPECIALIST_RECORD], update_spec(plan))
 
 
 def _take_part(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from semisam_core.contract import (
 )
 from semisam_core.errors import SemiSAMError
 from semisam_core.files import utc_stamp
+from semisam_core.packing import pack
 
 
 class EgressError(SemiSAMError):
@@ -109,9 +109,8 @@ class EgressGate:
         records = RecordDict({METRICS_RECORD: MetricRecord(dict(sent)), SITE_RECORD: _texts(about, agreed)})
         if tensors is not None:
             entry |= self._check_tensors(tensors, agreed)
-            records[SPECIALIST_RECORD] = ArrayRecord(
-                {name: Array(tensors[name].detach().cpu().contiguous().numpy()) for name in tensors}
-            )
+            vectors = pack(tensors, agreed.tensors)
+            records[SPECIALIST_RECORD] = ArrayRecord({name: Array(each.numpy()) for name, each in vectors.items()})
         if material is not None:
             if not agreed.material:
                 raise EgressError("no keys or shares are in the manifest for this message")
@@ -213,8 +212,3 @@ def _texts(about: Mapping[str, str | int], agreed: MessageItems) -> ConfigRecord
         if mistake := agreed.texts[name].mistake(value):
             raise EgressError(f"{name} {mistake}")
     return ConfigRecord({**sent})
-
-
-def arriving_tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    """Return the tensors of an array record, unchecked."""
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}

@@ -6,13 +6,15 @@ import logging
 from collections.abc import Mapping
 
 import torch
+from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
 from client.state import RunState
-from semisam_core.contract import disagreement, specialist_spec, tensor_specs, travelling
+from semisam_core.contract import TensorSpec, disagreement, specialist_spec, tensor_specs, travelling
 from semisam_core.errors import SemiSAMError
 from semisam_core.inference import new_specialist
 from semisam_core.optimizers import build_optimizer, load_moments, moments
+from semisam_core.packing import packed_spec, unpack
 from semisam_core.plan import Plan
 from semisam_core.regularizers import Regularizer
 from semisam_core.sources.head_network import FeatureHead, feature_head_of
@@ -123,3 +125,19 @@ def _fitting(
         logger.warning("The kept %s cannot be used; starting fresh: %s", what, mistake)
         return None
     return kept
+
+
+def arriving_tensors(record: ArrayRecord, spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+    """Return the tensors that the server sent.
+
+    Args:
+        record: their vectors, see `packing.pack`.
+        spec: the agreed tensors.
+
+    Raises:
+        WeightsNotAgreedError: the record holds something else.
+    """
+    vectors = {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
+    if mistake := disagreement(vectors, packed_spec(spec)):
+        raise WeightsNotAgreedError(mistake)
+    return unpack(vectors, spec)

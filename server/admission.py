@@ -34,6 +34,7 @@ from semisam_core.contract import (
     scalar_mistake,
     train_scalars,
 )
+from semisam_core.packing import packed_spec, unpack
 from semisam_core.plan import Plan
 from semisam_core.small_numbers import BUCKETS, bucket_middle, bucket_top
 from server.arrays import NotAdmittedError, read_tensors
@@ -187,7 +188,7 @@ def admit(
             _check_buckets(scalars)
         if declared is not None:
             _check_counts(scalars, kind, plan, declared)
-        weights = None if spec is None else read_tensors(reply.content.array_records[SPECIALIST_RECORD], spec)
+        weights = None if spec is None else _tensors(reply, spec)
         return Admitted(site, scalars, weights, split, _material(reply, kind), bucketed)
     except NotAdmittedError as mistake:
         return Rejected(site or NAMELESS, str(mistake), mistake.rule)
@@ -195,6 +196,10 @@ def admit(
         logger.warning("A reply cannot be read", exc_info=error)
         reason = f"the reply cannot be read ({type(error).__name__})"
         return Rejected(site or NAMELESS, reason, RejectionRule.UNREADABLE)
+
+
+def _tensors(reply: Message, spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+    return unpack(read_tensors(reply.content.array_records[SPECIALIST_RECORD], packed_spec(spec)), spec)
 
 
 def _failure(error: Error) -> Refused | Failed:

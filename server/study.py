@@ -26,6 +26,7 @@ from semisam_core.contract import (
 )
 from semisam_core.errors import SemiSAMError
 from semisam_core.inference import initial_weights, new_specialist
+from semisam_core.packing import pack
 from semisam_core.plan import Plan
 from semisam_core.secure_aggregation.weights import whole_weights
 from server.admission import Admitted, Rejected
@@ -151,7 +152,7 @@ class Study:
             reports[answer.site] = answer.estimates
             self.folder.record("trained", round=number, site=answer.site, **answer.scalars)
 
-        sent = _arrays(weights)
+        sent = _arrays(weights, self.plan)
         phase = self._quorum.train(
             number,
             lambda rejected: self._content(number, sent, rejected=rejected),
@@ -244,7 +245,7 @@ class Study:
         def accept(answer: Admitted) -> None:
             self.folder.record("evaluated", round=number, final=final, site=answer.site, **answer.scalars)
 
-        sent = _arrays(weights)
+        sent = _arrays(weights, self.plan)
         phase = self._quorum.evaluate(
             number, lambda rejected: self._content(number, sent, final, rejected), accept, final
         )
@@ -306,6 +307,6 @@ class Study:
             self.folder.set_status("running", reason, run=self.run, phase=phase, round=number, waiting_for=waiting_for)
 
 
-def _arrays(weights: Mapping[str, Tensor]) -> dict[str, Array]:
+def _arrays(weights: Mapping[str, Tensor], plan: Plan) -> dict[str, Array]:
     """Return the tensors as they travel; all messages of a round share them."""
-    return {name: Array(value.numpy()) for name, value in weights.items()}
+    return {name: Array(vector.numpy()) for name, vector in pack(weights, update_spec(plan)).items()}

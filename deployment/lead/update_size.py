@@ -10,6 +10,7 @@ from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
 
 from deployment.lead.uploads import SMALL, Size
 from semisam_core.files import write_json
+from semisam_core.packing import packed_spec
 from semisam_core.plan import Plan
 from semisam_core.secure_aggregation.fixed_point import leaving_spec
 
@@ -26,7 +27,8 @@ def update_size(plan: Plan, factor: float) -> Size:
         plan: the study plan.
         factor: how much larger than its tensors and their framing an update may be; at least 1.
     """
-    sizes = {name: math.prod(spec.shape) * spec.dtype.itemsize for name, spec in leaving_spec(plan).items()}
+    vectors = packed_spec(leaving_spec(plan))
+    sizes = {name: math.prod(each.shape) * each.dtype.itemsize for name, each in vectors.items()}
     chunks = sum(math.ceil((size + ARRAY_FRAME) / CHUNK) for size in sizes.values())
     index = sum(len(name) + ENTRY for name in sizes)
     total = sum(sizes.values()) + ARRAY_FRAME * (len(sizes) + chunks) + index

@@ -22,6 +22,7 @@ from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from tests.conftest import tiny_plan, write_nifti
+from tests.server.replies import arrays
 
 MakeSite = Callable[..., Path]
 CANARY = "jane-doe-19640203"
@@ -38,7 +39,7 @@ def _message(plan: Plan, kind: str, number: int, /, weights: bool = True, **stud
     content = RecordDict({STUDY_RECORD: ConfigRecord(fields | study)})
     if weights:
         state = new_specialist(plan).state_dict()
-        content[SPECIALIST_RECORD] = ArrayRecord({name: Array(value.numpy()) for name, value in state.items()})
+        content[SPECIALIST_RECORD] = arrays(state)
     return Message(content, 1, kind)
 
 

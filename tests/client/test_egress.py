@@ -13,8 +13,9 @@ from flwr.app import RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.egress import EgressError, EgressGate, ManifestNotApprovedError, arriving_tensors
+from client.egress import EgressError, EgressGate, ManifestNotApprovedError
 from client.manifest import Manifest, MessageItems, ScalarItem, TextItem
+from client.restore import arriving_tensors
 from client.site_config import Egress
 from semisam_core.contract import SPECIALIST_RECORD, RefusalRule, TensorSpec, weights_sha256
 from semisam_core.files import read_json_lines
@@ -48,7 +49,7 @@ def test_a_valid_reply_is_built_and_audited(tmp_path: Path) -> None:
     reply = _reply(_gate(tmp_path), {"steps": 2, "loss": 0.5})
     assert set(reply) == {"metrics", "site", "specialist"}
     (line,) = read_json_lines(tmp_path / "audit.jsonl")
-    sent = arriving_tensors(reply.array_records["specialist"])
+    sent = arriving_tensors(reply.array_records["specialist"], SPEC)
     assert line["sha256"] == weights_sha256(sent) == weights_sha256(GOOD)
     assert line["scalars"] == dict(reply.metric_records["metrics"])
     assert (line["round"], line["run"], line["plan"], line["bytes"], line["tensors"]) == (3, "run", "hash", 40, 2)
@@ -242,7 +243,7 @@ def test_the_hash_of_refused_code_stays_at_the_site(tmp_path: Path) -> None:
 
 def test_the_audited_hash_is_that_of_the_tensors_sent_whatever_their_layout(tmp_path: Path) -> None:
     transposed = {"a": torch.arange(6.0).reshape(3, 2).T, "b": GOOD["b"].clone().requires_grad_()}
-    sent = arriving_tensors(_reply(_gate(tmp_path), tensors=transposed).array_records[SPECIALIST_RECORD])
+    sent = arriving_tensors(_reply(_gate(tmp_path), tensors=transposed).array_records[SPECIALIST_RECORD], SPEC)
     assert all(torch.equal(sent[name], transposed[name]) for name in transposed)
     (line,) = read_json_lines(tmp_path / "audit.jsonl")
     assert line["sha256"] == weights_sha256(sent)

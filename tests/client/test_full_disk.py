@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
@@ -21,6 +21,7 @@ from semisam_core.contract import REFUSAL_RECORD, SPECIALIST_RECORD, STUDY_RECOR
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
+from tests.server.replies import arrays
 
 MakeSite = Callable[..., Path]
 
@@ -30,7 +31,7 @@ def _train(plan: Plan, site: Path) -> RecordDict:
     study: dict[str, Any] = {"plan": plan.canonical_json(), "plan-hash": plan.hash, "run": "run", "round": 1}
     content = RecordDict({STUDY_RECORD: ConfigRecord(study | {"code-version": semisam_core.__version__})})
     weights = new_specialist(plan).state_dict()
-    content[SPECIALIST_RECORD] = ArrayRecord({name: Array(value.numpy()) for name, value in weights.items()})
+    content[SPECIALIST_RECORD] = arrays(weights)
     config = {"site-config": str(site)}
     context = Context(run_id=1, node_id=1, node_config=config, state=RecordDict(), run_config={})
     return app(Message(content, 1, MessageType.TRAIN), context).content

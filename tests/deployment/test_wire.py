@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from semisam_core.contract import (
     update_spec,
 )
 from semisam_core.files import read_json_lines
+from semisam_core.packing import packed_spec
 from tests.conftest import blob, tiny_plan
 from tests.deployment.capture import Capture
 from tests.deployment.deployment import eventually, semisam
@@ -250,11 +252,20 @@ def test_a_site_sends_what_is_agreed_and_its_audit_log_says_so(wire: dict[str, S
         assert reply.texts["split-hash"] == line["split"]
         assert reply.tensor_bytes == line.get("bytes", 0)
     assert {name: array.shape for name, array in trained.arrays.items()} == {
-        name: spec.shape for name, spec in update_spec(PLAN).items()
+        name: spec.shape for name, spec in packed_spec(update_spec(PLAN)).items()
     }
     (refusal,) = wire["south"].replies
     assert set(refusal.message.content) == {REFUSAL_RECORD, SITE_RECORD}
     assert refusal.texts == {"rule": RefusalRule.NO_USABLE_CASE, "site": "south", "round": 0, "plan-hash": ""}
+
+
+def test_a_message_takes_at_most_ten_requests_whatever_the_specialist(wire: dict[str, Sent]) -> None:
+    calls = Counter(request.call for request in wire["north"].requests)
+    replies = wire["north"].replies
+    assert [1 + len(reply.objects) for reply in replies] == [5, 8, 5]  # an announcement, then one for each object
+    assert calls["push-messages"] == len(replies)
+    assert calls["push-object"] == sum(len(reply.objects) for reply in replies)
+    assert calls["pull-object"] + calls["confirm-message-received"] <= 10 * len(replies)
 
 
 @pytest.mark.parametrize("site", ["north", "south"])

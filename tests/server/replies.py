@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from semisam_core.contract import specialist_spec
+from semisam_core.contract import specialist_spec, tensor_specs
 from semisam_core.inference import new_specialist
+from semisam_core.packing import pack
 from semisam_core.plan import Plan
 from server.admission import Admitted, NotAdmitted, admit
 
@@ -34,7 +34,8 @@ def trained(plan: Plan, seed: int = 0, size: float = 0.01) -> dict[str, Tensor]:
 
 def arrays(weights: Mapping[str, Tensor]) -> ArrayRecord:
     """Return tensors in the form in which a site sends them."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(value.numpy())) for name, value in weights.items()})
+    vectors = pack(weights, tensor_specs(weights))
+    return ArrayRecord({name: Array(each.numpy()) for name, each in vectors.items()})
 
 
 def train_records(plan: Plan) -> dict[str, Any]:

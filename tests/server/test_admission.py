@@ -15,7 +15,7 @@ from semisam_core.inference import new_specialist
 from semisam_core.plan import Plan
 from server.admission import Admitted, Failed, NotAdmitted, Refused, Rejected, admit
 from tests.server.replies import SCALARS as REPLY
-from tests.server.replies import answer
+from tests.server.replies import answer, arrays
 
 SCALARS = {"labeled": 1, "unlabeled": 2, "accepted": 0, "confidence": 0.5, "steps": 2, "loss.supervised": -0.5}
 
@@ -30,7 +30,7 @@ def _records(plan: Plan) -> dict[str, Any]:
     return {
         "metrics": MetricRecord(dict(SCALARS)),
         "site": ConfigRecord({"site": "alpha", "round": 1, "plan-hash": plan.hash}),
-        "specialist": ArrayRecord({name: Array(value.numpy()) for name, value in weights.items()}),
+        "specialist": arrays(weights),
     }
 
 
@@ -156,11 +156,9 @@ def test_a_distance_may_exceed_one(plan: Plan) -> None:
     ],
 )
 def test_tensors_that_break_the_contract_are_rejected(plan: Plan, damage: Any, says: str) -> None:
-    weights = dict(new_specialist(plan).state_dict())
-    name = next(iter(weights))
-    weights[name] = damage(weights[name])
-    arrays = ArrayRecord({each: Array(value.numpy()) for each, value in weights.items()})
-    answer = _admit(plan, _records(plan) | {"specialist": arrays})
+    (vector,) = _records(plan)["specialist"].values()
+    damaged = ArrayRecord({"float32": Array(damage(torch.from_numpy(vector.numpy().copy())).numpy())})
+    answer = _admit(plan, _records(plan) | {"specialist": damaged})
     assert isinstance(answer, Rejected)
     assert says in answer.reason
 

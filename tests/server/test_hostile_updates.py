@@ -38,15 +38,8 @@ class _RaisingArray(Array):
 
 
 def _tensor(change: Callable[[Tensor], Tensor]) -> Callable[[Plan, Records], Records]:
-    """Change the last tensor, which is the bias (2,) of the output layer."""
-
-    def hostile(plan: Plan, records: Records) -> Records:
-        weights = trained(plan)
-        name = list(weights)[-1]
-        weights[name] = change(weights[name])
-        return records | {"specialist": arrays(weights)}
-
-    return hostile
+    """Change the vector that holds all tensors."""
+    return _array(lambda array: Array(np.ascontiguousarray(change(torch.from_numpy(array.numpy().copy())).numpy())))
 
 
 def _array(make: Callable[[Array], Array]) -> Callable[[Plan, Records], Records]:
@@ -63,8 +56,19 @@ def _bytes(data: Callable[[bytes], bytes]) -> Callable[[Plan, Records], Records]
     return _array(lambda array: Array(array.dtype, array.shape, array.stype, data(array.data)))
 
 
-def _header(text: str, payload: bytes = b"") -> Callable[[bytes], bytes]:
-    return lambda _: NPY + struct.pack("<H", len(text)) + text.encode("latin1") + payload
+def _count(data: bytes) -> int:
+    """Return how many numbers the vector's own bytes hold."""
+    return len(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def _header(text: str, payload: bool = False) -> Callable[[bytes], bytes]:
+    """Write another header; COUNT in it stands for the vector's length."""
+
+    def data(honest: bytes) -> bytes:
+        said = text.replace("COUNT", str(_count(honest))).encode("latin1")
+        return NPY + struct.pack("<H", len(said)) + said + (bytes(4 * _count(honest)) if payload else b"")
+
+    return data
 
 
 def _scalar(**changes: Any) -> Callable[[Plan, Records], Records]:
@@ -83,16 +87,22 @@ def _with_a_foreign_key(plan: Plan, records: Records) -> Records:
     return records | {"specialist": arrays(trained(plan) | {"backdoor" * 1000: torch.zeros(1)})}
 
 
+def _with_a_foreign_vector(plan: Plan, records: Records) -> Records:
+    record = arrays(trained(plan))
+    record["float16"] = Array(np.zeros(1, np.float16))
+    return records | {"specialist": record}
+
+
 def _pickled(_: bytes) -> bytes:
     file = io.BytesIO()
     np.save(file, np.array([{"a": 1}, {"b": 2}], dtype=object), allow_pickle=True)
     return file.getvalue()
 
 
-def _saved(values: np.ndarray[Any, Any]) -> Callable[[bytes], bytes]:
-    def data(_: bytes) -> bytes:
+def _saved(shape: Callable[[int], int | tuple[int, ...]], dtype: str) -> Callable[[bytes], bytes]:
+    def data(honest: bytes) -> bytes:
         file = io.BytesIO()
-        np.save(file, values)
+        np.save(file, np.zeros(shape(_count(honest)), dtype))
         return file.getvalue()
 
     return data
@@ -109,9 +119,10 @@ CORPUS: dict[str, tuple[Callable[[Plan, Records], Records], RejectionRule]] = {
     "float16": (_tensor(lambda t: t.half()), RejectionRule.TENSORS),
     "whole numbers": (_tensor(lambda t: t.int()), RejectionRule.TENSORS),
     "claims to be bfloat16": (_array(lambda a: Array("bfloat16", a.shape, a.stype, a.data)), RejectionRule.TENSORS),
-    "bfloat16 bytes": (_bytes(_saved(np.zeros(2, "V2"))), RejectionRule.UNREADABLE),
+    "bfloat16 bytes": (_bytes(_saved(lambda n: n, "V2")), RejectionRule.UNREADABLE),
     "missing key": (_without_a_key, RejectionRule.TENSORS),
     "foreign key": (_with_a_foreign_key, RejectionRule.TENSORS),
+    "a foreign vector": (_with_a_foreign_vector, RejectionRule.TENSORS),
     "no tensors": (lambda _, r: r | {"specialist": ArrayRecord()}, RejectionRule.TENSORS),
     "no specialist": (lambda _, r: {k: v for k, v in r.items() if k != "specialist"}, RejectionRule.RECORDS),
     "no scalars": (lambda _, r: {k: v for k, v in r.items() if k != "metrics"}, RejectionRule.RECORDS),
@@ -123,11 +134,11 @@ CORPUS: dict[str, tuple[Callable[[Plan, Records], Records], RejectionRule]] = {
     "empty": (_bytes(lambda _: b""), RejectionRule.UNREADABLE),
     "not an array": (_bytes(lambda _: b"\x00" * 136), RejectionRule.UNREADABLE),
     "pickled objects": (_bytes(_pickled), RejectionRule.UNREADABLE),
-    "bytes of another shape": (_bytes(_saved(np.zeros((1, 2), np.float32))), RejectionRule.UNREADABLE),
-    "bytes of another dtype": (_bytes(_saved(np.zeros(1, np.float64))), RejectionRule.UNREADABLE),
-    "big-endian bytes": (_bytes(_saved(np.zeros(2, ">f4"))), RejectionRule.UNREADABLE),
+    "bytes of another shape": (_bytes(_saved(lambda n: (1, n), "<f4")), RejectionRule.UNREADABLE),
+    "bytes of another dtype": (_bytes(_saved(lambda n: n // 2, "<f8")), RejectionRule.UNREADABLE),
+    "big-endian bytes": (_bytes(_saved(lambda n: n, ">f4")), RejectionRule.UNREADABLE),
     "column-major bytes": (
-        _bytes(_header("{'descr': '<f4', 'fortran_order': True, 'shape': (2,), }\n", bytes(8))),
+        _bytes(_header("{'descr': '<f4', 'fortran_order': True, 'shape': (COUNT,), }\n", True)),
         RejectionRule.UNREADABLE,
     ),
     "a header that claims a terabyte": (
