@@ -17,7 +17,7 @@ from semisam_core.secure_aggregation.fixed_point import leaving_spec
 # In bytes; what was seen of Flower 1.42 is about half of each.
 ARRAY_FRAME = 512  # a tensor's NPY header, its description, and the heads of both objects
 ENTRY = 256  # a tensor's name and identifiers in the list of all
-RECORDS = 16  # objects of the message itself and its records
+RECORDS = 10  # objects of the message itself and its records
 
 
 def update_size(plan: Plan, factor: float) -> Size:

@@ -47,6 +47,7 @@ from deployment.lead.uploads import (
     SizeFile,
 )
 from semisam_core.contract import METRICS_RECORD, SITE_RECORD, SPECIALIST_RECORD, TRAIN_SCALARS, TensorSpec
+from semisam_core.packing import packed_spec
 from semisam_core.plan import Plan, load_plan
 from semisam_core.secure_aggregation.fixed_point import leaving_spec
 from tests.conftest import tiny_plan
@@ -176,7 +177,7 @@ def test_who_asks_faster_than_allowed_waits_and_a_pause_makes_up_for_it() -> Non
 
 def _reply(plan: Plan, spec: Mapping[str, TensorSpec]) -> Message:
     """Return the reply of a site that sends these tensors."""
-    values = {name: (2**30 * torch.rand(each.shape)).to(each.dtype) for name, each in spec.items()}
+    values = {name: (2**30 * torch.rand(each.shape)).to(each.dtype) for name, each in packed_spec(spec).items()}
     arrays = {name: Array(value.numpy()) for name, value in values.items()}
     texts = {"site": "north", "round": 1, "plan-hash": plan.hash, "split-hash": "0" * 64}
     metrics, about = MetricRecord(dict.fromkeys(TRAIN_SCALARS, 1.5)), ConfigRecord(texts)  # type: ignore[arg-type]
