@@ -22,6 +22,7 @@ from torch import Tensor
 
 from semisam_core.contract import specialist_spec, travelling, weights_sha256
 from semisam_core.inference import new_specialist
+from semisam_core.packing import pack
 from semisam_core.plan import Plan, load_plan
 from server.admission import Admitted, admit
 from server.aggregation import combine, evidence_weights, votes
@@ -85,10 +86,10 @@ def one_round(rule: str, sites: int) -> None:
 
 def _reply(plan: Plan, start: dict[str, Tensor], number: int) -> Message:
     generator = torch.Generator().manual_seed(number)
-    arrays = {
-        name: Array((value + 0.01 * torch.randn(value.shape, generator=generator)).detach().numpy())
-        for name, value in start.items()
+    trained = {
+        name: value.detach() + 0.01 * torch.randn(value.shape, generator=generator) for name, value in start.items()
     }
+    arrays = {name: Array(each.numpy()) for name, each in pack(trained, specialist_spec(plan)).items()}
     counts: dict[str, int | float | list[int] | list[float]] = {
         "labeled": 1 + number % 5,
         "unlabeled": 0,
