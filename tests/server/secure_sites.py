@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.restore import arriving_tensors
 from client.secure import SecureAggregationError, SecureRound
 from semisam_core.contract import (
     ACTIVE,
@@ -28,6 +29,7 @@ from semisam_core.contract import (
     STUDY_RECORD,
     RefusalRule,
     Stage,
+    update_spec,
 )
 from semisam_core.plan import Plan
 from semisam_core.secure_aggregation.weights import whole_weights
@@ -83,8 +85,7 @@ class SecureGrid:
         secure = SecureRound(self.folder / name, name, self.plan, number)
         try:
             if kind == MessageType.TRAIN:
-                arrays = sent.content.array_records[SPECIALIST_RECORD]
-                weights = {key: torch.from_numpy(value.numpy().copy()) for key, value in arrays.items()}
+                weights = arriving_tensors(sent.content.array_records[SPECIALIST_RECORD], update_spec(self.plan))
                 report = TRAIN | {"steps": self.steps.get(name, 2)}
                 secure.keep(self.update(name, weights, number), weights, whole_weights(report, self.plan, number))
                 records[METRICS_RECORD] = MetricRecord(report)

@@ -40,6 +40,8 @@ from deployment.lead.registration import admit
 from deployment.lead.study_folder import StudyFolder
 from deployment.lead.uploads import Size
 
+AGREED = 8  # objects of agreed size in one reply of a flood
+
 
 class SuperNode:
     """An admitted site's connection to the server.
@@ -168,7 +170,7 @@ class Flood:
 
     def __init__(self, size: Size, seconds: float) -> None:
         self._size, self._seconds = size, seconds
-        self._huge = [_id(_huge(k)) for k in range(20)]
+        self._huge = [_id(_huge(k)) for k in range(size.objects - AGREED - 1)]  # with the root, all that may be
         self.statuses: Counter[int] = Counter()
         self.stored = self.sent = 0
         self._lock = threading.Lock()
@@ -194,7 +196,7 @@ class Flood:
         while time.monotonic() < until:
             number += 1
             root = _id(f"{k}-{number}".encode())
-            agreed = [_object(f"{root}{j}".encode() + bytes(self._size.object_bytes - 1000)) for j in range(8)]
+            agreed = [_object(f"{root}{j}".encode() + bytes(self._size.object_bytes - 1000)) for j in range(AGREED)]
             ids = [*(_id(each) for each in agreed), *self._huge]
             session = self._announce(site, message, root, ids)
             self._announce(site, message, root[::-1], [_id(f"{root}{j}".encode()) for j in range(20 * len(ids))])
