@@ -73,25 +73,36 @@ class Capture:
 
     def _carry(self, plain: socket.socket) -> None:
         exchange = Exchange()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             plain.settimeout(PEER_S)
             near = self._near.wrap_socket(plain, server_side=True)
             far = self._far.wrap_socket(
                 socket.create_connection((LOOPBACK, self._target), PEER_S), server_hostname=LOOPBACK
             )
             self.exchanges.append(exchange)
-            self._start(self._pump, near, far, exchange.sent)
-            self._pump(far, near, exchange.received)
+            with contextlib.closing(near), contextlib.closing(far):
+                self._pump({near: (far, exchange.sent), far: (near, exchange.received)})
 
-    def _pump(self, source: ssl.SSLSocket, target: ssl.SSLSocket, record: bytearray) -> None:
-        with contextlib.suppress(OSError, ValueError), contextlib.closing(source), contextlib.closing(target):
-            # Not by the socket's timeout, which its writer has too: on a busy machine that cuts a connection, and the
-            # site sends its message again.
-            while not self._ended.is_set():
-                if not source.pending() and not select.select([source], [], [], TICK_S)[0]:
-                    continue
-                piece = source.recv(PIECE)
-                if not piece:
+    def _pump(self, ways: dict[ssl.SSLSocket, tuple[ssl.SSLSocket, bytearray]]) -> None:
+        # Both directions in one thread: OpenSSL must not read and write one connection at once.
+        while not self._ended.is_set():
+            ready = [each for each in ways if each.pending()] or select.select(list(ways), [], [], TICK_S)[0]
+            for source in ready:
+                target, record = ways[source]
+                piece = _received(source)
+                if piece == b"":
                     return
-                record += piece
-                target.sendall(piece)
+                if piece is not None:
+                    record += piece
+                    target.sendall(piece)
+
+
+def _received(source: ssl.SSLSocket) -> bytes | None:
+    """Return what has arrived; empty at the end, None if it was nothing of the site's or server's own."""
+    source.settimeout(0)
+    try:
+        return source.recv(PIECE)
+    except ssl.SSLWantReadError:
+        return None
+    finally:
+        source.settimeout(PEER_S)
