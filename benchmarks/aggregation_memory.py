@@ -26,6 +26,7 @@ from semisam_core.packing import pack
 from semisam_core.plan import Plan, load_plan
 from server.admission import Admitted, admit
 from server.aggregation import combine, evidence_weights, votes
+from server.arrays import vector_reader
 from server.outliers import outliers
 from server.updates import UpdateShelf
 
@@ -65,7 +66,9 @@ def one_round(rule: str, sites: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shelf = UpdateShelf(Path(folder))
         for number in range(sites):
-            answer = admit(_reply(plan, start, number), MessageType.TRAIN, 1, plan, specialist_spec(plan))
+            answer = admit(
+                _reply(plan, start, number), MessageType.TRAIN, 1, plan, vector_reader(specialist_spec(plan))
+            )
             if not isinstance(answer, Admitted) or answer.weights is None:
                 raise ValueError(f"an honest update is rejected: {answer}")
             shelf.add(answer.site, answer.weights, answer.scalars, start)

@@ -18,7 +18,7 @@ from client.manifest import EVALUATE, JOIN, TRAIN, manifest_of
 from client.privacy import PrivacyBudgetError, PrivacyLimitError
 from client.privacy_ledger import LedgerError
 from client.report import SiteReport
-from client.restore import WeightsNotAgreedError, arriving_tensors
+from client.restore import BaseNotHeldError, WeightsNotAgreedError, arriving_weights
 from client.secure import SecureAggregationError, SecureRound, UpdateTooLargeError, keys_sha256
 from client.site import NoUsableCaseError, Site
 from client.site_config import SiteConfig, load_site_config, load_site_folder
@@ -27,6 +27,7 @@ from semisam_core.configuration import is_name
 from semisam_core.contract import (
     ACTIVE,
     ATTEMPT,
+    BASE,
     DROPPED,
     REJECTED,
     REJECTED_ROUND,
@@ -39,7 +40,6 @@ from semisam_core.contract import (
     RejectionRule,
     Stage,
     same_version,
-    update_spec,
 )
 from semisam_core.errors import ConfigError, WeightsError
 from semisam_core.plan import Plan, plan_from_json
@@ -59,6 +59,7 @@ RULE_OF_ERROR: tuple[tuple[type[Exception], RefusalRule], ...] = (
     (SplitChangedError, RefusalRule.SPLIT_CHANGED),
     (NoUsableCaseError, RefusalRule.NO_USABLE_CASE),
     (WeightsNotAgreedError, RefusalRule.WEIGHTS),
+    (BaseNotHeldError, RefusalRule.BASE_NOT_HELD),
     (PrivacyLimitError, RefusalRule.PRIVACY_LIMITS),
     (PrivacyBudgetError, RefusalRule.PRIVACY_BUDGET),
     (LedgerError, RefusalRule.PRIVACY_LEDGER),
@@ -105,7 +106,7 @@ def train(message: Message, context: Context) -> Message:
     """Train one round and reply with the agreed scalars and, unless they are summed securely, the tensors."""
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
-        report: SiteReport = site.train(_arriving(message, request.plan))
+        report: SiteReport = site.train(_arriving(message, site))
         about, split = (request.run, request.round_number, request.plan.hash), site.scans.split_sha256
         return gate.reply(TRAIN, *about, report.scalars, report.weights, split, report.patients)
 
@@ -155,15 +156,16 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the specialist on this site's validation cases and reply with mean scores."""
 
     def work(site: Site, gate: EgressGate, request: _Request) -> RecordDict:
-        report = site.evaluate(_arriving(message, request.plan), request.final)
+        report = site.evaluate(_arriving(message, site), request.final)
         about, split = (request.run, request.round_number, request.plan.hash), site.scans.split_sha256
         return gate.reply(EVALUATE, *about, report.scalars, split_hash=split, patients=report.patients)
 
     return _answer(EVALUATE, message, context, work)
 
 
-def _arriving(message: Message, plan: Plan) -> dict[str, Tensor]:
-    return arriving_tensors(message.content.array_records[SPECIALIST_RECORD], update_spec(plan))
+def _arriving(message: Message, site: Site) -> dict[str, Tensor]:
+    base = message.content.config_records[STUDY_RECORD].get(BASE)
+    return arriving_weights(message.content.array_records[SPECIALIST_RECORD], site.plan, base, site.state)
 
 
 def _take_part(

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from client.site_config import Egress, SiteConfig
+from semisam_core.codecs import leaving_spec
 from semisam_core.contract import (
     BUCKETED_COUNTS,
     CLASS_SCORES,
     COUNTS_WORD,
     EXACT_COUNTS,
     JOIN_SCALARS,
-    MASKED_VECTOR,
     MATERIAL,
     MATERIAL_BYTES,
     PATIENTLESS,
@@ -35,7 +35,6 @@ from semisam_core.contract import (
 from semisam_core.data.fingerprint import fingerprint_scalars, rounding_of
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.aggregation import MOST_SUMMED
-from semisam_core.secure_aggregation.fixed_point import vector_spec
 from semisam_core.small_numbers import EXACT, IN_BUCKETS, Rounding
 
 VERSION = 1
@@ -105,6 +104,7 @@ class MessageItems:
         tensors: name -> shape and dtype.
         tensor_bytes_limit: the site's own limit on the size of the tensors.
         material: names of keys and shares of a secure sum; one that ends with a dot is followed by a site's.
+        change_of: name -> shape and dtype of the tensors whose change is coded in `tensors`; empty without a codec.
     """
 
     times: int
@@ -113,6 +113,7 @@ class MessageItems:
     tensors: Mapping[str, TensorSpec] = field(default_factory=dict)
     tensor_bytes_limit: float = 0.0
     material: tuple[str, ...] = ()
+    change_of: Mapping[str, TensorSpec] = field(default_factory=dict)
 
     @property
     def tensor_bytes(self) -> int:
@@ -128,14 +129,13 @@ class MessageItems:
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
+        change_of = {"change_of": _tensors_json(self.change_of)} if self.change_of else {}
         return {
             "times": self.times,
             "scalars": {name: _scalar_json(each) for name, each in self.scalars.items()},
             "texts": {name: each.pattern for name, each in self.texts.items()},
-            "tensors": {
-                name: {"shape": list(each.shape), "dtype": str(each.dtype).removeprefix("torch.")}
-                for name, each in self.tensors.items()
-            },
+            "tensors": _tensors_json(self.tensors),
+            **change_of,
             "material": {name: {"longest_bytes": MATERIAL_BYTES} for name in self.material},
             "tensor_bytes": self.tensor_bytes,
             "tensor_bytes_limit": self.tensor_bytes_limit,
@@ -201,11 +201,11 @@ def _training_items(
     plan: Plan, scalars: Mapping[str, ScalarItem], texts: Mapping[str, TextItem], limit: float
 ) -> dict[str, MessageItems]:
     """Return what a round of training sends: the update itself, or what a secure sum takes in its place."""
-    rounds, update = plan.training.rounds, update_spec(plan)
+    rounds, leaving = plan.training.rounds, leaving_spec(plan)
     if plan.aggregation.secure is None:
-        return {TRAIN: MessageItems(rounds, scalars, texts, update, limit)}
-    vector = {MASKED_VECTOR: vector_spec(update)}
-    tensors = {stage: vector if stage is Stage.MASKED else {} for stage in Stage}
+        change_of = {} if plan.aggregation.codec is None else update_spec(plan)
+        return {TRAIN: MessageItems(rounds, scalars, texts, leaving, limit, change_of=change_of)}
+    tensors = {stage: leaving if stage is Stage.MASKED else {} for stage in Stage}
     stages = {
         stage.value: MessageItems(rounds, {}, texts, tensors[stage], limit if tensors[stage] else 0.0, MATERIAL[stage])
         for stage in Stage
@@ -273,6 +273,13 @@ def _texts(site: str, rounds: int) -> dict[str, TextItem]:
         "round": TextItem(f"[0-9]{{1,{len(str(rounds))}}}", NUMBER_BYTES),
         "plan-hash": TextItem("[0-9a-f]{64}", 64),
         SPLIT_HASH: TextItem("[0-9a-f]{64}", 64),
+    }
+
+
+def _tensors_json(tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    return {
+        name: {"shape": list(each.shape), "dtype": str(each.dtype).removeprefix("torch.")}
+        for name, each in tensors.items()
     }
 
 

@@ -10,7 +10,8 @@ from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
 from client.state import RunState
-from semisam_core.contract import TensorSpec, disagreement, specialist_spec, tensor_specs, travelling
+from semisam_core.codecs import decode_update, leaving_spec, nothing_owed
+from semisam_core.contract import TensorSpec, disagreement, specialist_spec, tensor_specs, travelling, update_spec
 from semisam_core.errors import SemiSAMError
 from semisam_core.inference import new_specialist
 from semisam_core.optimizers import build_optimizer, load_moments, moments
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 class WeightsNotAgreedError(SemiSAMError):
     """The weights that arrived are not the plan's specialist."""
+
+
+class BaseNotHeldError(SemiSAMError):
+    """The server sent a change of weights that this site does not hold."""
 
 
 class RoundStart:
@@ -106,6 +111,11 @@ class RoundStart:
                 load_moments(optimizer, specialist, settings, fitting)
         return optimizer
 
+    def owed(self) -> dict[str, Tensor]:
+        """Return what the codec left out of this site's updates so far, in a study whose plan has one."""
+        kept, fresh = self._state.load_owed(self._round, self._since), nothing_owed(self._plan)
+        return _fitting("rest of earlier updates", kept, fresh, self._round, self._since) or fresh
+
 
 def local_layers(plan: Plan, specialist: nn.Module) -> dict[str, Tensor]:
     """Return the specialist's tensors that stay at the site."""
@@ -127,8 +137,34 @@ def _fitting(
     return kept
 
 
+def arriving_weights(record: ArrayRecord, plan: Plan, base: object, state: RunState) -> dict[str, Tensor]:
+    """Return the global weights that the server sent, or sent the change of.
+
+    Args:
+        record: the weights, or their change coded by the plan's codec.
+        plan: the study plan.
+        base: None if the record holds the weights; otherwise the hash of those that the change starts from.
+        state: the site's state of this run.
+
+    Raises:
+        WeightsNotAgreedError: the record holds something else.
+        BaseNotHeldError: this site does not hold the weights that the change starts from.
+    """
+    if base is None:
+        return arriving_tensors(record, update_spec(plan))
+    if plan.aggregation.codec is None:
+        raise WeightsNotAgreedError("a change of weights was sent, and the plan has no codec")
+    change = arriving_tensors(record, leaving_spec(plan))
+    if (held := state.load_received(str(base))) is None:
+        raise BaseNotHeldError("a change was sent of weights that are not kept here")
+    try:
+        return decode_update(change, held, plan)
+    except ValueError as error:
+        raise WeightsNotAgreedError(str(error)) from None
+
+
 def arriving_tensors(record: ArrayRecord, spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    """Return the tensors that the server sent.
+    """Return tensors that the server sent.
 
     Args:
         record: their vectors, see `packing.pack`.

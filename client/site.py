@@ -30,6 +30,7 @@ from client.scans import ScanPair, SiteScans
 from client.secure import SecureRound
 from client.site_config import SiteConfig
 from client.state import RunState
+from semisam_core.codecs import encode_update
 from semisam_core.contract import PRIVATE_TRAIN_SCALARS, split_update, travelling, weights_sha256, with_prefix
 from semisam_core.data.cases import Case, Role
 from semisam_core.data.scans import keep_classes, load_original_label
@@ -104,9 +105,10 @@ class Site:
 
         Under secure aggregation the update is kept for the round's sum instead of being returned.
 
-        Stored are the teacher, the regularizer's own networks, and, as the plan says, the specialist's local layers and
-        the optimizer's moments. A private round is booked in the site's ledger before its first step; what it sends is
-        stored too, so that the same round asked for again sends the same and spends nothing.
+        Stored are the teacher, the regularizer's own networks, and, as the plan says, the specialist's local layers,
+        the optimizer's moments, what the codec left out, and the weights that the server may send a change of. A
+        private round is booked in the site's ledger before its first step; what it sends is stored too, so that the
+        same round asked for again sends the same and spends nothing.
 
         Args:
             weights: the tensors as the server sent them, the specialist's and the feature head's.
@@ -120,6 +122,9 @@ class Site:
             LedgerError: the privacy ledger cannot be trusted.
         """
         self._forget_secrets()
+        codec = self.plan.aggregation.codec
+        if codec is not None and codec.downloads:
+            self.state.save_received(self.round, dict(weights))
         if self.plan.privacy is None:
             self._privacy.check_limits()
             return self._handed_over(self._train(weights), weights)
@@ -176,11 +181,19 @@ class Site:
         return SiteReport(scalars if self.plan.privacy is None else self._noised(scalars, cost), _cpu(sent), patients)
 
     def _handed_over(self, report: SiteReport, reference: Mapping[str, Tensor]) -> SiteReport:
-        """Return a round's report; under secure aggregation without the update, which is kept for the sum."""
+        """Return a round's report with the update as it leaves, coded if the plan says so.
+
+        Under secure aggregation it leaves with the sum: it is kept until then.
+        """
+        update = report.weights or {}
+        if self.plan.aggregation.codec is not None:
+            coded, owed = encode_update(update, reference, self._start.owed(), self.plan)
+            self.state.save_owed(self.round, owed)
+            return replace(report, weights=coded)
         if self.secure is None:
             return report
         counts = whole_weights(report.scalars, self.plan, self.round)
-        self.secure.keep(report.weights or {}, reference, counts)
+        self.secure.keep(update, reference, counts)
         return replace(report, weights=None)
 
     def _booked(self) -> Cost | None:

@@ -11,23 +11,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from semisam_core.configuration import NAME_ACCEPTED, is_name
+from semisam_core.contract import weights_sha256
 from semisam_core.files import save_tensors
 
 logger = logging.getLogger(__name__)
 
 KEEP_ROUNDS = 3
 TEACHER, NETWORKS, LAYERS, MOMENTS, UPDATE = "teacher", "networks", "layers", "moments", "update"
+OWED, RECEIVED = "owed", "received"
 SCORED = "scored"
 
 
 class RunState:
     """The folder of one run at one site.
 
-    The teacher, the regularizer's own networks, the specialist's local layers and the optimizer's moments are kept for
-    the last three rounds that the site took part in, and so are the specialists that were scored. Each `load_*` that
-    names a round returns what the latest of the site's rounds before it left, which need not be the round just before:
-    the site may have sat out some. A round that is asked for again, because the server died after the site had
-    answered, thus starts from the same tensors as the first time.
+    The teacher, the regularizer's own networks, the specialist's local layers, the optimizer's moments, and with a
+    codec what it left out of the update and the weights that the site received are kept for the last three rounds that
+    the site took part in, and so are the specialists that were scored. Each `load_*` that names a round returns what
+    the latest of the site's rounds before it left, which need not be the round just before: the site may have sat out
+    some. A round that is asked for again, because the server died after the site had answered, thus starts from the
+    same tensors as the first time.
 
     Args:
         storage: the site's storage folder.
@@ -90,6 +93,31 @@ class RunState:
     def load_moments(self, before: int, since: int = 1) -> dict[str, Tensor] | None:
         """Return the latest moments of the optimizer of a round before this one and not before `since`, or None."""
         return self._latest(MOMENTS, before, since)
+
+    def save_owed(self, round_number: int, owed: dict[str, Tensor]) -> None:
+        """Keep what the codec left out of this round's update.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._save(OWED, round_number, owed)
+
+    def load_owed(self, before: int, since: int = 1) -> dict[str, Tensor] | None:
+        """Return what was left out in the latest round before this one and not before `since`, or None."""
+        return self._latest(OWED, before, since)
+
+    def save_received(self, round_number: int, weights: dict[str, Tensor]) -> None:
+        """Keep the global weights that this round began with.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._save(RECEIVED, round_number, weights)
+
+    def load_received(self, sha256: str) -> dict[str, Tensor] | None:
+        """Return the kept global weights with this hash, or None."""
+        kept = (_read(self._file(RECEIVED, number)) for number in self._rounds(RECEIVED))
+        return next((each for each in kept if each is not None and weights_sha256(each) == sha256), None)
 
     def save_scored(self, round_number: int, specialist: dict[str, Tensor]) -> None:
         """Keep the specialist that was scored after this round, with the site's own layers, for the site's report.

@@ -38,6 +38,9 @@ SPLIT_HASH = "split-hash"
 COUNTS_WORD, EXACT_COUNTS, BUCKETED_COUNTS = "counts", "exact", "buckets"
 # In the study record, if the server rejected this site's last reply: the RejectionRule and the round.
 REJECTED, REJECTED_ROUND = "rejected", "rejected-round"
+# In the study record, if the tensors beside it are the coded change of the weights that the site was sent in an earlier
+# round: the `weights_sha256` of those.
+BASE = "base"
 
 JOIN_SCALARS = ("labeled", "unlabeled", "validation", "quarantined", "generalists")
 TRAIN_SCALARS = (
@@ -122,6 +125,7 @@ class RefusalRule(StrEnum):
     CODE_ALTERED = "code-altered"
     PROCESS_ENDED = "process-ended"
     OUT_OF_TIME = "out-of-time"
+    BASE_NOT_HELD = "base-not-held"
     PRIVACY_LIMITS = "privacy-limits"
     PRIVACY_BUDGET = "privacy-budget"
     PRIVACY_LEDGER = "privacy-ledger"
@@ -136,6 +140,7 @@ TRANSIENT_REFUSALS = frozenset(
         RefusalRule.AUDIT_LOG,
         RefusalRule.PROCESS_ENDED,
         RefusalRule.OUT_OF_TIME,
+        RefusalRule.BASE_NOT_HELD,  # asked again, the site is sent the weights themselves
     }
 )
 

@@ -26,7 +26,6 @@ from semisam_core.contract import (
     RefusalRule,
     RejectionRule,
     Stage,
-    TensorSpec,
     counts_patients,
     evaluation_scalars,
     is_sha256,
@@ -34,10 +33,9 @@ from semisam_core.contract import (
     scalar_mistake,
     train_scalars,
 )
-from semisam_core.packing import packed_spec, unpack
 from semisam_core.plan import Plan
 from semisam_core.small_numbers import BUCKETS, bucket_middle, bucket_top
-from server.arrays import NotAdmittedError, read_tensors
+from server.arrays import NotAdmittedError, Reader
 
 REQUIRED: Mapping[str, Sequence[str]] = {
     MessageType.QUERY: ("labeled", "unlabeled", "validation", "quarantined"),
@@ -158,7 +156,7 @@ def admit(
     kind: str,
     round_number: int,
     plan: Plan,
-    spec: Mapping[str, TensorSpec] | None,
+    read: Reader | None,
     joined: Mapping[int, Admitted] | None = None,
 ) -> Admitted | NotAdmitted:
     """Check a reply. Whatever reading it raises is a reason to reject it.
@@ -168,7 +166,7 @@ def admit(
         kind: the type of the message it answers.
         round_number: the round of the message it answers.
         plan: the study plan.
-        spec: the agreed tensors if the reply should carry weights, else None.
+        read: reads the tensors if the reply should carry some, else None.
         joined: node -> the reply with which its site joined; None while sites join.
     """
     if reply.has_error():
@@ -181,14 +179,14 @@ def admit(
         if site is None:
             raise NotAdmittedError(RejectionRule.RECORDS, "the reply names no site")
         declared = None if joined is None else _declared(reply, site, joined)
-        _check_origin(reply, kind, round_number, plan, with_tensors=spec is not None)
+        _check_origin(reply, kind, round_number, plan, with_tensors=read is not None)
         split, scalars = _split(reply, declared), _scalars(reply, kind, plan)
         bucketed = _bucketed(reply) if declared is None else declared.bucketed
         if bucketed:
             _check_buckets(scalars)
         if declared is not None:
             _check_counts(scalars, kind, plan, declared)
-        weights = None if spec is None else _tensors(reply, spec)
+        weights = None if read is None else read(reply.content.array_records[SPECIALIST_RECORD])
         return Admitted(site, scalars, weights, split, _material(reply, kind), bucketed)
     except NotAdmittedError as mistake:
         return Rejected(site or NAMELESS, str(mistake), mistake.rule)
@@ -196,10 +194,6 @@ def admit(
         logger.warning("A reply cannot be read", exc_info=error)
         reason = f"the reply cannot be read ({type(error).__name__})"
         return Rejected(site or NAMELESS, reason, RejectionRule.UNREADABLE)
-
-
-def _tensors(reply: Message, spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    return unpack(read_tensors(reply.content.array_records[SPECIALIST_RECORD], packed_spec(spec)), spec)
 
 
 def _failure(error: Error) -> Refused | Failed:

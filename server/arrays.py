@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
+from semisam_core.codecs import decode_update, leaving_spec
 from semisam_core.contract import RejectionRule, TensorSpec
 from semisam_core.errors import SemiSAMError
+from semisam_core.packing import packed_spec, unpack
+from semisam_core.plan import Plan
 
+# Returns the agreed tensors of a reply's record, or raises NotAdmittedError.
+Reader = Callable[[ArrayRecord], dict[str, Tensor]]
 HEADER_BYTES = 1024
 SERIALIZED_AS = "numpy.ndarray"
 
@@ -23,6 +28,33 @@ class NotAdmittedError(SemiSAMError):
     def __init__(self, rule: RejectionRule, reason: str) -> None:
         super().__init__(reason)
         self.rule = rule
+
+
+def vector_reader(spec: Mapping[str, TensorSpec]) -> Reader:
+    """Return what reads tensors that travel as the vectors of `packing.packed_spec`."""
+    return lambda record: unpack(read_tensors(record, packed_spec(spec)), spec)
+
+
+def update_reader(plan: Plan, reference: Mapping[str, Tensor]) -> Reader:
+    """Return what reads a site's update, coded or not.
+
+    Args:
+        plan: the study plan.
+        reference: the tensors that the round began with, as they were sent.
+    """
+    arriving = vector_reader(leaving_spec(plan))
+    if plan.aggregation.codec is None:
+        return arriving
+
+    def read(record: ArrayRecord) -> dict[str, Tensor]:
+        try:
+            tensors = decode_update(arriving(record), reference, plan)
+        except ValueError as error:
+            raise NotAdmittedError(RejectionRule.TENSORS, str(error)) from None
+        _check_finite(tensors)
+        return tensors
+
+    return read
 
 
 def read_tensors(record: ArrayRecord, spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
@@ -40,9 +72,14 @@ def read_tensors(record: ArrayRecord, spec: Mapping[str, TensorSpec]) -> dict[st
     tensors = {}
     for name, agreed in spec.items():
         tensors[name] = _read(name, record[name], agreed)
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise NotAdmittedError(RejectionRule.NOT_FINITE, f"tensor {name} has values that are not finite")
+        _check_finite({name: tensors[name]})
     return tensors
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NotAdmittedError(RejectionRule.NOT_FINITE, f"tensor {name} has values that are not finite")
 
 
 def _check_names(record: ArrayRecord, spec: Mapping[str, TensorSpec]) -> None:

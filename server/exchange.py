@@ -9,9 +9,10 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 
-from semisam_core.contract import BUCKETED_COUNTS, COUNTS_WORD, SECURE_RECORD, RejectionRule, Stage, TensorSpec
+from semisam_core.contract import BUCKETED_COUNTS, COUNTS_WORD, SECURE_RECORD, RejectionRule, Stage
 from semisam_core.plan import Plan
 from server.admission import UNREACHABLE, Admitted, Failed, NotAdmitted, Rejected, admit
+from server.arrays import Reader
 from server.messages import Clock, Mailbox, SentMessage
 from server.roster import Roster
 from server.run_folder import RunFolder
@@ -23,7 +24,7 @@ MISNAMED = "its key was admitted under another name"
 GONE = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
 
 # Makes a message to a site, given the rule and the round of its last rejected reply, if there was one.
-Content = Callable[[tuple[RejectionRule, int] | None], RecordDict]
+Content = Callable[[str, tuple[RejectionRule, int] | None], RecordDict]
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Phase:
         deadline_s: how long a site may take to reply.
         content: makes the messages.
         accept: receives each admitted reply before the next one is read.
-        spec: the agreed tensors if replies should carry weights.
+        read: reads the tensors of replies that should carry some.
         began: when the phase began, on the server's clock.
         joinable_until: until when a site that joins is still asked.
         done: sites whose reply was admitted.
@@ -54,7 +55,7 @@ class Phase:
     deadline_s: float
     content: Content
     accept: Callable[[Admitted], None]
-    spec: Mapping[str, TensorSpec] | None
+    read: Reader | None
     began: float
     joinable_until: float
     done: set[str] = field(default_factory=set)
@@ -116,7 +117,7 @@ class Exchange:
         number: int,
         content: Content,
         accept: Callable[[Admitted], None],
-        spec: Mapping[str, TensorSpec] | None,
+        read: Reader | None,
     ) -> Phase:
         """Open a phase: replies of this kind and round are handled from now on. No site has been asked yet."""
         now, waits = self.clock.now(), self.plan.aggregation
@@ -125,7 +126,7 @@ class Exchange:
             deadline_s = waits.secure.stage_deadline_s
         window = waits.rejoin_window_s if kind == MessageType.TRAIN else 0.0
         self.round = number
-        self._phase = Phase(kind, number, deadline_s, content, accept, spec, now, now + window)
+        self._phase = Phase(kind, number, deadline_s, content, accept, read, now, now + window)
         self._phase.retried = now
         self.refresh(at_once=True)
         return self._phase
@@ -147,7 +148,7 @@ class Exchange:
         phase.rejected.discard(site)
         for earlier in self.mailbox.awaited(phase.kind, phase.round):
             earlier.expired = earlier.expired or earlier.site == site
-        content = phase.content(self._rejections.pop(site, None))
+        content = phase.content(site, self._rejections.pop(site, None))
         if phase.private is not None:
             content[SECURE_RECORD] = phase.private(site)
         if not self.mailbox.send(node, site, phase.kind, phase.round, content, phase.deadline_s):
@@ -224,7 +225,7 @@ class Exchange:
                 late_s = max(0.0, self.clock.now() - sent.deadline)
                 self.folder.record("late", **content, seconds=round(late_s, 3))
         else:
-            answer = self._admit(sent, reply, phase.spec)
+            answer = self._admit(sent, reply, phase.read)
             if isinstance(answer, Admitted):
                 phase.accept(answer)
                 phase.done.add(sent.site)
@@ -291,15 +292,13 @@ class Exchange:
             phase.rejected.add(answer.site)
             self._rejections[answer.site] = (rule, phase.round)
 
-    def _admit(
-        self, sent: SentMessage, reply: Message | None, spec: Mapping[str, TensorSpec] | None
-    ) -> Admitted | NotAdmitted:
+    def _admit(self, sent: SentMessage, reply: Message | None, read: Reader | None) -> Admitted | NotAdmitted:
         if reply is None:
             answer: Admitted | NotAdmitted = Rejected("", "the reply cannot be read", RejectionRule.UNREADABLE)
         else:
             declared = self.roster.declared(sent.site)
             joined = None if declared is None else {sent.node: declared}
-            answer = admit(reply, sent.kind, sent.round, self.plan, spec, joined)
+            answer = admit(reply, sent.kind, sent.round, self.plan, read, joined)
         if isinstance(answer, Admitted):
             return answer
         # A reply that is not admitted is booked under the name of the node's site, whatever name it carries itself.

@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 
 from flwr.app import MessageType
 
-from semisam_core.contract import TensorSpec
 from semisam_core.errors import SemiSAMError
 from semisam_core.plan import Plan
 from server.admission import Admitted, Rejected
+from server.arrays import Reader
 from server.exchange import ATTEMPTS, Content, Exchange, Phase
 from server.roster import RETRY_S, Declined
 
@@ -89,7 +89,7 @@ class Quorum:
         content: Content,
         accept: Callable[[Admitted], None],
         review: Callable[[], Sequence[Rejected]],
-        spec: Mapping[str, TensorSpec] | None,
+        read: Reader | None,
     ) -> Phase:
         """Let all sites of a round train; wait for more sites if too few contribute.
 
@@ -98,12 +98,12 @@ class Quorum:
             content: makes the messages.
             accept: receives each admitted reply.
             review: called when all sites have replied; drops the updates that do not fit the others and returns them.
-            spec: the agreed tensors; None if updates are summed securely afterwards.
+            read: reads the updates; None if they are summed securely afterwards.
 
         Raises:
             TooFewSitesError: fewer sites than the plan's minimum contributed, after all waiting.
         """
-        phase = self._exchange.begin(MessageType.TRAIN, number, content, accept, spec)
+        phase = self._exchange.begin(MessageType.TRAIN, number, content, accept, read)
         self._send(phase, self._roster.participants(number, self._waits.minimum_sites))
         give_up: float | None = None
         while True:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from semisam_core.codecs import leaving_bytes
 from semisam_core.plan import Plan
-from semisam_core.secure_aggregation.fixed_point import leaving_bytes
 from server.metrics_log import bucketed, counted, gradient_shares, mean_over_classes
 
 SCORES = ("dice", "hd95_mm")

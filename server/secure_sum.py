@@ -18,6 +18,7 @@ import numpy as np
 from flwr.app import ConfigRecord
 from torch import Tensor
 
+from semisam_core.codecs import leaving_spec
 from semisam_core.contract import (
     ACTIVE,
     ATTEMPT,
@@ -39,7 +40,7 @@ from semisam_core.contract import (
 from semisam_core.files import read_json_lines
 from semisam_core.plan import Plan
 from semisam_core.plan_sections.aggregation import MOST_SUMMED, SecureAggregation
-from semisam_core.secure_aggregation.fixed_point import Mean, decode, leaving_spec
+from semisam_core.secure_aggregation.fixed_point import Mean, decode
 from semisam_core.secure_aggregation.masks import (
     SEED_BYTES,
     Vector,
@@ -51,6 +52,7 @@ from semisam_core.secure_aggregation.masks import (
     recover_secret,
 )
 from server.admission import Admitted, Rejected
+from server.arrays import Reader, vector_reader
 from server.exchange import ATTEMPTS, Content, Exchange, Phase
 from server.quorum import SHOWN_REASONS, TooFewSitesError
 from server.roster import RETRY_S
@@ -124,7 +126,7 @@ class SecureSum:
         self._settings: SecureAggregation = plan.aggregation.secure
         self._least, self._patience_s = plan.aggregation.minimum_sites, plan.aggregation.wait_for_quorum_s
         self._spec: Mapping[str, TensorSpec] = update_spec(plan)
-        self._leaving = leaving_spec(plan)
+        self._read = vector_reader(leaving_spec(plan))
         self._exchange, self._content = exchange, content
         self._roster, self._mailbox, self._clock = exchange.roster, exchange.mailbox, exchange.clock
         self._folder = exchange.folder
@@ -242,7 +244,7 @@ class SecureSum:
             attempt.sharing,
             lambda site: _record(attempt, {SEALED_BY + by: each for by, each in attempt.sealed[site].items()}),
             add,
-            self._leaving,
+            self._read,
         )
         self._go_on(len(attempt.active), max(least, needed), "masked vectors")
         if len(attempt.heads & attempt.sharing) >= self._least > len(attempt.heads & attempt.active):
@@ -318,7 +320,7 @@ class SecureSum:
         sites: Collection[str],
         record: Callable[[str], ConfigRecord],
         accept: Callable[[Admitted], None],
-        spec: Mapping[str, TensorSpec] | None = None,
+        read: Reader | None = None,
         check: Check = lambda _: None,
         enough: Callable[[], bool] | None = None,
     ) -> None:
@@ -336,7 +338,7 @@ class SecureSum:
             else:
                 accept(answer)
 
-        phase = self._exchange.begin(stage.value, number, self._content(number), checked, spec)
+        phase = self._exchange.begin(stage.value, number, self._content(number), checked, read)
         phase.private = record
         self._folder.record("asked", kind=stage.value, round=number, sites=len(sites), names=sorted(sites))
         for site in sorted(sites):

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 import semisam_core
 from semisam_core.contract import (
+    BASE,
     HEAD_PREFIX,
     REJECTED,
     REJECTED_ROUND,
@@ -21,16 +22,16 @@ from semisam_core.contract import (
     RejectionRule,
     split_update,
     travelling,
-    update_spec,
     weights_sha256,
 )
 from semisam_core.errors import SemiSAMError
 from semisam_core.inference import initial_weights, new_specialist
-from semisam_core.packing import pack
 from semisam_core.plan import Plan
 from semisam_core.secure_aggregation.weights import whole_weights
 from server.admission import Admitted, Rejected
 from server.aggregation import combine, combine_heads, evidence_weights, votes
+from server.arrays import update_reader
+from server.downloads import OWED, Download, Downloads
 from server.exchange import Content, Exchange, Phase
 from server.messages import Clock, Mailbox
 from server.optimizer import ServerOptimizer
@@ -74,6 +75,7 @@ class Study:
             self._shelf = UpdateShelf(self.folder.incoming)
         self._roster = Roster(self.plan.aggregation.exclusion)
         self._optimizer = ServerOptimizer(self.plan)
+        self._downloads = Downloads(self.plan)
         self._reported: dict[str, Any] = {}
         exchange = Exchange(
             self.plan,
@@ -134,7 +136,10 @@ class Study:
         names = [line["site"] for event in ("joined", "rejoined") for line in self.folder.records(event)]
         self._roster.remember(names)
         if found.round > 0:
-            self._optimizer.load(found.moments, found.weights)
+            owed = {name: value for name, value in found.moments.items() if name.startswith(OWED)}
+            moments = {name: value for name, value in found.moments.items() if name not in owed}
+            self._optimizer.load(moments, found.weights)
+            self._downloads.load(owed)
         return found
 
     def _round(self, number: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,20 +157,25 @@ class Study:
             reports[answer.site] = answer.estimates
             self.folder.record("trained", round=number, site=answer.site, **answer.scalars)
 
-        sent = _arrays(weights, self.plan)
+        download = self._downloads.of(weights)
         phase = self._quorum.train(
             number,
-            lambda rejected: self._content(number, sent, rejected=rejected),
+            lambda site, rejected: self._content(number, download(site), rejected=rejected),
             accept,
             self._review,
-            update_spec(self.plan) if self._secure is None else None,
+            update_reader(self.plan, weights) if self._secure is None else None,
         )
         if self._secure is None:
             combined, record = self._combine(number, phase, weights)
         else:
             combined, record = self._sum(self._secure, number, phase, weights, reports)
+        try:
+            combined = self._downloads.advance(weights, combined, phase.done)
+        except FloatingPointError as error:
+            raise StudyFailedError(f"Round {number}: {error}.") from None
+        record |= {"sha256": weights_sha256(combined)}
         record |= {"rounds": self.plan.training.rounds, "seconds": round(self.clock.now() - began, 3)}
-        self.folder.save_round(number, combined, self.plan, record, self._optimizer.state())
+        self.folder.save_round(number, combined, self.plan, record, self._optimizer.state() | self._downloads.state())
         self.folder.record("aggregated", **record)
         for left in self._roster.close_round(number, phase.done, phase.failed):
             content = {"site": left.site, "reason": left.reason, "failures": left.failures, "until": left.until}
@@ -178,6 +188,7 @@ class Study:
         generation = (number - 1) // self.plan.training.rounds_per_generation
         fresh = self.plan.model_copy(update={"seed": (self.plan.seed + generation) % 2**31})
         self._optimizer = ServerOptimizer(self.plan)
+        self._downloads.restart()
         self.folder.record("generation", round=number, generation=generation + 1)
         head = {name: value for name, value in weights.items() if name.startswith(HEAD_PREFIX)}
         return travelling(self.plan, new_specialist(fresh)) | head
@@ -206,7 +217,6 @@ class Study:
             "round": number,
             "weights": {u.site: s for u, s in zip(updates, shares, strict=True)},
             "failed": dict(sorted(phase.failed.items())),
-            "sha256": weights_sha256(combined),
         }
 
     def _sum(
@@ -231,7 +241,6 @@ class Study:
             "total_weight": found.mean.weights.specialist,
             "head_weight": found.mean.weights.head,
             "failed": dict(sorted(phase.failed.items())),
-            "sha256": weights_sha256(combined),
         }
 
     def _due(self, number: int) -> bool:
@@ -245,9 +254,9 @@ class Study:
         def accept(answer: Admitted) -> None:
             self.folder.record("evaluated", round=number, final=final, site=answer.site, **answer.scalars)
 
-        sent = _arrays(weights, self.plan)
+        download = self._downloads.of(weights)
         phase = self._quorum.evaluate(
-            number, lambda rejected: self._content(number, sent, final, rejected), accept, final
+            number, lambda site, rejected: self._content(number, download(site), final, rejected), accept, final
         )
         self.folder.record("scored", round=number, final=final, sites=len(phase.done))
 
@@ -278,7 +287,7 @@ class Study:
     def _content(
         self,
         number: int,
-        arrays: Mapping[str, Array] | None = None,
+        download: Download | None = None,
         final: bool = False,
         rejected: tuple[RejectionRule, int] | None = None,
     ) -> RecordDict:
@@ -292,21 +301,18 @@ class Study:
         }
         if rejected is not None:
             study |= {REJECTED: rejected[0].value, REJECTED_ROUND: rejected[1]}
+        if download is not None and download.base is not None:
+            study[BASE] = download.base
         content = RecordDict({STUDY_RECORD: ConfigRecord({**study})})
-        if arrays is not None:
-            content[SPECIALIST_RECORD] = ArrayRecord(dict(arrays))
+        if download is not None:
+            content[SPECIALIST_RECORD] = ArrayRecord(dict(download.arrays))
         return content
 
     def _stage_content(self, number: int) -> Content:
-        return lambda rejected: self._content(number, rejected=rejected)
+        return lambda _, rejected: self._content(number, rejected=rejected)
 
     def _report(self, phase: str, number: int, waiting_for: list[str], reason: str) -> None:
         status = {"phase": phase, "round": number, "waiting_for": waiting_for, "reason": reason}
         if status != self._reported:
             self._reported = status
             self.folder.set_status("running", reason, run=self.run, phase=phase, round=number, waiting_for=waiting_for)
-
-
-def _arrays(weights: Mapping[str, Tensor], plan: Plan) -> dict[str, Array]:
-    """Return the tensors as they travel; all messages of a round share them."""
-    return {name: Array(vector.numpy()) for name, vector in pack(weights, update_spec(plan)).items()}

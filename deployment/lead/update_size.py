@@ -9,10 +9,10 @@ from pathlib import Path
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
 
 from deployment.lead.uploads import SMALL, Size
+from semisam_core.codecs import leaving_spec
 from semisam_core.files import write_json
 from semisam_core.packing import packed_spec
 from semisam_core.plan import Plan
-from semisam_core.secure_aggregation.fixed_point import leaving_spec
 
 # In bytes; what was seen of Flower 1.42 is about half of each.
 ARRAY_FRAME = 512  # a tensor's NPY header, its description, and the heads of both objects

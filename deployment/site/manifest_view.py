@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from rich.console import Console
 
 from client.manifest import Manifest, MessageItems, ScalarItem
 from engines.tables import FittingTable
+from semisam_core.contract import TensorSpec
 from semisam_core.text import printable
 
 BESIDES = (
@@ -31,22 +33,29 @@ def show_manifest(manifest: Manifest, console: Console) -> None:
                 numbers.add(printable(name), _range(scalar), str(scalar.rounding), _withheld(scalar))
             console.print(numbers)
         if items.tensors:
-            tensors = FittingTable("tensor", "shape", "dtype", "bytes", numbers_from=3)
-            for name, spec in items.tensors.items():
-                size = math.prod(spec.shape) * spec.dtype.itemsize
-                shape = " x ".join(map(str, spec.shape)) or "one value"
-                tensors.add(printable(name), shape, str(spec.dtype).removeprefix("torch."), str(size))
-            console.print(tensors)
+            console.print(_tensors(items.tensors))
             if items.tensor_bytes > items.tensor_bytes_limit:
                 console.print(
                     "egress.maximum_update_mb is smaller than these, so they would not leave.", style="yellow"
                 )
+        if items.change_of:
+            console.print("These hold, coded, the change since the weights that the site received, of:")
+            console.print(_tensors(items.change_of))
     console.print(
         f"\nIn a study of {manifest.rounds} rounds at most {manifest.most_bytes:,} bytes.\n{BESIDES}",
         highlight=False,
         soft_wrap=True,
     )
     console.print(f"Manifest {manifest.hash}", highlight=False, soft_wrap=True)
+
+
+def _tensors(specs: Mapping[str, TensorSpec]) -> FittingTable:
+    table = FittingTable("tensor", "shape", "dtype", "bytes", numbers_from=3)
+    for name, spec in specs.items():
+        size = math.prod(spec.shape) * spec.dtype.itemsize
+        shape = " x ".join(map(str, spec.shape)) or "one value"
+        table.add(printable(name), shape, str(spec.dtype).removeprefix("torch."), str(size))
+    return table
 
 
 def _when(items: MessageItems) -> str:

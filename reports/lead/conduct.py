@@ -14,9 +14,9 @@ import yaml
 
 from reports.lead.record import RunRecord, SiteRecord
 from reports.page import listed
+from semisam_core.codecs import leaving_bytes
 from semisam_core.contract import update_spec
 from semisam_core.generalists.registry import generalist_spec
-from semisam_core.secure_aggregation.fixed_point import leaving_bytes
 from server.events import FAULTS, describe
 
 LEFT_COLUMNS = ("site", "replies", "numbers", "bytes of updates", "refusals")
@@ -63,6 +63,8 @@ def update_size(record: RunRecord) -> str:
     spec = update_spec(record.plan)
     size = sum(math.prod(each.shape) * each.dtype.itemsize for each in spec.values())
     said = f"An update has {len(spec)} tensors with {size:,} bytes."
+    if (codec := record.plan.aggregation.codec) is not None:
+        return f"{said} Its change left with the codec {codec.name}: {leaving_bytes(record.plan):,} bytes."
     if record.plan.aggregation.secure is None:
         return said
     masked = leaving_bytes(record.plan)

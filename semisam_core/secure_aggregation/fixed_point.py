@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semisam_core.contract import HEAD_PREFIX, MASKED_VECTOR, TensorSpec, update_spec
-from semisam_core.plan import Plan
+from semisam_core.contract import HEAD_PREFIX, TensorSpec
 from semisam_core.plan_sections.aggregation import SecureAggregation
 from semisam_core.secure_aggregation.masks import Vector
 from semisam_core.secure_aggregation.weights import WholeWeights
@@ -98,17 +97,6 @@ def decode(
         tensors[name] = mean.to(agreed.dtype) if agreed.dtype.is_floating_point else mean.round().to(agreed.dtype)
         at += part.numel()
     return Mean(weights, tensors)
-
-
-def leaving_spec(plan: Plan) -> dict[str, TensorSpec]:
-    """Return the tensors of a site's largest reply: its update or, under secure aggregation, the masked vector."""
-    spec = update_spec(plan)
-    return spec if plan.aggregation.secure is None else {MASKED_VECTOR: vector_spec(spec)}
-
-
-def leaving_bytes(plan: Plan) -> int:
-    """Return the size of `leaving_spec` in bytes."""
-    return sum(_size(each) * each.dtype.itemsize for each in leaving_spec(plan).values())
 
 
 def vector_spec(spec: Mapping[str, TensorSpec]) -> TensorSpec:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -17,9 +18,11 @@ from client.app import app
 from client.manifest import manifest_of
 from client.site import Site
 from client.site_config import load_site_config
-from semisam_core.contract import SPECIALIST_RECORD, STUDY_RECORD, RefusalRule, RejectionRule
+from semisam_core.codecs import CODECS, leaving_spec
+from semisam_core.contract import BASE, SPECIALIST_RECORD, STUDY_RECORD, RefusalRule, RejectionRule, weights_sha256
 from semisam_core.files import read_json_lines
 from semisam_core.inference import new_specialist
+from semisam_core.packing import packed_spec
 from semisam_core.plan import Plan
 from tests.conftest import tiny_plan, write_nifti
 from tests.server.replies import arrays
@@ -140,6 +143,48 @@ def test_weights_of_another_network_are_refused(make_site: MakeSite, plan: Plan)
     message = _message(plan, MessageType.TRAIN, 1)
     message.content[SPECIALIST_RECORD] = ArrayRecord({"foreign": Array(np.zeros(3, np.float32))})
     assert _rule(_send(make_site(), message)) == "weights-not-as-agreed"
+
+
+def _coded(plan: Plan, number: int, base: str, **vectors: Any) -> Message:
+    """Return a message of changes, all zero but for `vectors`."""
+    message = _message(plan, MessageType.TRAIN, number, **{BASE: base})
+    zeros = {name: torch.zeros(each.shape, dtype=each.dtype) for name, each in packed_spec(leaving_spec(plan)).items()}
+    arrays_of = {name: Array(each.numpy()) for name, each in (zeros | vectors).items()}
+    message.content[SPECIALIST_RECORD] = ArrayRecord(arrays_of)
+    return message
+
+
+def test_a_change_is_taken_only_of_weights_that_are_held_and_only_if_the_plan_has_a_codec(
+    make_site: MakeSite, plan: Plan
+) -> None:
+    path, coded = make_site(), tiny_plan("aggregation.codec={name: top-k}")
+    assert _rule(_send(path, _coded(coded, 1, "0" * 64))) == "base-not-held"
+    assert _rule(_send(path, _message(plan, MessageType.TRAIN, 1, **{BASE: "0" * 64}))) == "weights-not-as-agreed"
+    assert SPECIALIST_RECORD in _send(path, _message(coded, MessageType.TRAIN, 1)).content
+    base = weights_sha256(dict(new_specialist(coded).state_dict()))
+    # All positions of a change of zeros are zero, which no server sends.
+    assert _rule(_send(path, _coded(coded, 2, base))) == "weights-not-as-agreed"
+    positions = torch.arange(packed_spec(leaving_spec(coded))["int32"].shape[0], dtype=torch.int32)
+    assert SPECIALIST_RECORD in _send(path, _coded(coded, 2, base, int32=positions)).content
+    assert _rule(_send(path, _message(coded, MessageType.TRAIN, 2, **{BASE: base}))) == "weights-not-as-agreed"
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_coded_round_that_is_asked_for_again_sends_the_same_again(make_site: MakeSite, name: str) -> None:
+    path, plan = make_site(), tiny_plan(f"aggregation.codec={{name: {name}}}")
+
+    def sent(number: int) -> list[bytes]:
+        reply = _send(path, _message(plan, MessageType.TRAIN, number))
+        return [array.data for array in reply.content.array_records[SPECIALIST_RECORD].values()]
+
+    first, second = sent(1), sent(2)
+    assert sent(2) == second
+    assert sent(1) == first
+    for kept in path.parents[1].rglob("owed-*"):
+        kept.unlink()
+    assert sent(2) != second
+    assert sent(1) == first
+    assert sent(2) == second
 
 
 @pytest.mark.parametrize(

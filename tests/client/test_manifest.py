@@ -12,6 +12,7 @@ import torch
 
 from client.manifest import MessageItems, ScalarItem, manifest_of
 from client.site_config import Egress, SiteConfig, load_site_config
+from semisam_core.codecs import CODECS, leaving_bytes, leaving_spec
 from semisam_core.contract import (
     JOIN_SCALARS,
     MASKED_VECTOR,
@@ -147,6 +148,22 @@ def test_a_value_out_of_its_range_is_a_mistake(value: object) -> None:
 
 def test_a_message_without_anything_has_no_bytes() -> None:
     assert MessageItems(3).most_bytes == 0
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_with_a_codec_the_coded_tensors_are_listed_and_what_they_are_the_change_of(
+    tmp_path: Path, plan: Plan, name: str
+) -> None:
+    coded = tiny_plan(f"aggregation.codec={{name: {name}}}")
+    manifest = manifest_of(_config(tmp_path), coded)
+    train = manifest.messages["train"]
+    assert (train.tensors, train.change_of) == (leaving_spec(coded), update_spec(coded))
+    assert train.tensor_bytes == leaving_bytes(coded) < leaving_bytes(plan)
+    content = manifest.as_json()["messages"]["train"]
+    assert (set(content["tensors"]), set(content["change_of"])) == (set(leaving_spec(coded)), set(update_spec(coded)))
+    plain = manifest_of(_config(tmp_path), plan)
+    assert "change_of" not in plain.as_json()["messages"]["train"]
+    assert manifest.hash != plain.hash
 
 
 def test_under_a_secure_sum_the_update_is_masked_and_its_stages_are_listed(tmp_path: Path) -> None:

@@ -45,11 +45,12 @@ SECURE = (
 )
 # Secure sums of private updates; every round spends the same.
 PRIVATE = (*SECURE, "training.rounds=2", "privacy={noise_multiplier: 2.0, sampling_rate: 0.5}")
-# The real LiteMedSAM, in the last of three rounds, on every fourth slice.
+# The real LiteMedSAM, in the last of three rounds, on every fourth slice; all weights travel coded.
 WITH_GENERALIST = (
     "pseudo_labels.generalists=[lite-medsam]",
     "pseudo_labels.first_round=3",
     "pseudo_labels.prompting.slice_step_mm=8.0",
+    "aggregation.codec={name: int8}",
 )
 
 

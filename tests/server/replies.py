@@ -15,6 +15,7 @@ from semisam_core.inference import new_specialist
 from semisam_core.packing import pack
 from semisam_core.plan import Plan
 from server.admission import Admitted, NotAdmitted, admit
+from server.arrays import vector_reader
 
 SCALARS = {"labeled": 1, "unlabeled": 2, "accepted": 1, "gated": 1, "confidence": 0.5, "steps": 2}
 DECLARED = {"labeled": 1.0, "unlabeled": 2.0, "validation": 1.0, "quarantined": 0.0}
@@ -58,4 +59,4 @@ def answer(
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, NODE
     reply = Message(RecordDict(dict(records)), reply_to=Message(RecordDict(), NODE, MessageType.TRAIN))
     joined = {NODE: Admitted("alpha", dict(declared or DECLARED), None, split, bucketed=bucketed)}
-    return admit(reply, MessageType.TRAIN, 1, plan, specialist_spec(plan), joined)
+    return admit(reply, MessageType.TRAIN, 1, plan, vector_reader(specialist_spec(plan)), joined)

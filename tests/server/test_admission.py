@@ -10,12 +10,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
+from semisam_core.codecs import CHANGE, encode_update, leaving_spec, nothing_owed
 from semisam_core.contract import RefusalRule, RejectionRule, specialist_spec
 from semisam_core.inference import new_specialist
+from semisam_core.packing import pack
 from semisam_core.plan import Plan
 from server.admission import Admitted, Failed, NotAdmitted, Refused, Rejected, admit
+from server.arrays import update_reader, vector_reader
+from tests.conftest import tiny_plan
 from tests.server.replies import SCALARS as REPLY
-from tests.server.replies import answer, arrays
+from tests.server.replies import answer, arrays, initial, trained
 
 SCALARS = {"labeled": 1, "unlabeled": 2, "accepted": 0, "confidence": 0.5, "steps": 2, "loss.supervised": -0.5}
 
@@ -37,7 +41,7 @@ def _records(plan: Plan) -> dict[str, Any]:
 def _admit(plan: Plan, content: dict[str, Any] | Error) -> Admitted | NotAdmitted:
     asked = Message(RecordDict(), 7, MessageType.TRAIN)
     reply = Message(content if isinstance(content, Error) else RecordDict(content), reply_to=asked)
-    return admit(reply, MessageType.TRAIN, 1, plan, specialist_spec(plan))
+    return admit(reply, MessageType.TRAIN, 1, plan, vector_reader(specialist_spec(plan)))
 
 
 def _admit_scores(plan: Plan, scores: dict[str, float]) -> Admitted | NotAdmitted:
@@ -148,6 +152,34 @@ def test_a_distance_may_exceed_one(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
+    ("codec", "vector", "value", "rule"),
+    [
+        ("top-k", "int32", 7, RejectionRule.TENSORS),  # every position the same
+        ("int8", "float32", float("nan"), RejectionRule.NOT_FINITE),
+        ("int8", "float32", 3e38, RejectionRule.NOT_FINITE),  # finite, but no longer so times 127
+        ("float16", CHANGE, float("inf"), RejectionRule.NOT_FINITE),
+    ],
+)
+def test_coded_tensors_that_no_site_sends_are_rejected(
+    codec: str, vector: str, value: float, rule: RejectionRule
+) -> None:
+    plan = tiny_plan(f"aggregation.codec={{name: {codec}}}")
+    start = initial(plan)
+    coded, _ = encode_update(trained(plan), start, nothing_owed(plan), plan)
+    honest = pack(coded, leaving_spec(plan))
+    for vectors, admitted in ((honest, True), (honest | {vector: torch.full_like(honest[vector], value)}, False)):
+        record = ArrayRecord({name: Array(each.numpy()) for name, each in vectors.items()})
+        reply = Message(
+            RecordDict(_records(plan) | {"specialist": record}),
+            reply_to=Message(RecordDict(), 7, MessageType.TRAIN),
+        )
+        answer = admit(reply, MessageType.TRAIN, 1, plan, update_reader(plan, start))
+        assert isinstance(answer, Admitted) is admitted
+        if isinstance(answer, Rejected):
+            assert answer.rule is rule
+
+
+@pytest.mark.parametrize(
     ("damage", "says"),
     [
         (lambda value: value * float("nan"), "not finite"),
@@ -194,9 +226,8 @@ def test_scans_may_become_labeled_but_not_more(plan: Plan, labeled: int, unlabel
         reply_to=Message(RecordDict(), 7, MessageType.TRAIN),
     )
     declared = {"labeled": 1.0, "unlabeled": 2.0, "validation": 1.0, "quarantined": 0.0}
-    answer = admit(
-        reply, MessageType.TRAIN, 1, plan, specialist_spec(plan), {_node(reply): Admitted("alpha", declared, None)}
-    )
+    read, joined = vector_reader(specialist_spec(plan)), {_node(reply): Admitted("alpha", declared, None)}
+    answer = admit(reply, MessageType.TRAIN, 1, plan, read, joined)
     assert isinstance(answer, Admitted) is admitted
     if isinstance(answer, Rejected):
         assert (answer.rule, "labeled + unlabeled is 4" in answer.reason) == (RejectionRule.COUNTS, True)
@@ -204,7 +235,7 @@ def test_scans_may_become_labeled_but_not_more(plan: Plan, labeled: int, unlabel
 
 def test_a_reply_from_a_node_that_has_not_joined_is_rejected(plan: Plan) -> None:
     reply = Message(RecordDict(_records(plan)), reply_to=Message(RecordDict(), 7, MessageType.TRAIN))
-    answer = admit(reply, MessageType.TRAIN, 1, plan, specialist_spec(plan), {})
+    answer = admit(reply, MessageType.TRAIN, 1, plan, vector_reader(specialist_spec(plan)), {})
     assert isinstance(answer, Rejected)
     assert answer.rule == RejectionRule.ANOTHER_SITE
 

@@ -46,10 +46,10 @@ from deployment.lead.uploads import (
     Size,
     SizeFile,
 )
+from semisam_core.codecs import leaving_spec
 from semisam_core.contract import METRICS_RECORD, SITE_RECORD, SPECIALIST_RECORD, TRAIN_SCALARS, TensorSpec
 from semisam_core.packing import packed_spec
 from semisam_core.plan import Plan, load_plan
-from semisam_core.secure_aggregation.fixed_point import leaving_spec
 from tests.conftest import tiny_plan
 
 SIZE = Size(objects=6, total_bytes=100, object_bytes=60)
