@@ -187,6 +187,19 @@ def test_a_coded_round_that_is_asked_for_again_sends_the_same_again(make_site: M
     assert sent(2) == second
 
 
+def test_a_site_owes_nothing_to_a_new_generation(make_site: MakeSite) -> None:
+    more = ("training.rounds=4", "training.generations=2", "pseudo_labels=null", "regularizer.name=none")
+    path, plan = make_site(), tiny_plan("aggregation.codec={name: top-k}", *more)
+
+    def sent(number: int) -> list[bytes]:
+        reply = _send(path, _message(plan, MessageType.TRAIN, number))
+        return [array.data for array in reply.content.array_records[SPECIALIST_RECORD].values()]
+
+    third = sent(3)
+    sent(1), sent(2)
+    assert sent(3) == third
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
