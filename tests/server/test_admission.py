@@ -82,7 +82,7 @@ def test_a_refusal_is_taken_by_its_word_only(plan: Plan, word: str | int, rule: 
     assert answer.reason == f"refused by rule {rule.value if rule is not None else 'unknown'}"
 
 
-TRANSIENT = {"storage", "internal-error", "audit-log", "process-ended", "out-of-time"}
+TRANSIENT = {"storage", "internal-error", "audit-log", "process-ended", "out-of-time", "base-not-held"}
 
 
 @pytest.mark.parametrize("rule", RefusalRule)
