@@ -161,6 +161,7 @@ def test_a_change_is_taken_only_of_weights_that_are_held_and_only_if_the_plan_ha
     assert _rule(_send(path, _coded(coded, 1, "0" * 64))) == "base-not-held"
     assert _rule(_send(path, _message(plan, MessageType.TRAIN, 1, **{BASE: "0" * 64}))) == "weights-not-as-agreed"
     assert SPECIALIST_RECORD in _send(path, _message(coded, MessageType.TRAIN, 1)).content
+    assert _rule(_send(path, _coded(coded, 2, "0" * 64))) == "base-not-held"
     base = weights_sha256(dict(new_specialist(coded).state_dict()))
     # All positions of a change of zeros are zero, which no server sends.
     assert _rule(_send(path, _coded(coded, 2, base))) == "weights-not-as-agreed"
